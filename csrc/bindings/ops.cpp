@@ -1,0 +1,108 @@
+// The operators of torch.ops.floe that are written in C++: every schema, and the CPU kernels.
+// floe_triton defines the routed linear in the same namespace, hence a fragment.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+#include <optional>
+
+#include "bindings/checks.h"
+#include "fisher/fisher.h"
+#include "moe_lora/dropout_cpu.h"
+
+namespace floe::bindings {
+namespace {
+
+using torch::stable::parallel_for;
+
+// Waking a thread costs as much as this many elements.
+constexpr std::int64_t kElementsPerThread = 1 << 16;
+
+// float64 [S, units], the gradients before rounding.
+Tensor unit_gradients(const FisherArguments& arguments) {
+  const fisher::Extent& extent = arguments.extent;
+  const Tensor partial = arguments.new_partial();
+  Tensor gradient = torch::stable::new_empty(arguments.activation,
+                                             {extent.samples, extent.units}, ScalarType::Double);
+  with_float_type(arguments.activation.scalar_type(), [&]<typename T>(T) {
+    auto* sums = static_cast<Accumulator<T>*>(partial.mutable_data_ptr());
+    auto* gradients = static_cast<double*>(gradient.mutable_data_ptr());
+    const fisher::Site<T> site = arguments.site<T>();
+    parallel_for(0, extent.samples * extent.splits, 1,
+                 [&](std::int64_t first, std::int64_t last) {
+                   fisher::sum_tokens(site, sums, first, last);
+                 });
+    parallel_for(0, extent.samples * extent.units, kElementsPerThread / (extent.splits * extent.group_size) + 1,
+                 [&](std::int64_t first, std::int64_t last) {
+                   fisher::sum_splits(sums, extent, gradients, first, last);
+                 });
+  });
+  return gradient;
+}
+
+Tensor mask_gradients_cpu(const Tensor& activation, const Tensor& gradient,
+                          std::int64_t group_size, const std::optional<Tensor>& token_mask) {
+  const FisherArguments arguments = check_fisher(activation, gradient, group_size, token_mask);
+  if (arguments.empty()) {
+    return torch::stable::new_empty(activation,
+                                    {arguments.extent.samples, arguments.extent.units},
+                                    accumulator_type(activation));
+  }
+  return torch::stable::to(unit_gradients(arguments), accumulator_type(activation));
+}
+
+void accumulate_fisher_cpu(const Tensor& total, const Tensor& activation, const Tensor& gradient,
+                           std::int64_t group_size, const std::optional<Tensor>& token_mask,
+                           const std::optional<Tensor>& sample_scale) {
+  const FisherArguments arguments = check_fisher(activation, gradient, group_size, token_mask);
+  const std::optional<Tensor> scale = check_accumulate(total, sample_scale, arguments);
+  if (arguments.empty()) return;
+  const Tensor gradients = unit_gradients(arguments);
+  const auto* factors = scale ? static_cast<const double*>(scale->const_data_ptr()) : nullptr;
+  fisher::add_squares(static_cast<const double*>(gradients.const_data_ptr()), factors,
+                      arguments.extent.samples, arguments.extent.units,
+                      static_cast<double*>(total.mutable_data_ptr()), 0,
+                      arguments.extent.units);
+}
+
+Tensor dropout_cpu(const Tensor& x, double p, const Tensor& seed) {
+  STD_TORCH_CHECK(x.dim() >= 1, "floe: x must be [..., K]");
+  STD_TORCH_CHECK(p >= 0.0 && p < 1.0, "floe: p must be in [0, 1), got ", p);
+  STD_TORCH_CHECK(seed.dim() == 0 && seed.scalar_type() == ScalarType::Long && seed.is_cpu(),
+                  "floe: seed must be a 0-dimensional int64 tensor on x's device");
+  const Tensor input = torch::stable::contiguous(x);
+  Tensor output = torch::stable::new_empty(input, input.sizes());
+  const std::int64_t columns = x.size(x.dim() - 1);
+  if (input.numel() == 0) return output;
+  const std::int64_t value = *static_cast<const std::int64_t*>(seed.const_data_ptr());
+  with_float_type(x.scalar_type(), [&]<typename T>(T) {
+    const auto* source = static_cast<const T*>(input.const_data_ptr());
+    auto* target = static_cast<T*>(output.mutable_data_ptr());
+    parallel_for(0, input.numel() / columns, 1 + kElementsPerThread / columns,
+                 [&](std::int64_t first, std::int64_t last) {
+                   moe_lora::drop_rows(source, target, columns, first, last, p, value);
+                 });
+  });
+  return output;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(floe, m) {
+  m.def(
+      "mask_gradients(Tensor activation, Tensor gradient, int group_size, Tensor? token_mask) -> "
+      "Tensor");
+  m.def(
+      "accumulate_fisher_(Tensor(a!) fisher, Tensor activation, Tensor gradient, int group_size, "
+      "Tensor? token_mask, Tensor? sample_scale) -> ()");
+  m.def("dropout(Tensor x, float p, Tensor seed) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(floe, CPU, m) {
+  m.impl("mask_gradients", TORCH_BOX(&mask_gradients_cpu));
+  m.impl("accumulate_fisher_", TORCH_BOX(&accumulate_fisher_cpu));
+  m.impl("dropout", TORCH_BOX(&dropout_cpu));
+}
+
+}  // namespace floe::bindings

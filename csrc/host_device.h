@@ -1,0 +1,22 @@
+// One spelling for functions that g++ and nvcc both compile.
+#pragma once
+
+#if defined(__CUDACC__)
+#define FLOE_HOST_DEVICE __host__ __device__ __forceinline__
+#define FLOE_UNROLL _Pragma("unroll")
+#define FLOE_UNROLL_BY_4 _Pragma("unroll 4")
+#else
+#define FLOE_HOST_DEVICE inline __attribute__((always_inline))
+#define FLOE_UNROLL
+#define FLOE_UNROLL_BY_4
+#endif
+
+// One copy of a hot CPU loop per instruction set, chosen by the dynamic linker: wheels carry no
+// -march flag. Needs ifunc, hence glibc; elsewhere the default copy is the only one.
+#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__CUDACC__) && \
+    !defined(__clang__)
+#define FLOE_VECTOR_CLONES \
+  __attribute__((target_clones("arch=skylake-avx512", "arch=haswell", "default")))
+#else
+#define FLOE_VECTOR_CLONES
+#endif

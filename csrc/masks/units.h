@@ -1,0 +1,123 @@
+// What the three mask solvers share: checks of their inputs, the budget's tolerance, and a stable
+// radix sort of non-negative doubles. A unit is a head or a neuron; value is its Fisher score (what
+// is lost when it is masked), cost its Taylor score (what retaining it takes from the budget).
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <bit>
+#include <charconv>
+#include <chrono>
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <limits>
+#include <span>
+#include <stdexcept>
+#include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+namespace floe::masks {
+
+inline std::string to_text(double number) {
+  std::array<char, 32> text;
+  const auto end = std::to_chars(text.data(), text.data() + text.size(), number).ptr;
+  return {text.data(), end};
+}
+
+// Throws std::invalid_argument naming the first unit that is negative, infinite or NaN.
+inline void check_units(std::string_view name, std::span<const double> numbers) {
+  constexpr double kMax = std::numeric_limits<double>::max();
+  bool good = true;  // one branch-free pass, so the common case runs at memory speed
+  for (const double number : numbers) good &= (number >= 0.0) & (number <= kMax);
+  if (good) return;
+  for (std::size_t i = 0; i < numbers.size(); ++i) {
+    if (numbers[i] >= 0.0 && numbers[i] <= kMax) continue;
+    throw std::invalid_argument(std::string(name) + "[" + std::to_string(i) +
+                                "] must be a finite number >= 0, got " + to_text(numbers[i]));
+  }
+}
+
+inline void check_unit(std::string_view name, double number) {
+  if (number >= 0.0 && std::isfinite(number)) return;
+  throw std::invalid_argument(std::string(name) + " must be a finite number >= 0, got " +
+                              to_text(number));
+}
+
+inline void check_budget(double budget) {
+  if (budget >= 0.0) return;  // infinity is allowed: no limit
+  throw std::invalid_argument("budget must be a number >= 0, got " + to_text(budget));
+}
+
+inline void check_length(std::string_view name, std::size_t length, std::string_view other,
+                         std::size_t expected) {
+  if (length == expected) return;
+  throw std::invalid_argument(std::string(name) + " must be as long as " + std::string(other) +
+                              " (" + std::to_string(expected) + "), got " + std::to_string(length));
+}
+
+// The budget with its float tolerance: 0.1 + 0.1 + 0.1 has to fit into 0.3.
+inline constexpr double kTolerance = 1e-12;
+inline double capacity_of(double budget) { return budget * (1.0 + kTolerance); }
+
+// Calls `poll` about every 100 ms; a poll that throws ends the solver.
+class Ticker {
+ public:
+  explicit Ticker(std::function<void()> poll) : poll_(std::move(poll)), last_(Clock::now()) {}
+
+  void tick() {
+    if (!poll_) return;
+    const auto now = Clock::now();
+    if (now - last_ < std::chrono::milliseconds(100)) return;
+    last_ = now;
+    poll_();
+  }
+
+ private:
+  using Clock = std::chrono::steady_clock;
+  std::function<void()> poll_;
+  Clock::time_point last_;
+};
+
+// A key that orders as the number does. Only for numbers >= 0; -0.0 counts as 0.0.
+inline std::uint64_t key_of(double number) { return std::bit_cast<std::uint64_t>(number + 0.0); }
+
+// Units are counted in 32 bits where memory traffic decides.
+inline void check_count(std::size_t count) {
+  if (count < std::numeric_limits<std::uint32_t>::max()) return;
+  throw std::invalid_argument("at most 2**32 - 2 units are supported, got " +
+                              std::to_string(count));
+}
+
+// Sorts ascending by the bits from `first_bit` up; items that agree there keep their order. Least
+// significant digit first; a digit on which all items agree is skipped. 9 bits a digit: 512 write
+// streams still fit the first-level cache and TLB. O(n).
+inline void radix_sort(std::vector<std::uint64_t>& items, std::size_t first_bit) {
+  constexpr std::size_t kBits = 9;
+  constexpr std::size_t kBuckets = std::size_t{1} << kBits;
+  constexpr std::size_t kSmall = 4096;  // below this the histograms cost more than comparing
+  if (items.size() < kSmall) {
+    std::ranges::stable_sort(items, {}, [=](std::uint64_t item) { return item >> first_bit; });
+    return;
+  }
+  const std::size_t digits = (64 - first_bit + kBits - 1) / kBits;
+  std::vector<std::array<std::uint32_t, kBuckets>> counts(digits);
+  for (const std::uint64_t item : items)
+    for (std::size_t digit = 0; digit < digits; ++digit)
+      ++counts[digit][(item >> (first_bit + kBits * digit)) & (kBuckets - 1)];
+  std::vector<std::uint64_t> other(items.size());
+  for (std::size_t digit = 0; digit < digits; ++digit) {
+    auto& count = counts[digit];
+    const std::size_t shift = first_bit + kBits * digit;
+    if (count[(items.front() >> shift) & (kBuckets - 1)] == items.size()) continue;
+    std::uint32_t start = 0;
+    for (std::uint32_t& slot : count) slot = std::exchange(start, start + slot);
+    for (const std::uint64_t item : items) other[count[(item >> shift) & (kBuckets - 1)]++] = item;
+    items.swap(other);
+  }
+}
+
+}  // namespace floe::masks

@@ -1,0 +1,114 @@
+"""Checkpoints that are known to be whole: each carries a list of its files, checked before use."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+from floe.errors import FileError
+
+DONE = "floe_done.json"
+_FORMAT = 1
+
+
+def seal(folder: str | os.PathLike[str], identity: dict[str, Any]) -> None:
+    """Write the list of the folder's files, sizes and SHA-256, after everything else in it.
+
+    Args:
+        folder: a checkpoint whose files are all written.
+        identity: JSON values that say which run it belongs to.
+    """
+    root = Path(folder)
+    names = sorted(p.relative_to(root).as_posix() for p in root.rglob("*") if p.is_file())
+    files = {name: _stamp(root / name) for name in names if name != DONE}
+    text = json.dumps({"format": _FORMAT, "identity": identity, "files": files}, sort_keys=True)
+    beside = root / f"{DONE}.tmp"
+    with beside.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(beside, root / DONE)
+
+
+def verify(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
+    """The identity a sealed checkpoint was given, or None if a file is missing, cut or changed."""
+    root = Path(folder)
+    try:
+        done = json.loads((root / DONE).read_text(encoding="utf-8"))
+        if done["format"] != _FORMAT or not done["files"]:
+            return None
+        for name, stamp in done["files"].items():
+            if (root / name).stat().st_size != stamp["bytes"] or _stamp(root / name) != stamp:
+                return None
+        identity: dict[str, Any] = done["identity"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return identity
+
+
+def newest(folder: str | os.PathLike[str], identity: dict[str, Any]) -> Path | None:
+    """The newest whole checkpoint of a run; every damaged one is moved to ``broken/``.
+
+    All are checked, not only the newest: one that was being deleted when the process died has a
+    fresh time stamp, and the Trainer, which deletes by time, would spare it and delete a whole one.
+
+    Raises:
+        FileError: if the newest whole one belongs to a run with other settings or data.
+    """
+    root = Path(folder)
+    whole: list[tuple[int, Path, dict[str, Any]]] = []
+    for step, path in checkpoints(root):
+        found = verify(path)
+        if found is None:
+            _set_aside(root, path)
+        else:
+            whole.append((step, path, found))
+    if not whole:
+        return None
+    _, path, found = whole[-1]
+    expected = json.loads(json.dumps(identity))
+    if found != expected:
+        keys = sorted(found.keys() | expected.keys())
+        names = [name for name in keys if found.get(name) != expected.get(name)]
+        raise FileError(
+            path,
+            f"is a checkpoint of a run with other {', '.join(names)}; "
+            "use another output_dir, or delete the checkpoints to start over",
+        )
+    return path
+
+
+def checkpoints(folder: str | os.PathLike[str]) -> list[tuple[int, Path]]:
+    """``(step, path)`` of every ``checkpoint-<step>`` folder, oldest first, whole or not."""
+    root = Path(folder)
+    if not root.is_dir():
+        return []
+    found = [(re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in root.iterdir()]
+    return sorted((int(match[1]), path) for match, path in found if match and path.is_dir())
+
+
+def remove_checkpoints(folder: str | os.PathLike[str]) -> None:
+    """Delete a finished run's checkpoints, and those set aside."""
+    for _, path in checkpoints(folder):
+        shutil.rmtree(path)
+    shutil.rmtree(Path(folder) / "broken", ignore_errors=True)
+
+
+def _set_aside(root: Path, path: Path) -> None:
+    (root / "broken").mkdir(exist_ok=True)
+    target, copy = root / "broken" / path.name, 0
+    while target.exists():
+        copy += 1
+        target = root / "broken" / f"{path.name}.{copy}"
+    os.replace(path, target)
+
+
+def _stamp(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"bytes": path.stat().st_size, "sha256": digest}

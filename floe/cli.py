@@ -1,0 +1,178 @@
+"""The command line: ``floe run CONFIG.yaml`` and one command a stage. The only module that prints."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from floe.pipeline import RunResult
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Fine-tune large language models with routed low-rank experts on the layers that matter.",
+)
+
+FAILED, USAGE, BAD_INPUT, OUT_OF_MEMORY, INTERRUPTED = 1, 2, 3, 4, 130
+
+Config = Annotated[Path, typer.Argument(help="YAML file of the run; `floe init` writes one.")]
+Overrides = Annotated[list[str] | None, typer.Option("--set", help="Change a setting: a.b=value.")]
+AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, the rest on stderr.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
+
+
+def main() -> None:
+    """Entry point of ``floe``: turns errors into one line and an exit code."""
+    with _exit_codes():
+        app(standalone_mode=False)
+
+
+@contextmanager
+def _exit_codes() -> Iterator[None]:
+    import click
+
+    try:
+        yield
+    except (click.exceptions.Exit, click.exceptions.Abort) as error:
+        sys.exit(getattr(error, "exit_code", INTERRUPTED))
+    except click.ClickException as error:
+        error.show()
+        sys.exit(USAGE)
+    except KeyboardInterrupt:
+        _say("interrupted; the same command continues where this one stopped")
+        sys.exit(INTERRUPTED)
+    except Exception as error:
+        code = _code_of(error)
+        if code is None:
+            raise
+        _say(f"floe: {error}")
+        sys.exit(code)
+
+
+def _code_of(error: Exception) -> int | None:
+    """Exit code of an error a user can act on; None for a fault of floe itself, which keeps its traceback."""
+    from floe.errors import DataError, FileError
+
+    if isinstance(error, (FileError, DataError)):
+        return BAD_INPUT
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return OUT_OF_MEMORY
+    if isinstance(error, (ValueError, TypeError)):
+        return USAGE
+    if isinstance(error, (FloatingPointError, OSError)):
+        return FAILED
+    return None
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _run_until(last: str) -> Callable[..., None]:
+    def command(config: Config, override: Overrides = None, as_json: AsJson = False, quiet: Quiet = False) -> None:
+        from floe.config import load_config
+        from floe.pipeline import run
+        from floe.progress import open_progress
+
+        settings = load_config(config, override)
+        with open_progress(quiet) as progress:
+            result = run(settings, until=last, progress=progress)
+        if as_json:
+            print(json.dumps(result.summary(), sort_keys=True))
+        else:
+            _show(result)
+
+    return command
+
+
+for _name, _help in {
+    "search": "Find rank and number of experts; the best trial is the warm-up model.",
+    "score": "Fisher information and Taylor cost of every head and neuron.",
+    "select": "Choose the layers that get adapters.",
+    "train": "Train the chosen layers, and the baselines.",
+    "eval": "Loss and accuracy with intervals, on rows nothing was trained on.",
+    "report": "The report: one HTML file, pictures and tables beside it.",
+    "run": "Everything; stages whose inputs are unchanged are skipped.",
+}.items():
+    _until = "report" if _name == "run" else _name
+    _suffix = "" if _name == "run" else " Runs the stages before it where they are missing."
+    app.command(_name, help=_help + _suffix)(_run_until(_until))
+
+
+@app.command()
+def doctor(
+    selftest: Annotated[bool, typer.Option(help="Check every op on this machine against float64.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """What this machine can do, which path each op takes, and why."""
+    from floe import doctor as checks
+
+    found: dict[str, Any] = checks.diagnose()
+    results = []
+    if selftest:
+        _say("checking every op against float64 ...")
+        results = checks.selftest()
+        found["selftest"] = [result.as_dict() for result in results]
+    if as_json:
+        print(json.dumps(found, sort_keys=True))
+    else:
+        print(checks.describe(found))
+    failed = [result for result in results if not result.passed]
+    for result in failed:
+        _say(f"FAILED {result}")
+    if failed:
+        raise typer.Exit(FAILED)
+
+
+@app.command()
+def export(
+    config: Config,
+    output: Annotated[Path, typer.Argument(help="New folder for the LoRA.")],
+    rows: Annotated[int, typer.Option(help="Training rows to average the router over.")] = 64,
+    override: Overrides = None,
+) -> None:
+    """Write the run's adapter as one plain LoRA for other servers, with its measured error."""
+    from floe.config import load_config
+    from floe.pipeline import export_run
+
+    report = export_run(load_config(config, override), output, rows)
+    print(f"{report.path}: plain LoRA; worst module is off by {report.worst:.1%} of the adapter's effect")
+
+
+@app.command()
+def schema() -> None:
+    """JSON schema of the configuration, for editors."""
+    from floe.config import RunConfig
+
+    print(json.dumps(RunConfig.model_json_schema(), indent=1, sort_keys=True))
+
+
+@app.command()
+def init(path: Annotated[Path, typer.Argument(help="File to write.")] = Path("floe.yaml")) -> None:
+    """Write a commented configuration to start from."""
+    from floe.config import TEMPLATE
+    from floe.errors import FileError
+
+    if path.exists():
+        raise FileError(path, "exists; not overwritten")
+    path.write_text(TEMPLATE, encoding="utf-8")
+    print(f"{path} written; edit model and data, then: floe run {path}")
+
+
+def _show(result: RunResult) -> None:
+    table = result.table()
+    if table:
+        print(table)
+    print(result.outcome())
+
+
+if __name__ == "__main__":
+    main()

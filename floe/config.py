@@ -1,0 +1,294 @@
+"""A run, described: the YAML file of ``floe run`` as typed models. Unknown keys are errors.
+
+Defaults are those of the FLoE paper (Table 6) and of the launch scripts it builds on; where the paper is silent
+the choice is the module's named default. ``floe schema`` prints all of it as JSON schema.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from floe.errors import FileError
+
+Fraction = Annotated[float, Field(gt=0.0, le=1.0, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class ModelConfig(_Section):
+    """The base model."""
+
+    path: str = Field(description="Hub name or folder of a causal language model.")
+    revision: str | None = None
+    gguf_file: str | None = Field(None, description="File inside `path` when the weights are GGUF; dequantised.")
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
+        "auto", description="auto: bfloat16 where the machine has fast bfloat16 products, else float32."
+    )
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    attention: str | None = Field(None, description="attn_implementation of transformers; None = its choice.")
+
+
+class DataSource(_Section):
+    """One table of rows: a local JSONL, CSV or parquet file, or a data set on the hub."""
+
+    path: str | None = None
+    hub: str | None = None
+    name: str | None = None
+    split: str = "train"
+    revision: str | None = None
+    limit: Count | None = None
+
+    @model_validator(mode="after")
+    def _one_source(self) -> DataSource:
+        if (self.path is None) == (self.hub is None):
+            raise ValueError(f"give exactly one of path and hub, got path={self.path!r} and hub={self.hub!r}")
+        return self
+
+
+class Columns(_Section):
+    """Which column is what. Nothing is guessed: a column that is not there is an error."""
+
+    prompt: str = "prompt"
+    completion: str = "completion"
+    choices: str | None = None
+    answer: str | None = None
+    task: str | None = None
+
+
+class DataConfig(_Section):
+    """Rows to train on, to choose on and to test on."""
+
+    train: DataSource
+    validation: DataSource | None = Field(None, description="None: val_fraction of the training rows.")
+    test: DataSource | None = None
+    columns: Columns = Columns()
+    template: str | None = Field(None, description="None: prompt + completion; 'chat': the tokenizer's template.")
+    max_length: Count = 1024
+    val_fraction: Fraction = 0.05
+    seed: int = 41
+
+
+class AdapterConfig(_Section):
+    """The adapter when no search decides rank and experts, and all its other settings."""
+
+    r: Count = 8
+    num_experts: Count = 4
+    alpha: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] = 32.0
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.05
+    target_modules: list[str] = ["gate_proj", "up_proj", "down_proj"]
+    scaling: Literal["alpha/r", "alpha/sqrt(r)"] = "alpha/r"
+    adapter_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+
+
+class TrainConfig(_Section):
+    """One training. Table 6, with the cosine schedule and accumulation of 8 of its ancestors' scripts."""
+
+    learning_rate: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] = 2e-4
+    batch_size: Count = 1
+    grad_accum: Count = 8
+    epochs: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] = 1.0
+    max_steps: Count | None = None
+    warmup_ratio: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.03
+    schedule: Literal["cosine", "linear", "constant_with_warmup"] = "cosine"
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
+    max_grad_norm: Annotated[float, Field(gt=0.0)] = 1.0
+    group_by_length: bool = False
+    gradient_checkpointing: bool = False
+    validations: Annotated[int, Field(ge=0)] = Field(4, description="How often to measure validation loss.")
+    save_steps: Count = 50
+    seed: int = 41
+
+
+class WarmupConfig(_Section):
+    """The full-layer training whose model is scored; with a search, every trial is one."""
+
+    fraction: Fraction = Field(0.5, description="Share of the training rows (FLoE section 4.1).")
+    max_steps: Count | None = None
+    seed: int = 41
+
+
+class SearchConfig(_Section):
+    """Rank and expert search on validation loss. `trials: 0` skips it: the warm-up uses `adapter`."""
+
+    trials: Annotated[int, Field(ge=0)] = 30
+    rank: tuple[Count, Count, Count] = Field((2, 32, 2), description="low, high, step")
+    num_experts: tuple[Count, Count, Count] = Field((2, 4, 1), description="low, high, step")
+    sampler: Literal["tpe", "paper", "random", "grid"] = "tpe"
+    startup_trials: Count = 10
+    prune: bool = False
+    storage: str | None = Field(None, description="Optuna storage URL; None: SQLite in the run folder.")
+    seed: int = 41
+
+
+class ScoreConfig(_Section):
+    """Fisher information on the warm-up model, Taylor cost on the base model."""
+
+    rows: Count = 512
+    batch_size: Count = 8
+    reduction: Literal["sample", "batch", "token"] = "sample"
+    mask_scope: Literal["base", "full"] = "base"
+    taylor_rows: Count = 32
+    taylor_kind: Literal["element", "vector"] = "element"
+    taylor_aggregate: Literal["abs_of_mean", "mean_of_abs"] = "abs_of_mean"
+    taylor_tokens: Literal["all", "response"] = "all"
+    taylor_data: DataSource | None = Field(None, description="General text; None: the first warm-up rows.")
+    seed: int = 41
+
+
+class SelectConfig(_Section):
+    """Which layers get adapters. The paper's masks are computed and stored whatever decides."""
+
+    policy: str = "adapter_fisher"
+    preset: Literal["global", "exact", "paper_layer", "alg1_literal"] = "global"
+    budget: Fraction = Field(0.5, description="Share of the Taylor mass the masks retain.")
+    layers: Count | Fraction | dict[Literal["params"], Count] = Field(
+        0.25, description="A count, a fraction, or {params: the adapter's parameter budget}."
+    )
+    score: str = "soft"
+    tune: bool = True
+    tune_tokens: Count = 2048
+    seed: int = 42
+
+
+class Baseline(_Section):
+    """One more arm trained like the main one, on other layers."""
+
+    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
+    policy: str
+    preset: Literal["global", "exact", "paper_layer", "alg1_literal"] = "global"
+    seed: int = 42
+
+
+class EvalConfig(_Section):
+    """What is measured on the test rows (the validation rows when there are none)."""
+
+    batch_size: Count = 16
+    accuracy: Literal["auto", "choices", "generation", "none"] = "auto"
+    choice_score: Literal["mean", "sum"] = Field("mean", description="Per-token or total log-likelihood.")
+    max_new_tokens: Count = 32
+    limit: Count | None = None
+    seed: int = 41
+
+
+class ProfileConfig(_Section):
+    """Step time and memory against the number of adapted layers (paper Fig. 1b). `steps: 0` skips it."""
+
+    steps: Annotated[int, Field(ge=0)] = 3
+    points: Annotated[int, Field(ge=2)] = 4
+
+
+class RunConfig(_Section):
+    """A whole run."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = "run"
+    output_dir: str = Field("runs", description="Folder of runs; this one's is output_dir/name.")
+    model: ModelConfig
+    data: DataConfig
+    adapter: AdapterConfig = AdapterConfig()
+    warmup: WarmupConfig = WarmupConfig()
+    search: SearchConfig = SearchConfig()
+    score: ScoreConfig = ScoreConfig()
+    select: SelectConfig = SelectConfig()
+    train: TrainConfig = TrainConfig()
+    baselines: list[Baseline] = []
+    eval: EvalConfig = EvalConfig()
+    profile: ProfileConfig = ProfileConfig()
+
+    @model_validator(mode="after")
+    def _distinct_arms(self) -> RunConfig:
+        names = [baseline.name for baseline in self.baselines]
+        clash = sorted({n for n in names if names.count(n) > 1 or n in ("main", "base")})
+        if clash:
+            raise ValueError(f"baseline names must differ and not be 'main' or 'base', got {clash}")
+        return self
+
+
+def load_config(path: str | os.PathLike[str], overrides: list[str] | None = None) -> RunConfig:
+    """Read a YAML file, apply ``a.b=c`` overrides, validate. Relative data and model paths are the file's.
+
+    Raises:
+        FileError: missing or unreadable file, or text that is not a mapping.
+        ValueError: an unknown key (with the nearest known one) or a value out of range, every one listed.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        data = yaml.safe_load(text)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise FileError(path, f"cannot be read as YAML: {error}") from error
+    if not isinstance(data, dict):
+        raise FileError(path, f"must hold a mapping of settings, got {type(data).__name__}")
+    for override in overrides or []:
+        _apply(data, override)
+    _resolve_paths(data, Path(path).resolve().parent)
+    return parse_config(data)
+
+
+def parse_config(data: dict[str, Any]) -> RunConfig:
+    """Validate a mapping; ValueError lists every problem with its place."""
+    try:
+        return RunConfig.model_validate(data)
+    except ValidationError as error:
+        lines = [_explain(item) for item in error.errors()]
+        raise ValueError("the configuration has {} problem{}:\n{}".format(
+            len(lines), "s" if len(lines) > 1 else "", "\n".join(f"  {line}" for line in lines))) from error  # fmt: skip
+
+
+def dump_config(config: RunConfig) -> str:
+    """The whole resolved configuration as YAML."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _apply(data: dict[str, Any], override: str) -> None:
+    key, equals, value = override.partition("=")
+    if not equals or not key:
+        raise ValueError(f"an override must read a.b=value, got {override!r}")
+    *parents, last = key.strip().split(".")
+    for name in parents:
+        node = data.setdefault(name, {})
+        if not isinstance(node, dict):
+            raise ValueError(f"override {override!r}: {name!r} is not a section")
+        data = node
+    data[last] = yaml.safe_load(value)
+
+
+def _resolve_paths(data: dict[str, Any], folder: Path) -> None:
+    """Relative files are found beside the configuration, wherever the command runs."""
+    sections = data.get("data") if isinstance(data.get("data"), dict) else {}
+    score = data.get("score") if isinstance(data.get("score"), dict) else {}
+    sources = [sections.get(name) for name in ("train", "validation", "test")] + [score.get("taylor_data")]
+    sources += [data.get("model")]
+    for source in sources:
+        if isinstance(source, dict) and isinstance(source.get("path"), str):
+            beside = folder / source["path"]
+            if not Path(source["path"]).is_absolute() and beside.exists():
+                source["path"] = str(beside)
+
+
+def _explain(item: Any) -> str:
+    place = ".".join(str(part) for part in item["loc"]) or "(top level)"
+    if item["type"] != "extra_forbidden":
+        return f"{place}: {item['msg']}, got {item.get('input')!r}"
+    known = _fields_at(item["loc"][:-1])
+    near = difflib.get_close_matches(str(item["loc"][-1]), known, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}"
+    return f"{place}: unknown setting{hint}"
+
+
+def _fields_at(location: tuple[Any, ...]) -> list[str]:
+    model: Any = RunConfig
+    for part in location:
+        field = getattr(model, "model_fields", {}).get(part)
+        if field is None:
+            break
+        options = [field.annotation, *getattr(field.annotation, "__args__", ())]
+        model = next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), model)
+    return sorted(model.model_fields)

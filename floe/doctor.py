@@ -1,0 +1,211 @@
+"""What this machine has, which path each operator takes on it, and whether the operators are right on it."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from floe.runs import environment
+
+__all__ = ["Result", "auto_dtype", "diagnose", "error_budget", "error_of", "selftest"]
+
+# CPUID flags of CPUs that multiply bfloat16 matrices in hardware: tiles, then 512-bit dot products.
+_BF16_FLAGS = ("amx_bf16", "avx512_bf16")
+_OPS = ("moe_lora_forward", "moe_lora_backward", "dropout", "mask_gradients", "accumulate_fisher_")
+
+
+@dataclass(frozen=True)
+class Result:
+    """One output of one operator in one case, against float64."""
+
+    op: str
+    output: str
+    device: str
+    dtype: str
+    shape: str
+    error: float
+    budget: float
+    note: str = ""
+
+    @property
+    def passed(self) -> bool:
+        """Whether the error is a number and within the budget."""
+        return self.error <= self.budget
+
+    def __str__(self) -> str:
+        verdict = "ok" if self.passed else "WRONG"
+        text = (
+            f"{verdict}: {self.op} {self.output} on {self.device}, {self.dtype}, {self.shape}: "
+            f"error {self.error:.3g}, budget {self.budget:.3g}"
+        )
+        return f"{text} ({self.note})" if self.note else text
+
+
+def error_of(actual: Tensor, exact: Tensor) -> float:
+    """Largest absolute difference from ``exact`` (float64); infinite where shapes differ or a NaN came."""
+    if actual.shape != exact.shape:
+        return float("inf")
+    difference = (actual.detach().double() - exact).abs()
+    return float(difference.nan_to_num(nan=float("inf")).max()) if difference.numel() else 0.0
+
+
+def error_budget(exact: Tensor, plain: Tensor, dtype: torch.dtype | None = None) -> float:
+    """The largest error allowed: twice that of plain torch in the same dtype, plus one rounding.
+
+    Args:
+        exact: The result in float64.
+        plain: What plain torch makes of the same inputs in the dtype under test.
+        dtype: The dtype worked in, where that is not ``plain``'s.
+    Returns:
+        ``2 * max|plain - exact| + eps(dtype) * max|exact|``, a bound on ``max|actual - exact|``.
+    """
+    if not exact.numel():
+        return 0.0
+    rounding = torch.finfo(dtype or plain.dtype).eps * float(exact.abs().max())
+    return 2.0 * error_of(plain, exact) + rounding
+
+
+def auto_dtype(device: torch.device | str) -> torch.dtype:
+    """The dtype that ``dtype: auto`` means on ``device``: bfloat16 where its products run in hardware.
+
+    bfloat16 on CUDA devices of compute capability 8.0 and above and on CPUs with AMX or AVX512 bfloat16
+    instructions, else float32. Decided by what the hardware says of itself, never by timing.
+    """
+    device = torch.device(device)
+    if device.type == "cuda":
+        fast = torch.cuda.get_device_capability(device) >= (8, 0)
+    elif device.type == "cpu":
+        capabilities = torch.cpu.get_capabilities()
+        fast = any(capabilities.get(flag, False) for flag in _BF16_FLAGS)
+    else:
+        raise ValueError(f"device must be a cpu or cuda device, got {device}")
+    return torch.bfloat16 if fast else torch.float32
+
+
+def diagnose() -> dict[str, Any]:
+    """Facts about this machine and installation, ready for JSON. Times nothing, computes nothing.
+
+    ``ops`` lists for every operator and device the path it takes and why; ``native`` says whether the two native
+    modules load, with the loader's message where they do not.
+    """
+    native = {"_ops": _load("floe.ops"), "_native": _load("floe._native")}
+    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    return {
+        **environment(),
+        "torch_threads": torch.get_num_threads(),
+        "memory_bytes": _memory(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "cpu_bfloat16": [flag for flag in _BF16_FLAGS if torch.cpu.get_capabilities().get(flag, False)],
+        "cuda": torch.version.cuda,
+        "gpus": _gpus(),
+        "auto_dtype": {name: str(auto_dtype(name)).removeprefix("torch.") for name in devices},
+        "native": native,
+        "native_cuda": _has_kernel("mask_gradients", "CUDA"),
+        "ops": [path for name in devices for path in _paths(name, native)],
+    }
+
+
+def selftest(
+    device: torch.device | str | None = None, progress: Callable[[int, int, Result], None] | None = None
+) -> list[Result]:
+    """Run every operator on this machine against float64; seconds on two cores.
+
+    Allowed error: `error_budget`; dropout must equal its definition bit for bit, the mask solvers a search through all
+    masks. An operator that raises is a failed result, with the message as its note.
+
+    Args:
+        device: The device to test; None tests the CPU and, where there is one, the current CUDA device.
+        progress: Called as ``progress(done, total, result)`` after each case, ``result`` being its worst.
+    Returns:
+        Every result, in a fixed order; ``result.passed`` tells.
+    """
+    from floe import selfcheck
+
+    devices = [torch.device(device)] if device is not None else [torch.device("cpu")]
+    if device is None and torch.cuda.is_available():
+        devices.append(torch.device("cuda", torch.cuda.current_device()))
+    cases = [case for one in devices for case in selfcheck.cases(one)]
+    results: list[Result] = []
+    for done, case in enumerate(cases, 1):
+        outcome = case.run()
+        results += outcome
+        if progress is not None:
+            progress(done, len(cases), max(outcome, key=_excess))
+    return results
+
+
+def _excess(result: Result) -> float:
+    if result.error <= 0.0:
+        return 0.0
+    return result.error / result.budget if result.budget > 0.0 else float("inf")
+
+
+def _load(module: str) -> dict[str, Any]:
+    """Whether a module with native code imports; the doctor reports a failure instead of dying of it."""
+    try:
+        loaded = importlib.import_module(module)
+    except (ImportError, OSError) as error:
+        return {"loads": False, "error": str(error)}
+    build = getattr(loaded, "build_info", None)
+    return {"loads": True, **({"build": build()} if build is not None else {})}
+
+
+def _has_kernel(op: str, key: str) -> bool:
+    name = f"floe::{op}"
+    return name in torch._C._dispatch_get_all_op_names() and bool(
+        torch._C._dispatch_has_kernel_for_dispatch_key(name, key)
+    )
+
+
+def _paths(device: str, native: dict[str, Any]) -> list[dict[str, str]]:
+    key = device.upper()
+    found = []
+    for op in _OPS:
+        if _has_kernel(op, key):
+            path, why = f"native {key}", f"a kernel is registered for {device}"
+        elif op.startswith("moe_lora") and native["_ops"]["loads"]:
+            path, why = "eager product form", f"no fused kernel for {device}"
+        elif op == "dropout" and native["_ops"]["loads"]:
+            path, why = "plain torch definition", f"no native kernel for {device}"
+        else:
+            path, why = "none", native["_ops"].get("error", f"built without {key}")
+        found.append({"op": op, "device": device, "path": path, "why": why})
+    if device == "cpu":
+        loads = native["_native"]["loads"]
+        why = "floe._native loads" if loads else native["_native"]["error"]
+        path = "native C++" if loads else "none"
+        found.append({"op": "mask solvers", "device": device, "path": path, "why": why})
+    return found
+
+
+def _memory() -> dict[str, int | None]:
+    """Total and available memory of the machine in bytes; available where the kernel tells."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    info = Path("/proc/meminfo")
+    if not info.is_file():
+        return {"total": total, "available": None}
+    lines = dict(line.split(":", 1) for line in info.read_text().splitlines() if ":" in line)
+    return {"total": total, "available": int(lines["MemAvailable"].split()[0]) * 1024}
+
+
+def _gpus() -> list[dict[str, Any]]:
+    if not torch.cuda.is_available():
+        return []
+    found = []
+    for index in range(torch.cuda.device_count()):
+        facts = torch.cuda.get_device_properties(index)
+        found.append(
+            {
+                "name": facts.name,
+                "capability": f"{facts.major}.{facts.minor}",
+                "memory_bytes": facts.total_memory,
+            }
+        )
+    return found

@@ -1,0 +1,94 @@
+"""Per-sample gradients of a routed adapter, from its input and the gradient of its output alone."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from floe.adapters.moe_lora import MoELoRALinear
+
+_CHUNK_ELEMENTS = 1 << 25  # float32 values alive at once: 128 MiB
+
+
+def active_adapters(module: MoELoRALinear) -> list[str]:
+    """Names of the adapters that take part in the module's forward."""
+    if module.disable_adapters:
+        return []
+    return [name for name in module.active_adapters if name in module.floe_shrink]
+
+
+def adapter_output(module: MoELoRALinear, x: Tensor) -> Tensor:
+    """What the active adapters add to the base output, without dropout: [..., K] -> [..., N] in x's dtype.
+
+    x should be float32 or float64; everything runs in its dtype.
+    """
+    total = x.new_zeros(*x.shape[:-1], module.out_features)
+    for name in active_adapters(module):
+        _, _, routed = _forward(module, name, x)
+        total += routed @ _expand(module, name, x.dtype).T
+    return total
+
+
+def squared_gradient_norms(
+    module: MoELoRALinear, x: Tensor, grad_y: Tensor, mask: Tensor
+) -> Tensor:
+    """``|| d L / d phi ||^2`` of the module's active adapters (A, router and experts) for each sample.
+
+    The gradients are those of :class:`MoELoRALinear` without dropout, formed by batched products of x and
+    grad_y [S, T, .] with the [S, T, r + M] values between them, so no parameter needs autograd:
+    ``dB = G^T z`` and ``d[A; R] = [dU, dZ]^T x``. Samples are taken a few at a time to bound memory.
+
+    Args:
+        x: input of the module, [S, T, K]. grad_y: gradient of its output, [S, T, N]; any float dtype.
+        mask: True at tokens that count, bool [S, T].
+
+    Returns:
+        float64 [S], on x's device; products in float32 (float64 for float64 input), squares in float64.
+    """
+    samples, tokens, _ = x.shape
+    wide = torch.promote_types(x.dtype, torch.float32)
+    norms = torch.zeros(samples, dtype=torch.float64, device=x.device)
+    for name in active_adapters(module):
+        features, experts, rank = module.floe_expand[name].shape
+        inner = rank * experts
+        size = tokens * (x.shape[2] + features) + features * inner + (rank + experts) * x.shape[2]
+        step = max(1, _CHUNK_ELEMENTS // size)
+        for start in range(0, samples, step):
+            rows = slice(start, start + step)
+            keep = mask[rows, :, None]
+            zero = torch.zeros((), dtype=wide, device=x.device)
+            values = torch.where(keep, x[rows].to(wide), zero)  # where, not *: padding may hold NaN
+            grads = torch.where(keep, grad_y[rows].to(wide), zero)
+            norms[rows] += _norms_of_one(module, name, values, grads)
+    return norms
+
+
+def _norms_of_one(module: MoELoRALinear, name: str, x: Tensor, grad_y: Tensor) -> Tensor:
+    hidden, gate, routed = _forward(module, name, x)
+    experts, rank = gate.shape[-1], hidden.shape[-1]
+    grad_expand = grad_y.mT @ routed  # [s, N, M r]
+    grad_routed = module.scaling[name] * (grad_y @ _expand(module, name, x.dtype))
+    grad_routed = grad_routed.unflatten(-1, (experts, rank))
+    grad_hidden = (gate[..., None] * grad_routed).sum(-2)
+    grad_gate = (grad_routed * hidden[..., None, :]).sum(-1)
+    grad_logits = gate * (grad_gate - (gate * grad_gate).sum(-1, keepdim=True))
+    grad_shrink = torch.cat([grad_hidden, grad_logits], dim=-1).mT @ x  # [s, r + M, K]
+    return sum_of_squares(grad_expand) + sum_of_squares(grad_shrink)
+
+
+def sum_of_squares(values: Tensor) -> Tensor:
+    """Sum over all but the first dimension of the squares, float64 [S]."""
+    return values.flatten(1).double().square().sum(1)
+
+
+def _forward(module: MoELoRALinear, name: str, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """hidden [..., r], gate [..., M] and the scaled routed hidden [..., M r], in x's dtype."""
+    rank = module.r[name]
+    products = x @ module.floe_shrink[name].detach().to(x.dtype).T
+    hidden, gate = products[..., :rank], torch.softmax(products[..., rank:], dim=-1)
+    routed = module.scaling[name] * gate[..., :, None] * hidden[..., None, :]
+    return hidden, gate, routed.flatten(-2)
+
+
+def _expand(module: MoELoRALinear, name: str, dtype: torch.dtype) -> Tensor:
+    return module.floe_expand[name].detach().flatten(1).to(dtype)  # [N, M r]

@@ -1,0 +1,106 @@
+"""Running a model block by block: record what each block is called with, then call it again alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from floe.blocks import Block
+
+
+@dataclass
+class Call:
+    """How one block was called on one batch: hidden states [S, T, d] and whatever came with them."""
+
+    hidden: Tensor | None
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+class CallRecorder:
+    """Records every block's call during the forwards made within it, on the CPU if they ran elsewhere.
+
+    Tensors shared by the blocks (attention masks, rotary tables) are kept once per forward.
+
+    Args:
+        blocks: the decoder blocks in order. keep: indices of the blocks whose hidden states are kept; None = all.
+    """
+
+    def __init__(self, blocks: list[Block], keep: set[int] | None = None) -> None:
+        self.blocks, self.keep = blocks, keep
+        self._calls: dict[int, Call] = {}
+        self._moved: dict[int, tuple[Tensor, Tensor]] = {}  # the original is held so its id stays its own
+        self._hooks: list[Any] = []
+
+    def __enter__(self) -> CallRecorder:
+        for block in self.blocks:
+            hook = self._hook_for(block.index)
+            self._hooks.append(block.module.register_forward_pre_hook(hook, with_kwargs=True))
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    def take(self) -> list[Call]:
+        """The calls of the forward just made, one per block."""
+        missing = [block.index for block in self.blocks if block.index not in self._calls]
+        if missing:
+            raise RuntimeError(f"the model's forward did not call its blocks {missing} as modules")
+        calls = [self._calls[block.index] for block in self.blocks]
+        self._calls, self._moved = {}, {}
+        return calls
+
+    def _hook_for(self, index: int) -> Any:
+        def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            rest = dict(kwargs)
+            hidden = args[0] if args else rest.pop("hidden_states")
+            kept = self.keep is None or index in self.keep
+            self._calls[index] = Call(
+                hidden.detach().cpu() if kept else None,
+                tuple(self._offload(a) for a in args[1:]),
+                {name: self._offload(value) for name, value in rest.items()},
+            )
+
+        return hook
+
+    def _offload(self, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            if id(value) not in self._moved:
+                self._moved[id(value)] = (value, value.detach().cpu())
+            return self._moved[id(value)][1]
+        return _map(self._offload, value)
+
+
+def call_block(block: Block, call: Call, hidden: Tensor) -> Tensor:
+    """The block's output [S, T, d] on ``hidden``, with everything else as recorded, on hidden's device."""
+
+    def move(value: Any) -> Any:
+        return value.to(hidden.device) if isinstance(value, Tensor) else _map(move, value)
+
+    kwargs = {name: move(value) for name, value in call.kwargs.items()}
+    return hidden_of(block.module(hidden, *(move(a) for a in call.args), **kwargs))
+
+
+def hidden_of(output: Any) -> Tensor:
+    """The hidden states in a block's output, which older models return as the first of a tuple."""
+    hidden: Tensor = output[0] if isinstance(output, tuple) else output
+    return hidden
+
+
+def device_of_block(block: Block) -> torch.device:
+    """Where the block's parameters are."""
+    return next(block.module.parameters()).device
+
+
+def _map(function: Any, value: Any) -> Any:
+    """``function`` on the members of tuples, lists and dicts; anything else unchanged."""
+    if isinstance(value, (tuple, list)):
+        return type(value)(function(v) for v in value)
+    if isinstance(value, Mapping):
+        return {name: function(v) for name, v in value.items()}
+    return value

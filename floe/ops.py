@@ -1,0 +1,270 @@
+"""The registered operators behind floe, and their checked Python functions.
+
+The only module that touches ``torch.ops.floe`` and ``floe_triton``. Shapes: S samples, T tokens, D columns of one site (the input of a
+projection), U = D // group_size units: heads (group_size = head_dim) or neurons (group_size = 1).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from floe_triton import draw_seed, keyed_dropout, moe_lora, moe_lora_add
+
+__all__ = [
+    "accumulate_fisher_",
+    "draw_seed",
+    "keyed_dropout",
+    "mask_gradients",
+    "moe_lora",
+    "moe_lora_add",
+]
+
+_FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+def _load() -> None:
+    # beside the other native module: an editable install keeps both away from the Python sources
+    native = importlib.util.find_spec("floe._native")
+    path = Path(native.origin if native and native.origin else __file__).with_name("_ops.so")
+    if not path.is_file():
+        raise ImportError(
+            f"floe's operators are not built: {path} is missing; install the package, "
+            "or run `make native` in a source tree"
+        )
+    torch.ops.load_library(path)
+
+
+_load()
+
+
+def mask_gradients(
+    activation: Tensor, gradient: Tensor, group_size: int, token_mask: Tensor | None = None
+) -> Tensor:
+    """Gradient of the loss with respect to each unit's mask at mask = 1, one row per sample.
+
+    ``out[s, u] = sum_t sum_c activation[s, t, c] * gradient[s, t, c]`` over the tokens of the sample and the
+    columns of the unit: the g of Eq. 8 of the FLoE paper. Equivalent to
+    ``(activation.float() * gradient.float()).unflatten(2, (-1, group_size)).sum((1, 3))``, in one pass, and bitwise
+    the same for any number of threads. Not differentiable.
+
+    Args:
+        activation: Input of the projection, ``[S, T, D]``, bfloat16, float16, float32 or float64, CPU or CUDA.
+        gradient: Gradient of the loss with respect to ``activation``; same shape, dtype and device.
+        group_size: Columns per unit; divides D.
+        token_mask: bool ``[S, T]``; tokens that are False (padding) are skipped, whatever they hold.
+    Returns:
+        ``[S, D // group_size]``, float32 (float64 for float64 inputs).
+    Raises:
+        TypeError: an argument has another type or dtype.
+        ValueError: shapes or devices do not match, or ``group_size`` does not divide D.
+    """
+    _check_site(activation, gradient, group_size, token_mask)
+    out: Tensor = torch.ops.floe.mask_gradients(
+        activation.detach(), gradient.detach(), group_size, token_mask
+    )
+    return out
+
+
+def accumulate_fisher_(
+    fisher: Tensor,
+    activation: Tensor,
+    gradient: Tensor,
+    group_size: int,
+    token_mask: Tensor | None = None,
+    sample_scale: Tensor | None = None,
+) -> Tensor:
+    """Add every sample's squared mask gradients to ``fisher``, in place.
+
+    ``fisher[u] += sum_s (sample_scale[s] * mask_gradients[s, u]) ** 2`` in float64 and in a fixed order: the
+    empirical Fisher information of the masks, Eq. 9 of the FLoE paper.
+
+    Args:
+        fisher: The running sums, contiguous float64 ``[D // group_size]``, on the activation's device.
+        activation: Input of the projection, ``[S, T, D]``, as in `mask_gradients`.
+        gradient: Gradient of the loss with respect to ``activation``; same shape, dtype and device.
+        group_size: Columns per unit; divides D.
+        token_mask: bool ``[S, T]``; tokens that are False (padding) are skipped, whatever they hold.
+        sample_scale: float ``[S]``, a factor for each sample's gradient before it is squared (T_batch / T_s turns
+            the gradient of a batch's mean loss into that of the sample's mean loss). None is 1.
+    Returns:
+        ``fisher``.
+    Raises:
+        TypeError: an argument has another type or dtype.
+        ValueError: shapes or devices do not match, ``group_size`` does not divide D, or ``fisher`` is not contiguous.
+    """
+    _check_site(activation, gradient, group_size, token_mask)
+    _check_accumulate(fisher, activation, group_size, sample_scale)
+    scale = None if sample_scale is None else sample_scale.detach().to(torch.float64)
+    torch.ops.floe.accumulate_fisher_(
+        fisher, activation.detach(), gradient.detach(), group_size, token_mask, scale
+    )
+    return fisher
+
+
+def dropout(x: Tensor, p: float, seed: Tensor) -> Tensor:
+    """Dropout whose mask is a pure function of the seed and of each element's row and column.
+
+    ``x`` counts as ``[T, K]`` rows of its last dimension. Eight random bits decide an element, so the rate that is
+    drawn is ``min(255, round(256 * p)) / 256`` (0.05 becomes 0.0508), and kept values are divided by exactly one minus it.
+    Dropped values are 0, also where ``x`` is not finite. Differentiable: the gradient meets the same mask.
+
+    Args:
+        x: ``[..., K]``, bfloat16, float16, float32 or float64.
+        p: Rate of dropped elements, in [0, 1).
+        seed: 0-dimensional int64 tensor on ``x``'s device.
+    Returns:
+        A new tensor of ``x``'s shape and dtype.
+    Raises:
+        TypeError: an argument has another type or dtype.
+        ValueError: ``p`` is outside [0, 1), ``x`` has no dimension, or ``seed`` has one or is on another device.
+    """
+    _check_dropout(x, p, seed)
+    out: Tensor = torch.ops.floe.dropout(x, p, seed)
+    return out
+
+
+def _check_site(
+    activation: Tensor, gradient: Tensor, group_size: int, token_mask: Tensor | None
+) -> None:
+    _check_float("activation", activation)
+    _check_tensor("gradient", gradient)
+    if gradient.dtype != activation.dtype:
+        raise TypeError(
+            f"gradient must have activation's dtype {activation.dtype}, got {gradient.dtype}"
+        )
+    if activation.dim() != 3:
+        raise ValueError(f"activation must be [S, T, D], got shape {tuple(activation.shape)}")
+    if gradient.shape != activation.shape:
+        raise ValueError(
+            f"gradient must have activation's shape {tuple(activation.shape)}, "
+            f"got {tuple(gradient.shape)}"
+        )
+    _check_device("gradient", gradient, activation)
+    if isinstance(group_size, bool) or not isinstance(group_size, (int, torch.SymInt)):
+        raise TypeError(f"group_size must be an int, got {type(group_size).__name__}")
+    if group_size < 1 or activation.shape[2] % group_size:
+        raise ValueError(
+            f"group_size must be >= 1 and divide D = {activation.shape[2]}, got {group_size}"
+        )
+    if token_mask is None:
+        return
+    _check_tensor("token_mask", token_mask)
+    if token_mask.dtype != torch.bool:
+        raise TypeError(f"token_mask must be bool, got {token_mask.dtype}")
+    if token_mask.shape != activation.shape[:2]:
+        raise ValueError(
+            f"token_mask must be [S, T] = {tuple(activation.shape[:2])}, "
+            f"got {tuple(token_mask.shape)}"
+        )
+    _check_device("token_mask", token_mask, activation)
+
+
+def _check_accumulate(
+    fisher: Tensor, activation: Tensor, group_size: int, sample_scale: Tensor | None
+) -> None:
+    _check_tensor("fisher", fisher)
+    if fisher.dtype != torch.float64:
+        raise TypeError(f"fisher must be float64, got {fisher.dtype}")
+    units = activation.shape[2] // group_size
+    if fisher.shape != (units,):
+        raise ValueError(f"fisher must be [D // group_size] = ({units},), got {tuple(fisher.shape)}")
+    if not fisher.is_contiguous():
+        raise ValueError(f"fisher must be contiguous, got stride {fisher.stride()}")
+    if fisher.requires_grad:
+        raise ValueError("fisher must not require a gradient: it is written in place")
+    _check_device("fisher", fisher, activation)
+    if sample_scale is None:
+        return
+    _check_float("sample_scale", sample_scale)
+    if sample_scale.shape != activation.shape[:1]:
+        raise ValueError(
+            f"sample_scale must be [S] = ({activation.shape[0]},), got {tuple(sample_scale.shape)}"
+        )
+    _check_device("sample_scale", sample_scale, activation)
+
+
+def _check_dropout(x: Tensor, p: float, seed: Tensor) -> None:
+    _check_float("x", x)
+    if x.dim() < 1:
+        raise ValueError("x must be [..., K], got a 0-dimensional tensor")
+    if isinstance(p, bool) or not isinstance(p, (int, float)):
+        raise TypeError(f"p must be a number, got {type(p).__name__}")
+    if not 0.0 <= p < 1.0:
+        raise ValueError(f"p must be in [0, 1), got {p}")
+    _check_tensor("seed", seed)
+    if seed.dtype != torch.int64:
+        raise TypeError(f"seed must be int64, got {seed.dtype}")
+    if seed.dim():
+        raise ValueError(f"seed must be 0-dimensional, got shape {tuple(seed.shape)}")
+    _check_device("seed", seed, x, owner="x")
+
+
+def _check_tensor(name: str, value: Any) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+
+
+def _check_float(name: str, value: Any) -> None:
+    _check_tensor(name, value)
+    if value.dtype not in _FLOATS:
+        raise TypeError(
+            f"{name} must be bfloat16, float16, float32 or float64, got {value.dtype}"
+        )
+
+
+def _check_device(name: str, value: Tensor, owner_value: Tensor, owner: str = "activation") -> None:
+    if value.device != owner_value.device:
+        raise ValueError(
+            f"{name} must be on {owner}'s device {owner_value.device}, got {value.device}"
+        )
+
+
+@torch.library.register_fake("floe::mask_gradients")
+def _fake_mask_gradients(
+    activation: Tensor, gradient: Tensor, group_size: int, token_mask: Tensor | None
+) -> Tensor:
+    _check_site(activation, gradient, group_size, token_mask)
+    dtype = torch.float64 if activation.dtype == torch.float64 else torch.float32
+    samples, _, columns = activation.shape
+    return activation.new_empty((samples, columns // group_size), dtype=dtype)
+
+
+@torch.library.register_fake("floe::accumulate_fisher_")
+def _fake_accumulate_fisher(
+    fisher: Tensor,
+    activation: Tensor,
+    gradient: Tensor,
+    group_size: int,
+    token_mask: Tensor | None,
+    sample_scale: Tensor | None,
+) -> None:
+    _check_site(activation, gradient, group_size, token_mask)
+    _check_accumulate(fisher, activation, group_size, sample_scale)
+    if sample_scale is not None and sample_scale.dtype != torch.float64:
+        raise TypeError(f"sample_scale must be float64, got {sample_scale.dtype}")
+
+
+@torch.library.register_fake("floe::dropout")
+def _fake_dropout(x: Tensor, p: float, seed: Tensor) -> Tensor:
+    _check_dropout(x, p, seed)
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _dropout_context(ctx: Any, inputs: tuple[Tensor, float, Tensor], output: Tensor) -> None:
+    _, ctx.p, seed = inputs
+    ctx.save_for_backward(seed)
+
+
+def _dropout_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    (seed,) = ctx.saved_tensors
+    return torch.ops.floe.dropout(grad, ctx.p, seed), None, None
+
+
+torch.library.register_autograd(
+    "floe::dropout", _dropout_backward, setup_context=_dropout_context
+)

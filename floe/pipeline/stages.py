@@ -1,0 +1,301 @@
+"""A run from its configuration to its report: the stages, what each reads, and what it writes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from floe.config import Baseline, RunConfig, dump_config, load_config
+from floe.progress import Progress
+from floe.runs import RunFolder, copy_folder, environment, read_json, write_json, write_text
+
+STAGES = ("search", "score", "select", "train", "eval", "report")
+Announce = Callable[[int, int, str], None]
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """A finished run: its folder, and its artifacts read back."""
+
+    folder: Path
+    until: str
+
+    def summary(self) -> dict[str, Any]:
+        """The run's results as plain values, for ``--json``."""
+        found: dict[str, Any] = {"folder": str(self.folder), "until": self.until}
+        for key, file in (
+            ("search", "search/result.json"),
+            ("selection", "select/selection.json"),
+            ("evaluation", "eval/results.json"),
+        ):
+            if (self.folder / file).is_file():
+                found[key] = read_json(self.folder / file)
+        found["training"] = self.training()
+        if (self.folder / "report.html").is_file():
+            found["report"] = str(self.folder / "report.html")
+        return found
+
+    def training(self) -> dict[str, Any]:
+        """Metrics of every trained arm."""
+        files = sorted(self.folder.glob("train/*/metrics.json"))
+        return {file.parent.name: read_json(file) for file in files}
+
+    def table(self) -> str:
+        """One line an arm: layers, loss and accuracy with intervals, size, speed, memory."""
+        from floe.pipeline.summary import arms_table
+
+        results = self.folder / "eval/results.json"
+        return arms_table(read_json(results), self.training()) if results.is_file() else ""
+
+    def outcome(self) -> str:
+        """The last line: where the result is."""
+        places = {"report": "report.html", "eval": "eval/results.json", "train": "adapter",
+                  "select": "select/selection.json", "score": "score/scores.npz",
+                  "search": "search/result.json"}  # fmt: skip
+        return f"{self.until}: {self.folder / places[self.until]}"
+
+
+def run(
+    config: RunConfig | str | os.PathLike[str],
+    *,
+    until: str = "report",
+    progress: Progress | None = None,
+) -> RunResult:
+    """Run the stages up to ``until``; those whose inputs are unchanged are skipped, an unfinished one resumes.
+
+    Args:
+        config: a RunConfig, or the path of its YAML file.
+        until: "search", "score", "select", "train", "eval" or "report".
+        progress: told about stages and steps.
+
+    Raises:
+        ValueError: for a setting the model or the data do not allow.
+        FileError, DataError: for files and rows that cannot be used.
+    """
+    if until not in STAGES:
+        raise ValueError(f"until must be one of {', '.join(STAGES)}, got {until!r}")
+    settings = config if isinstance(config, RunConfig) else load_config(config)
+    folder = RunFolder(Path(settings.output_dir) / settings.name)
+    with folder.locked():
+        write_text(folder.path / "config.yaml", dump_config(settings))
+        stages = _Stages(settings, folder, progress or Progress())
+        for name in STAGES[: STAGES.index(until) + 1]:
+            getattr(stages, name)()
+    return RunResult(folder.path, until)
+
+
+class _Stages:
+    """Each method is one stage: its inputs' hash, and the work when that has changed."""
+
+    def __init__(self, config: RunConfig, folder: RunFolder, progress: Progress) -> None:
+        from floe.pipeline.workspace import Workspace
+
+        self.config, self.folder, self.progress = config, folder, progress
+        self.work = Workspace(config)
+        self.path = folder.path
+        write_json(self.path / "env.json", environment() | {"device": str(self.work.device), "dtype": str(self.work.dtype)})
+        self.hashes: dict[str, str] = {}
+
+    def _stage(self, name: str, inputs: dict[str, Any], build: Callable[[Path], None]) -> None:
+        self.hashes[name] = self.folder.stage(name, inputs, build, self.progress.stage)
+
+    def _announce(self, stage: str) -> Announce:
+        return lambda done, total, note="": self.progress.step(stage, done, total, note)
+
+    def _learning(self, stage: str) -> Any:
+        def report(step: int, steps: int, loss: float, seconds_left: float) -> None:
+            self.progress.step(stage, step, steps, f"loss {loss:.3f}")
+
+        return report
+
+    def _common(self) -> dict[str, Any]:
+        adapter = self.config.adapter.model_dump(mode="json")
+        train = self.config.train.model_dump(mode="json")
+        return {"model": self.work.model_identity(), "data": self.work.data_identity(),
+                "adapter": adapter, "train": train, "eval_batch": self.config.eval.batch_size}  # fmt: skip
+
+    def search(self) -> None:
+        """Rank, experts and the warm-up model; without trials, one warm-up at the configured size."""
+        from floe.pipeline import warmup
+
+        inputs = self._common() | {
+            "search": self.config.search.model_dump(mode="json", exclude={"storage"}),
+            "warmup": self.config.warmup.model_dump(mode="json"),
+        }
+
+        def build(folder: Path) -> None:
+            warmup.build(self.work, folder, self._learning("search"), self._announce("search"))
+
+        self._stage("search", inputs, build)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Rank and number of experts the search decided on."""
+        result = read_json(self.path / "search/result.json")
+        return result["rank"], result["num_experts"]
+
+    def score(self) -> None:
+        """Mask Fisher, adapter Fisher and Taylor cost."""
+        from floe.data import fingerprint
+        from floe.importance.score import score
+        from floe.pipeline.workspace import taken_off
+
+        settings = self.config.score
+        inputs = {
+            "search": self.hashes["search"],
+            "score": settings.model_dump(mode="json"),
+            "rows": fingerprint(self.work.calibration_rows),
+            "taylor_rows": fingerprint(self.work.taylor_rows),
+            "probe": "probe" in self._policies(),
+        }
+
+        def build(folder: Path) -> None:
+            model = self.work.adapted(self.path / "search/adapter")
+            try:
+                scores = score(
+                    model,
+                    self.work.batches(self.work.calibration_rows, settings.batch_size),
+                    taylor_batches=self.work.batches(self.work.taylor_rows, settings.batch_size),
+                    reduction=settings.reduction,
+                    mask_scope=settings.mask_scope,
+                    taylor_kind=settings.taylor_kind,
+                    taylor_aggregate=settings.taylor_aggregate,
+                    taylor_tokens=settings.taylor_tokens,
+                    probe=inputs["probe"],
+                    seed=settings.seed,
+                    progress=self._announce("score"),
+                )
+            finally:
+                taken_off(model)
+            scores.save(folder / "scores.npz")
+
+        self._stage("score", inputs, build)
+
+    def _policies(self) -> set[str]:
+        return {self.config.select.policy, *(baseline.policy for baseline in self.config.baselines)}
+
+    def select(self) -> None:
+        """The layers, and the paper's masks beside them whatever decided."""
+        from floe.pipeline.choice import choose, choose_baseline
+
+        inputs = {
+            "score": self.hashes["score"],
+            "select": self.config.select.model_dump(mode="json"),
+            "baselines": [b.model_dump(mode="json") for b in self.config.baselines],
+        }
+
+        def build(folder: Path) -> None:
+            selection = choose(self.work, self.path, self._announce("select"))
+            selection.save(folder)
+            arms = {b.name: choose_baseline(self.work, self.path, selection, b) for b in self.config.baselines}
+            write_json(folder / "baselines.json", {name: {"layers": layers} for name, layers in arms.items()})
+
+        self._stage("select", inputs, build)
+
+    def _arms(self) -> dict[str, tuple[str, list[int]]]:
+        """Arm -> its policy and layers; the chosen one is ``main``."""
+        chosen = read_json(self.path / "select/selection.json")
+        others = read_json(self.path / "select/baselines.json")
+        arms = {"main": (str(chosen["policy"]), list(chosen["layers"]))}
+        for baseline in self.config.baselines:
+            arms[baseline.name] = (_name_of(baseline), others[baseline.name]["layers"])
+        return arms
+
+    def train(self) -> None:
+        """The chosen layers, then every baseline on the same schedule; ``adapter/`` is the chosen one's."""
+        rank, experts = self.size
+        for arm, (policy, layers) in self._arms().items():
+            inputs = self._common() | {"rank": rank, "num_experts": experts, "layers": layers, "policy": policy}
+            self._stage(f"train/{arm}", inputs, lambda folder, a=arm, p=policy, k=layers: self._train(a, p, k, folder))
+        copy_folder(self.path / "train/main/adapter", self.path / "adapter")
+
+    def _train(self, arm: str, policy: str, layers: list[int], folder: Path) -> None:
+        from floe.adapters.files import save_adapter
+        from floe.checkpoints import remove_checkpoints
+        from floe.train import train
+        from floe.pipeline.workspace import plain, taken_off
+
+        rank, experts = self.size
+        model = self.work.fresh(rank, experts, layers)
+        try:
+            result = train(
+                model,
+                self.work.train_rows,
+                settings=self.work.settings(),
+                output_dir=folder / "checkpoints",
+                validation=self.work.validation_rows,
+                on_progress=self._learning(f"train/{arm}"),
+            )
+            save_adapter(model, folder / "adapter")
+        finally:
+            taken_off(model)
+        remove_checkpoints(folder / "checkpoints")
+        metrics = plain(result) | {
+            "arm": arm, "policy": policy, "layers": layers, "rank": rank, "num_experts": experts,
+            "seed": self.config.train.seed,
+        }  # fmt: skip
+        write_json(folder / "metrics.json", metrics)
+
+    def eval(self) -> None:
+        """Loss and accuracy of every arm and of the base model; router health; step cost by layer count."""
+        from floe.pipeline import measure
+
+        self._profile()
+        arms = self._arms()
+        inputs = {
+            "arms": {arm: self.hashes[f"train/{arm}"] for arm in arms},
+            "eval": self.config.eval.model_dump(mode="json"),
+            "test": self.work.test_identity(),
+            "template": self.config.data.template,
+            "max_length": self.config.data.max_length,
+        }
+
+        def build(folder: Path) -> None:
+            adapters = {arm: self.path / "train" / arm / "adapter" for arm in arms}
+            measure.build(self.work, adapters, folder, self._announce("eval"))
+
+        self._stage("eval", inputs, build)
+
+    def _profile(self) -> None:
+        from floe.pipeline import profiling
+
+        if self.config.profile.steps == 0:
+            return
+        rank, experts = self.size
+        inputs = self._common() | {
+            "rank": rank, "num_experts": experts, "profile": self.config.profile.model_dump(mode="json"),
+        }  # fmt: skip
+
+        def build(folder: Path) -> None:
+            profiling.build(self.work, rank, experts, folder, self._announce("profile"))
+
+        self._stage("profile", inputs, build)
+
+    def report(self) -> None:
+        """``report.html`` from the artifacts; cheap, so always made anew."""
+        from floe.report import build_report
+
+        self.progress.stage("report", "started")
+        build_report(self.path)
+        self.progress.stage("report", "finished")
+
+
+def _name_of(baseline: Baseline) -> str:
+    return f"{baseline.policy}/{baseline.preset}" if baseline.policy == "masks" else baseline.policy
+
+
+def export_run(config: RunConfig, output: Path, rows: int) -> Any:
+    """The finished run's adapter as one plain LoRA, averaged over ``rows`` training rows."""
+    from floe.adapters.export import export_lora
+    from floe.data import sample
+    from floe.pipeline.workspace import Workspace
+
+    work = Workspace(config)
+    model = work.adapted(Path(config.output_dir) / config.name / "adapter")
+    batches = work.batches(sample(work.train_rows, rows, config.train.seed), config.eval.batch_size)
+    return export_lora(model, output, batches)
+
+

@@ -1,0 +1,223 @@
+"""What the stages of a run share: the base model, the tokenizer, the rows. Each is loaded when first needed."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from floe.adapters import FloeConfig, get_model
+from floe.adapters.files import load_adapter
+from floe.config import DataSource, RunConfig
+from floe.data import Collator, Encoded, TokenRow, encode, fingerprint, make_batches, sample, split
+from floe.doctor import auto_dtype
+from floe.errors import FileError
+from floe.readers import Row, load_rows
+from floe.runs import hash_of, sha256
+from floe.schedule import TrainSettings
+
+Batch = dict[str, Any]
+
+
+class Workspace:
+    """The loaded inputs of one configuration. The base model is shared: take adapters off after use."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self.config = config
+
+    @cached_property
+    def device(self) -> torch.device:
+        """Device of the model: the first CUDA device where there is one, unless the configuration says."""
+        wanted = self.config.model.device
+        if wanted == "cuda" and not torch.cuda.is_available():
+            raise ValueError("model.device must be cpu or auto on this machine, got cuda: no CUDA device is there")
+        if wanted == "auto":
+            wanted = "cuda" if torch.cuda.is_available() else "cpu"
+        return torch.device(wanted)
+
+    @cached_property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the base weights."""
+        named = self.config.model.dtype
+        return auto_dtype(self.device) if named == "auto" else getattr(torch, named)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The model's tokenizer."""
+        from transformers import AutoTokenizer
+
+        return self._load("tokenizer", AutoTokenizer.from_pretrained)
+
+    @cached_property
+    def base_model(self) -> nn.Module:
+        """The frozen base model, in eval mode on the run's device."""
+        from transformers import AutoModelForCausalLM
+
+        settings: dict[str, Any] = {"dtype": self.dtype}
+        if self.config.model.attention is not None:
+            settings["attn_implementation"] = self.config.model.attention
+        model = self._load("model", AutoModelForCausalLM.from_pretrained, **settings)
+        model.to(self.device).eval().requires_grad_(False)
+        model.config.use_cache = False
+        return model
+
+    def _load(self, what: str, loader: Any, **settings: Any) -> Any:
+        model = self.config.model
+        if model.gguf_file is not None:
+            settings["gguf_file"] = model.gguf_file
+        try:
+            return loader(model.path, revision=model.revision or "main", **settings)
+        except (OSError, ValueError, KeyError) as error:
+            raise FileError(model.path, f"cannot be loaded as a {what}: {error}") from error
+
+    @cached_property
+    def _split_rows(self) -> tuple[list[TokenRow], list[TokenRow]]:
+        data = self.config.data
+        rows = self.encoded("train").rows
+        if data.validation is not None:
+            return rows, self.encoded("validation").rows
+        return split(rows, data.val_fraction, data.seed)
+
+    @property
+    def train_rows(self) -> list[TokenRow]:
+        """Rows to train on, without those held out for validation."""
+        return self._split_rows[0]
+
+    @property
+    def validation_rows(self) -> list[TokenRow]:
+        """Rows the search and the validation loss use."""
+        return self._split_rows[1]
+
+    @cached_property
+    def warmup_rows(self) -> list[TokenRow]:
+        """The warm-up's share of the training rows."""
+        count = max(1, round(len(self.train_rows) * self.config.warmup.fraction))
+        return sample(self.train_rows, count, self.config.warmup.seed)
+
+    @cached_property
+    def calibration_rows(self) -> list[TokenRow]:
+        """Warm-up rows the Fisher information is measured on."""
+        return sample(self.warmup_rows, self.config.score.rows, self.config.score.seed)
+
+    @cached_property
+    def taylor_rows(self) -> list[TokenRow]:
+        """Rows of the Taylor cost: general text where given, else the first of the calibration's."""
+        settings = self.config.score
+        if settings.taylor_data is None:
+            return sample(self.calibration_rows, settings.taylor_rows, settings.seed)
+        rows = self._encode(self._read(settings.taylor_data), "score.taylor_data").rows
+        return sample(rows, settings.taylor_rows, settings.seed)
+
+    @cached_property
+    def test_examples(self) -> list[Row]:
+        """Test rows as text; the validation data's where no test data is named."""
+        data = self.config.data
+        source = data.test or data.validation
+        if source is None:
+            kept = {row.index for row in self.validation_rows}
+            rows = [row for i, row in enumerate(self._read(data.train)) if i in kept]
+        else:
+            rows = self._read(source)
+        return rows[: self.config.eval.limit] if self.config.eval.limit else rows
+
+    @cached_property
+    def test_rows(self) -> list[TokenRow]:
+        """Test rows as tokens."""
+        return self._encode(self.test_examples, "data.test").rows
+
+    def encoded(self, part: str) -> Encoded:
+        """Tokenised rows of ``train`` or ``validation`` and how many were dropped, and why."""
+        return self._encode(self._read(getattr(self.config.data, part)), f"data.{part}")
+
+    def _encode(self, rows: list[Row], name: str) -> Encoded:
+        data = self.config.data
+        return encode(rows, self.tokenizer, template=data.template, max_length=data.max_length, source=name)
+
+    def _read(self, source: DataSource) -> list[Row]:
+        columns = {k: v for k, v in self.config.data.columns.model_dump().items() if v is not None}
+        hub = {} if source.path else {"split": source.split, "revision": source.revision, "subset": source.name}
+        return load_rows(source.path or str(source.hub), columns=columns, limit=source.limit, **hub)
+
+    def batches(self, rows: list[TokenRow], batch_size: int) -> list[Batch]:
+        """Batches for measuring: longest rows first, on the model's own collator."""
+        collator = Collator.for_model(self.base_model, self.tokenizer.pad_token_id or 0)
+        return make_batches(rows, batch_size, True, collator)
+
+    def settings(self, max_steps: int | None = None) -> TrainSettings:
+        """The training's settings; ``max_steps`` replaces the configuration's."""
+        values = self.config.train.model_dump()
+        points = values.pop("validations")
+        values["validation_points"] = tuple((i + 1) / points for i in range(points))
+        values["eval_batch_size"] = self.config.eval.batch_size
+        if max_steps is not None:
+            values["max_steps"] = max_steps
+        return TrainSettings(**values)
+
+    def adapter_config(self, rank: int, experts: int, layers: list[int] | None) -> FloeConfig:
+        """The adapter's settings at this size on these layers (None = all)."""
+        adapter = self.config.adapter.model_dump()
+        adapter |= {"r": rank, "num_experts": experts}
+        named = self.config.model
+        return FloeConfig(
+            **adapter, layers=layers, seed=self.config.train.seed,
+            base_model_name_or_path=named.path, revision=named.revision,
+        )  # fmt: skip
+
+    def fresh(self, rank: int, experts: int, layers: list[int] | None) -> Any:
+        """The base model with fresh adapters."""
+        return get_model(self.base_model, self.adapter_config(rank, experts, layers))
+
+    def adapted(self, folder: Path) -> Any:
+        """The base model with the adapter saved in ``folder``."""
+        return load_adapter(self.base_model, folder)
+
+    def data_identity(self) -> dict[str, str]:
+        """Hashes of the rows, as tokens."""
+        return {
+            "train": fingerprint(self.train_rows),
+            "validation": fingerprint(self.validation_rows),
+        }
+
+    def test_identity(self) -> str:
+        """Hash of the test rows, as text."""
+        return hash_of(self.test_examples)
+
+    def model_identity(self) -> dict[str, Any]:
+        """What tells one base model from another: hashes of a folder's files, or name and revision."""
+        model, folder = self.config.model, Path(self.config.model.path)
+        numerics = {"dtype": str(self.dtype), "device": self.device.type, "attention": model.attention}
+        if not folder.is_dir():
+            return numerics | {"path": model.path, "revision": model.revision}
+        files = [f for f in sorted(folder.iterdir()) if f.suffix in (".json", ".safetensors", ".gguf")]
+        return numerics | {f.name: _file_identity(f) for f in files}
+
+
+def _file_identity(file: Path) -> str:
+    """Hash of a small file; of a large one, its size and its first and last MiB."""
+    size, piece = file.stat().st_size, 1 << 20
+    if size <= 4 * piece:
+        return sha256(file)
+    with file.open("rb") as data:
+        head = data.read(piece)
+        data.seek(size - piece)
+        return hash_of([size, head.hex(), data.read().hex()])
+
+
+def taken_off(model: Any) -> None:
+    """Remove every adapter from the shared base model; its weights were never changed."""
+    model.unload()
+    base = model.get_base_model()
+    if hasattr(base, "peft_config"):
+        del base.peft_config
+
+
+def plain(value: Any) -> Any:
+    """A dataclass or pydantic model as plain JSON values."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = dataclasses.asdict(value)
+    return json.loads(json.dumps(value, default=str))

@@ -1,0 +1,191 @@
+"""The headline: what was adapted, what it bought, and what the intervals allow one to say."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from floe.report.arms import adapts_all, arm_names
+from floe.report.artifacts import Interval, Outcome, Run
+from floe.report.tables import (
+    Cell,
+    Table,
+    compact,
+    count,
+    decimals,
+    duration,
+    label,
+    overlaps,
+    percent,
+    seconds,
+    size,
+    spread,
+)
+
+
+@dataclass(frozen=True)
+class Fact:
+    """One large number with its name and the line under it."""
+
+    name: str
+    value: str
+    note: str
+
+
+@dataclass(frozen=True)
+class ArmRow:
+    """One line of the headline table, ready to print; ``role`` is base, main, all or other."""
+
+    arm: str
+    role: str
+    layers: str
+    parameters: str
+    loss: str
+    loss_interval: str
+    accuracy: str
+    accuracy_interval: str
+    step_time: str
+    memory: str
+    seed: str
+
+
+def facts(run: Run) -> list[Fact]:
+    """Layers, parameters, loss and step time; those whose stage was not run drop."""
+    choice = run.choice
+    share = len(choice.layers) / run.layer_count
+    found = [
+        Fact(
+            "adapted layers",
+            f"{len(choice.layers)} of {run.layer_count}",
+            f"{percent(share, 0)}, by {choice.policy}",
+        )
+    ]
+    main, full = run.training.get("main"), _full_arm(run)
+    if main is not None:
+        note = f"rank {main.rank}, {main.num_experts} experts"
+        if full is not None and run.training[full].trainable_parameters:
+            part = main.trainable_parameters / run.training[full].trainable_parameters
+            note += f"; {percent(part, 0)} of adapting all layers"
+        found.append(Fact("trainable parameters", compact(main.trainable_parameters), note))
+    outcome = _outcome(run, "main")
+    if outcome is not None and outcome.loss is not None:
+        found.append(
+            Fact(
+                "loss, nats per token", decimals(outcome.loss.value), _loss_note(run, outcome.loss)
+            )
+        )
+    if main is not None:
+        note = f"{main.steps:,} steps, {duration(main.seconds)} in all"
+        if full is not None:
+            note += f"; adapting all layers {seconds(run.training[full].seconds_per_step)}"
+        found.append(Fact("time per training step", seconds(main.seconds_per_step), note))
+    return found
+
+
+def _loss_note(run: Run, loss: Interval) -> str:
+    note = spread(loss, decimals)
+    note += f" over {count(loss.n)} rows" if loss.n is not None else ""
+    base = _outcome(run, "base")
+    return note + (
+        f"; base {decimals(base.loss.value)}" if base is not None and base.loss is not None else ""
+    )
+
+
+def arm_rows(run: Run) -> list[ArmRow]:
+    """The headline table, one row per arm."""
+    rows = []
+    for arm in arm_names(run):
+        one, outcome = run.training.get(arm), _outcome(run, arm)
+        loss = outcome.loss if outcome else None
+        accuracy = outcome.accuracy if outcome else None
+        role = arm if arm in ("base", "main") else "all" if adapts_all(run, arm) else "other"
+        rows.append(
+            ArmRow(
+                arm=arm,
+                role=role,
+                layers=str(len(one.layers)) if one else "0" if arm == "base" else "–",
+                parameters=count(one.trainable_parameters)
+                if one
+                else "0"
+                if arm == "base"
+                else "–",
+                loss=decimals(loss.value if loss else None),
+                loss_interval=spread(loss, decimals),
+                accuracy=percent(accuracy.value if accuracy else None),
+                accuracy_interval=spread(accuracy, lambda v: f"{100 * v:.1f}"),
+                step_time=seconds(one.seconds_per_step if one else None),
+                memory=size(one.peak_memory_bytes if one else None),
+                seed="–" if one is None or one.seed is None else str(one.seed),
+            )
+        )
+    return rows
+
+
+def arm_table(run: Run) -> Table:
+    """The headline table's numbers in full."""
+    rows: list[tuple[Cell, ...]] = []
+    for arm in arm_names(run):
+        one, outcome = run.training.get(arm), _outcome(run, arm)
+        rows.append(
+            (
+                arm,
+                " ".join(map(str, one.layers)) if one else "",
+                one.trainable_parameters if one else None,
+                *_flat(outcome.loss if outcome else None),
+                *_flat(outcome.accuracy if outcome else None),
+                one.seconds_per_step if one else None,
+                one.peak_memory_bytes if one else None,
+                one.seed if one else None,
+            )
+        )
+    columns = ("arm", "layers", "trainable parameters",
+               "loss", "loss low", "loss high", "loss rows",
+               "accuracy", "accuracy low", "accuracy high", "accuracy rows", "seconds per step",
+               "peak memory bytes", "seed")  # fmt: skip
+    return Table("arms", columns, tuple(rows))
+
+
+def verdicts(run: Run) -> list[str]:
+    """What the main arm's intervals say against each other arm, in one sentence per measure."""
+    sentences = []
+    for what, better in (("loss", -1), ("accuracy", 1)):
+        groups: dict[str, list[str]] = {"better": [], "worse": [], "open": []}
+        mine = getattr(_outcome(run, "main"), what, None)
+        for arm in arm_names(run):
+            other = getattr(_outcome(run, arm), what, None)
+            together = overlaps(mine, other)
+            if arm == "main" or together is None or mine is None or other is None:
+                continue
+            sign = better * (mine.value - other.value)
+            groups["open" if together else "better" if sign > 0 else "worse"].append(label(arm))
+        if any(groups.values()):
+            sentences.append(_sentence(what, groups))
+    return sentences
+
+
+def _sentence(what: str, groups: dict[str, list[str]]) -> str:
+    parts = []
+    if groups["better"]:
+        parts.append(f"better than {_join(groups['better'])} with separate intervals")
+    if groups["worse"]:
+        parts.append(f"worse than {_join(groups['worse'])} with separate intervals")
+    if groups["open"]:
+        parts.append(f"not separated from {_join(groups['open'])} (the intervals overlap)")
+    return f"On {what}, main is {'; '.join(parts)}."
+
+
+def _join(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+def _full_arm(run: Run) -> str | None:
+    return next((arm for arm in arm_names(run) if arm != "main" and adapts_all(run, arm)), None)
+
+
+def _outcome(run: Run, arm: str) -> Outcome | None:
+    return run.evaluation.arms.get(arm) if run.evaluation else None
+
+
+def _flat(interval: Interval | None) -> tuple[Cell, ...]:
+    if interval is None:
+        return (None, None, None, None)
+    return (interval.value, interval.low, interval.high, interval.n)

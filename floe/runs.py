@@ -1,0 +1,236 @@
+"""The run folder: stages that are done stay done, unfinished ones resume, nothing half-written is ever seen.
+
+A stage works in ``<stage>.work``, which survives a kill; its result appears under ``<stage>`` by one rename,
+together with ``DONE.json``: a hash of everything the stage read, and size and sha256 of every file it wrote.
+A stage whose inputs hash to the same value and whose files verify is skipped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from floe.errors import FileError
+
+FORMAT = 1
+_LARGE = 1 << 20
+
+
+class RunFolder:
+    """One run's folder. Open it with :meth:`locked` before writing: one process at a time."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+
+    @contextmanager
+    def locked(self) -> Iterator[RunFolder]:
+        """Hold the folder; a second process gets a FileError at once."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(self.path / "lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout as error:
+            raise FileError(self.path, "another process is working in this run folder") from error
+        try:
+            yield self
+        finally:
+            lock.release()
+
+    def done(self, stage: str) -> dict[str, Any] | None:
+        """``DONE.json`` of a finished stage, or None."""
+        file = self.path / stage / "DONE.json"
+        return read_json(file) if file.is_file() else None
+
+    def stage(
+        self,
+        name: str,
+        inputs: dict[str, Any],
+        build: Callable[[Path], None],
+        announce: Callable[[str, str], None] = lambda stage, what: None,
+    ) -> str:
+        """Run ``build(work_folder)`` unless the stage is done with the same inputs; returns its hash.
+
+        ``build`` writes its files into the folder it is given and finds there what an interrupted attempt with
+        the same inputs left. An exception leaves that folder for the next attempt.
+        """
+        digest = hash_of(inputs)
+        final = self.path / name
+        if self._is_current(final, digest):
+            announce(name, "unchanged")
+            return digest
+        work = self.path / f"{name}.work"
+        self._prepare(work, digest)
+        announce(name, "started")
+        self.event(stage=name, what="started", inputs=digest)
+        began = time.monotonic()
+        build(work)
+        self._publish(work, final, digest, inputs, time.monotonic() - began)
+        self.event(stage=name, what="finished", seconds=round(time.monotonic() - began, 3))
+        announce(name, "finished")
+        return digest
+
+    def event(self, **fields: Any) -> None:
+        """Append one line to ``events.jsonl``."""
+        with (self.path / "events.jsonl").open("a", encoding="utf-8") as log:
+            log.write(json.dumps({"time": time.time(), **fields}, sort_keys=True) + "\n")
+
+    def _is_current(self, final: Path, digest: str) -> bool:
+        file = final / "DONE.json"
+        if not file.is_file():
+            return False
+        done = read_json(file)
+        return done.get("inputs_hash") == digest and all(
+            (final / name).is_file() and (final / name).stat().st_size == facts["size"]
+            and (facts["size"] > _LARGE or sha256(final / name) == facts["sha256"])
+            for name, facts in done.get("outputs", {}).items()
+        )  # fmt: skip
+
+    def _prepare(self, work: Path, digest: str) -> None:
+        marker = work / ".inputs"
+        if work.exists() and (not marker.is_file() or marker.read_text() != digest):
+            shutil.rmtree(work)
+        work.mkdir(parents=True, exist_ok=True)
+        write_text(marker, digest)
+
+    def _publish(
+        self, work: Path, final: Path, digest: str, inputs: dict[str, Any], seconds: float
+    ) -> None:
+        (work / ".inputs").unlink(missing_ok=True)
+        files = sorted(p for p in work.rglob("*") if p.is_file())
+        outputs = {
+            str(p.relative_to(work)): {"size": p.stat().st_size, "sha256": sha256(p)} for p in files
+        }
+        for file in files:
+            _sync(file)
+        write_json(
+            work / "DONE.json",
+            {
+                "format": FORMAT,
+                "stage": str(final.relative_to(self.path)),
+                "inputs_hash": digest,
+                "inputs": inputs,
+                "outputs": outputs,
+                "seconds": round(seconds, 3),
+                "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            },
+        )
+        final.parent.mkdir(parents=True, exist_ok=True)
+        replace_folder(work, final)
+
+
+def replace_folder(new: Path, final: Path) -> None:
+    """Put ``new`` in the place of ``final``; a kill between leaves the old one gone, never a mixture."""
+    if final.exists():
+        old = final.with_name(f"{final.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        final.rename(old)
+        new.rename(final)
+        shutil.rmtree(old)
+    else:
+        new.rename(final)
+    _sync(final.parent)
+
+
+def copy_folder(source: Path, final: Path) -> None:
+    """A copy of ``source`` that appears at ``final`` complete or not at all."""
+    beside = final.with_name(f"{final.name}.tmp")
+    shutil.rmtree(beside, ignore_errors=True)
+    shutil.copytree(source, beside)
+    replace_folder(beside, final)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file; FileError when it is missing, damaged or something else."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise FileError(path, f"cannot be read as JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise FileError(path, f"must hold a JSON object, got {type(value).__name__}")
+    return value
+
+
+def write_json(path: Path, value: Any) -> None:
+    """JSON with sorted keys, complete or not at all. NaN and infinity are refused."""
+    write_text(path, json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write beside, flush to disk, rename."""
+    beside = path.with_name(f"{path.name}.tmp")
+    with beside.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    beside.replace(path)
+
+
+def hash_of(value: Any) -> str:
+    """sha256 of a value's canonical JSON."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def sha256(path: Path) -> str:
+    """sha256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def environment() -> dict[str, Any]:
+    """Machine and versions, for ``env.json``; loads nothing heavy."""
+    names = ("torch", "triton", "transformers", "peft", "optuna", "datasets", "numpy", "floe-lora")
+    versions: dict[str, Any] = {}
+    for name in names:
+        try:
+            versions[name.replace("-lora", "")] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name.replace("-lora", "")] = None
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu": _cpu_name(),
+        "threads": os.cpu_count(),
+        "commit": _commit(),
+        **versions,
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def _commit() -> str | None:
+    """Commit of the source tree floe runs from, if it is one."""
+    folder = Path(__file__).resolve().parent.parent
+    if not (folder / ".git").exists():
+        return None
+    found = subprocess.run(
+        ["git", "-C", str(folder), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+    )
+    return found.stdout.strip() or None
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

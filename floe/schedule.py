@@ -1,0 +1,107 @@
+"""How to train and in what order: both are known before the first step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+_SCHEDULES = ("cosine", "linear", "constant_with_warmup", "constant")
+NOT_IDENTITY = {"save_steps", "save_total_limit", "validation_points", "eval_batch_size"}
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """How to train. The defaults are the FLoE paper's Table 6 and its ancestors' launch scripts.
+
+    ``batch_size`` rows at a time, ``grad_accum`` of them per step: the step's loss is the mean over
+    all its target tokens, however it is cut. ``max_steps`` replaces ``epochs``. ``warmup_ratio`` is
+    the share of steps in which the learning rate rises from 0. ``max_grad_norm`` 0 turns clipping
+    off. ``save_steps`` None writes no checkpoint. ``validation_points`` are fractions of the
+    training at which the validation loss is taken, 0 = before the first step.
+    """
+
+    learning_rate: float = 2e-4
+    batch_size: int = 1
+    grad_accum: int = 8
+    epochs: float = 1.0
+    max_steps: int | None = None
+    warmup_ratio: float = 0.03
+    schedule: str = "cosine"
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    group_by_length: bool = False
+    gradient_checkpointing: bool = False
+    seed: int = 41
+    save_steps: int | None = 50
+    save_total_limit: int = 2
+    validation_points: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0)
+    eval_batch_size: int = 16
+
+    def __post_init__(self) -> None:
+        for name, low in _COUNTS.items():
+            value = getattr(self, name)
+            if name in ("max_steps", "save_steps") and value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+            if value < low:
+                raise ValueError(f"{name} must be at least {low}, got {value}")
+        for name in ("learning_rate", "epochs"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be a number > 0, got {getattr(self, name)}")
+        for name in ("weight_decay", "max_grad_norm"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be a number >= 0, got {getattr(self, name)}")
+        if not 0 <= self.warmup_ratio < 1:
+            raise ValueError(f"warmup_ratio must be in [0, 1), got {self.warmup_ratio}")
+        if self.schedule not in _SCHEDULES:
+            known = ", ".join(_SCHEDULES)
+            raise ValueError(f"schedule must be one of {known}, got {self.schedule!r}")
+        if not all(0 <= point <= 1 for point in self.validation_points):
+            raise ValueError(f"validation_points must be in [0, 1], got {self.validation_points}")
+
+
+# The Trainer deletes old checkpoints before the new one is sealed: one must be left beside it.
+_COUNTS = {"batch_size": 1, "grad_accum": 1, "max_steps": 1, "save_steps": 1, "save_total_limit": 2,
+           "eval_batch_size": 1, "seed": 0}  # fmt: skip
+
+
+def training_order(
+    lengths: Sequence[int], settings: TrainSettings, world_size: int = 1
+) -> list[int]:
+    """Indices of the rows in the order they are trained on, all epochs in one list.
+
+    Each epoch is a permutation drawn from (seed, epoch), so the order is known before the first
+    step and a resumed run cannot leave it. With ``group_by_length`` rows of like length share a
+    step: an epoch is cut into stretches of 50 steps, each sorted by length and its steps shuffled.
+    """
+    block = settings.batch_size * settings.grad_accum * world_size
+    count = len(lengths)
+    if settings.max_steps is not None:
+        total = settings.max_steps * block
+    else:
+        total = math.ceil(round(settings.epochs * count, 6))
+    order: list[int] = []
+    epoch = 0
+    while count and len(order) < total:
+        rng = np.random.default_rng([settings.seed, epoch])
+        drawn = rng.permutation(count).tolist()
+        order += _grouped(drawn, lengths, block, rng) if settings.group_by_length else drawn
+        epoch += 1
+    return order[:total]
+
+
+def _grouped(
+    order: list[int], lengths: Sequence[int], block: int, rng: np.random.Generator
+) -> list[int]:
+    grouped: list[int] = []
+    for start in range(0, len(order), 50 * block):
+        stretch = sorted(order[start : start + 50 * block], key=lambda i: (-lengths[i], i))
+        steps = [stretch[i : i + block] for i in range(0, len(stretch), block)]
+        # The last step may be short; it stays last, so that the others keep to their blocks.
+        places = [*rng.permutation(len(steps) - 1).tolist(), len(steps) - 1]
+        grouped += [i for place in places for i in steps[place]]
+    return grouped

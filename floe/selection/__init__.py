@@ -1,0 +1,34 @@
+"""Which layers get adapters: masks, layer scores, policies. Everything but ``tuning`` works
+without torch.
+"""
+
+from floe.selection.masks import (
+    MaskSolution,
+    determine,
+    refine_masks,
+    solve_mask,
+    solve_two_class,
+    solve_two_class_literal,
+)
+from floe.selection.policies import POLICIES
+from floe.selection.presets import PRESETS, Preset
+from floe.selection.ranking import choose_layers, layer_score, rank_layers, spearman
+from floe.selection.selection import Selection, select
+
+__all__ = [
+    "POLICIES",
+    "PRESETS",
+    "MaskSolution",
+    "Preset",
+    "Selection",
+    "choose_layers",
+    "determine",
+    "layer_score",
+    "rank_layers",
+    "refine_masks",
+    "select",
+    "solve_mask",
+    "solve_two_class",
+    "solve_two_class_literal",
+    "spearman",
+]

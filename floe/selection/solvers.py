@@ -1,0 +1,221 @@
+"""Which units to retain under a cost budget: exact solvers with certificates (FLoE paper, Eq. 12
+and Algorithm 1).
+
+A unit is a head or a neuron. Its value is its Fisher score, what is lost when it is masked; its
+cost is its Taylor score, what retaining it takes from the budget. True always means retained.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from numbers import Integral, Real
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from floe import _native
+
+Floats = NDArray[np.float64]
+Flags = NDArray[np.bool_]
+
+DEFAULT_NODES = 20_000_000  # about a second; a count, so that every machine stops at the same masks
+
+
+@dataclass(frozen=True, eq=False)
+class MaskSolution:
+    """Masks and how good they are.
+
+    Attributes:
+        mask: [n] bool, True = retained; for two classes the heads, then the neurons.
+        value, cost: totals of the retained units. ``cost`` exceeds the budget by rounding at most
+            (1e-12 relative).
+        masked_value, masked_cost: totals of the masked units.
+        upper_bound: no feasible choice retains more value. It is ``lambda_ * budget + sum(max(0,
+            value - lambda_ * cost))`` over the units that fit the budget on their own, the
+            linear-programming bound. For Algorithm 1 as printed it is the value of everything:
+            masking nothing is feasible there.
+        lambda_: value per cost of the first unit that did not fit; 0 if all fit.
+        optimal: proven; then a positive gap only says that the linear bound is not attainable.
+        head_mask, neuron_mask: the two parts of ``mask``; None if the units have no classes.
+        nodes: states the exact search examined.
+    """
+
+    mask: Flags
+    value: float
+    cost: float
+    masked_value: float
+    masked_cost: float
+    upper_bound: float
+    lambda_: float
+    optimal: bool
+    head_mask: Flags | None = None
+    neuron_mask: Flags | None = None
+    nodes: int = 0
+
+    @property
+    def gap(self) -> float:
+        """upper_bound - value, >= 0."""
+        return self.upper_bound - self.value
+
+
+def solve_mask(
+    value: ArrayLike,
+    cost: ArrayLike,
+    budget: float,
+    *,
+    max_nodes: int = DEFAULT_NODES,
+    time_limit: float | None = None,
+) -> MaskSolution:
+    """Retain the most value at a total cost of at most ``budget`` (Eq. 12 in the reading of Eq. 3,
+    5 and 11).
+
+    Greedy by value / cost, the linear-programming bound, then an exact search among the units
+    whose reduced cost is below the gap. Ties: zero costs first, then larger value, then lower
+    index; the greedy choice stays unless something better is found. Equal input gives equal masks,
+    unless a time limit strikes.
+
+    Args:
+        value, cost: [n], finite, >= 0. float64 arrays are not copied.
+        budget: >= 0, in the unit of ``cost``; infinity means no limit.
+        max_nodes: states the search may examine; 0 returns the greedy choice with its bound.
+        time_limit: seconds for the search.
+
+    Raises:
+        ValueError: a negative or non-finite number (names the first unit), lengths that differ.
+        TypeError: no real numbers.
+    """
+    nodes = count("max_nodes", max_nodes)
+    seconds = 0.0
+    if time_limit is not None:
+        seconds = number("time_limit", time_limit)
+        if not seconds > 0:
+            raise ValueError(f"time_limit must be > 0 seconds, got {time_limit}")
+    found = _native.solve_knapsack(
+        numbers("value", value), numbers("cost", cost), number("budget", budget), nodes, seconds
+    )
+    return MaskSolution(
+        mask=found["mask"],
+        **totals(found),
+        upper_bound=found["upper_bound"],
+        lambda_=found["lambda"],
+        optimal=found["optimal"],
+        nodes=found["nodes"],
+    )
+
+
+def solve_two_class(
+    head_value: ArrayLike,
+    neuron_value: ArrayLike,
+    head_cost: float,
+    neuron_cost: float,
+    budget: float,
+) -> MaskSolution:
+    """Retain the most value when every head costs ``head_cost`` and every neuron ``neuron_cost``.
+    Exact, O(n).
+
+    Algorithm 1 in the retaining reading: tries every number n of heads with as many neurons as the
+    rest of the budget pays for. Units are masked in ascending (value, index); of equally good n
+    the smallest is taken.
+
+    Args:
+        head_value: [H], neuron_value: [I]; finite, >= 0. Either may be empty.
+        head_cost, neuron_cost: finite, >= 0.
+        budget: >= 0; infinity means no limit. 0.3 pays for three units of 0.1 in spite of binary
+            floats.
+
+    Raises:
+        ValueError: a negative or non-finite number; names the first unit.
+        TypeError: no real numbers.
+    """
+    return _two_class(head_value, neuron_value, head_cost, neuron_cost, budget, literal=False)
+
+
+def solve_two_class_literal(
+    head_value: ArrayLike,
+    neuron_value: ArrayLike,
+    head_cost: float,
+    neuron_cost: float,
+    budget: float,
+) -> MaskSolution:
+    """Algorithm 1 as printed, for the audit of readings: the budget limits the *masked* cost.
+
+    For every affordable number n of heads it masks the n heads and the f(n) neurons of least
+    value, f(n) as many as the budget still pays for, and takes the n whose masked value is least
+    (the smallest of equals). ``masked_value`` is its loss, ``masked_cost`` its used budget;
+    ``value`` and ``cost`` are still those of the retained units. Arguments and errors as in
+    :func:`solve_two_class`.
+    """
+    return _two_class(head_value, neuron_value, head_cost, neuron_cost, budget, literal=True)
+
+
+def _two_class(
+    head_value: ArrayLike,
+    neuron_value: ArrayLike,
+    head_cost: float,
+    neuron_cost: float,
+    budget: float,
+    *,
+    literal: bool,
+) -> MaskSolution:
+    found = _native.solve_two_class(
+        numbers("head_value", head_value),
+        numbers("neuron_value", neuron_value),
+        number("head_cost", head_cost),
+        number("neuron_cost", neuron_cost),
+        number("budget", budget),
+        literal,
+    )
+    return MaskSolution(
+        mask=np.concatenate([found["head_mask"], found["neuron_mask"]]),
+        **totals(found),
+        upper_bound=found["upper_bound"],
+        lambda_=found["lambda"],
+        optimal=found["masked_value"] == 0 if literal else True,
+        head_mask=found["head_mask"],
+        neuron_mask=found["neuron_mask"],
+    )
+
+
+def totals(found: Mapping[str, Any]) -> dict[str, Any]:
+    """The four totals of a native solver's result."""
+    return {name: found[name] for name in ("value", "cost", "masked_value", "masked_cost")}
+
+
+def numbers(name: str, array: ArrayLike, dimensions: int = 1) -> Floats:
+    """``array`` as C-contiguous float64, copied only if it is not that already.
+
+    Raises:
+        TypeError: not an array of real numbers. ValueError: of another number of dimensions.
+    """
+    found = np.asarray(array)
+    if found.dtype.kind not in "fiu":
+        raise TypeError(f"{name} must be an array of real numbers, got dtype {found.dtype}")
+    if found.ndim != dimensions:
+        raise ValueError(f"{name} must have {dimensions} dimension(s), got shape {found.shape}")
+    return np.ascontiguousarray(found, dtype=np.float64)
+
+
+def number(name: str, value: Any) -> float:
+    """``value`` as float; the solvers check its range.
+
+    Raises:
+        TypeError: not a real number.
+    """
+    if isinstance(value, (bool, np.bool_)) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    return float(value)
+
+
+def count(name: str, value: Any) -> int:
+    """``value`` as int >= 0.
+
+    Raises:
+        TypeError: not an integer. ValueError: negative or beyond 64 bits.
+    """
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
+    if not 0 <= int(value) < 2**63:
+        raise ValueError(f"{name} must be in [0, 2**63), got {value}")
+    return int(value)

@@ -1,0 +1,242 @@
+"""Training the adapters: the Hugging Face Trainer, made resumable, exact and quiet."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.trainer_callback import PrinterCallback
+
+from floe import checkpoints
+from floe.data import Collator, TokenRow, fingerprint
+from floe.errors import FileError
+from floe.memory import PeakMemory
+from floe.schedule import NOT_IDENTITY, TrainSettings, training_order
+from floe.trainer import (
+    SECONDS,
+    VALIDATION,
+    AdapterTrainer,
+    Progress,
+    Watch,
+    global_state,
+    step_loss,
+    training_arguments,
+)
+
+__all__ = [
+    "PeakMemory",
+    "TrainResult",
+    "TrainSettings",
+    "adapter_parameters",
+    "train",
+    "training_order",
+]
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a training did. Losses are ``(step, nats per token)``; ``seconds`` is the steps' sum.
+
+    ``seconds_per_step`` is their median; ``memory_kind`` says what ``peak_memory_bytes`` is (see
+    :class:`PeakMemory`) and covers this process alone; ``resumed_from`` is the step the run
+    continued from, or None.
+    """
+
+    steps: int
+    trainable_parameters: int
+    seconds: float
+    seconds_per_step: float
+    peak_memory_bytes: int
+    memory_kind: str
+    train_loss: list[tuple[int, float]]
+    validation_loss: list[tuple[int, float]]
+    resumed_from: int | None
+
+
+def train(
+    model: Any,
+    rows: Sequence[TokenRow],
+    *,
+    settings: TrainSettings | None = None,
+    output_dir: str | Path,
+    validation: Sequence[TokenRow] | None = None,
+    on_progress: Progress | None = None,
+    on_validation: Callable[[int, float], None] | None = None,
+    resume: bool = True,
+) -> TrainResult:
+    """Train the active adapter of ``model`` in place on the rows' response tokens (AdamW).
+
+    Killed at any instant and called again, it ends with the same adapter, byte for byte, as a run
+    that was never stopped (same machine and thread count). Only checkpoints are written to
+    ``output_dir``; save the adapter from ``model`` afterwards.
+
+    Args:
+        model: a PEFT model of which exactly the active adapter's parameters require grad; it stays
+            on its device, base weights in their dtype.
+        rows: tokenised rows, each with at least one target token.
+        validation: rows for the validation loss.
+        on_progress: called after each step with (step, steps, loss, seconds left).
+        on_validation: called with (step, loss); may raise to stop the training. After a resume the
+            earlier values come again first.
+        resume: continue from the newest whole checkpoint in ``output_dir``; False refuses a folder
+            that has any.
+
+    Raises:
+        TypeError, ValueError: for a model without an active adapter, other trainable parameters,
+            rows without targets, or a schedule whose learning rate never leaves 0.
+        FileError: for checkpoints of another run, or any with ``resume=False``.
+        FloatingPointError: when the loss or a gradient is not finite.
+        RuntimeError: if an adapted module did not change.
+    """
+    settings = settings or TrainSettings()
+    parameters = adapter_parameters(model)
+    order = training_order([len(row) for row in rows], settings, _world_size())
+    _check_rows(rows, order, settings)
+    start = {name: _digest(p) for name, p in parameters.items()}
+    identity = _identity(settings, rows, parameters)
+    checkpoint = _find_checkpoint(Path(output_dir), identity, resume)
+    trainer: AdapterTrainer | None = None
+    device = next(model.parameters()).device
+    with global_state(), PeakMemory(device) as memory:
+        watch = Watch(model, settings, identity, validation, on_progress, on_validation)
+        trainer = AdapterTrainer(
+            model=model,
+            args=training_arguments(settings, Path(output_dir), device),
+            train_dataset=[rows[i] for i in order],
+            data_collator=Collator.for_model(model),
+            compute_loss_func=step_loss,
+            callbacks=[watch],
+        )
+        trainer.remove_callback(PrinterCallback)
+        try:
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        except torch.OutOfMemoryError as error:
+            error.add_note(_memory_advice(trainer.state.global_step + 1, settings, device))
+            raise
+    _check_moved(trainer, parameters, start)
+    log = trainer.state.log_history
+    seconds = [entry[SECONDS] for entry in log if SECONDS in entry]
+    return TrainResult(
+        steps=trainer.state.global_step,
+        trainable_parameters=sum(p.numel() for p in parameters.values()),
+        seconds=sum(seconds),
+        seconds_per_step=statistics.median(seconds),
+        peak_memory_bytes=memory.bytes,
+        memory_kind=memory.kind,
+        train_loss=[(e["step"], e["loss"]) for e in log if "loss" in e],
+        validation_loss=[(e["step"], e[VALIDATION]) for e in log if VALIDATION in e],
+        resumed_from=int(checkpoint.name.split("-")[1]) if checkpoint else None,
+    )
+
+
+def adapter_parameters(model: Any) -> dict[str, nn.Parameter]:
+    """The active adapter's parameters by name; an error unless exactly they require grad.
+
+    Raises:
+        TypeError: if the model is not a PEFT model.
+        ValueError: if an adapter parameter is frozen, or anything else is trainable.
+    """
+    prefix = getattr(getattr(model, "base_model", None), "prefix", None)
+    if not hasattr(model, "peft_config") or not prefix:
+        raise TypeError(f"model must be a PEFT model, got {type(model).__name__}")
+    active = set(model.active_adapters)
+    wanted = {
+        name: p
+        for name, p in model.named_parameters()
+        if any(part.startswith(prefix) for part in name.split("."))
+        and active & set(name.split("."))
+    }
+    if not wanted:
+        raise ValueError("model must have an active adapter with parameters, got none")
+    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+    if trainable != wanted.keys():
+        frozen, extra = sorted(wanted.keys() - trainable), sorted(trainable - wanted.keys())
+        raise ValueError(
+            "exactly the active adapter's parameters must require grad, got "
+            f"{len(frozen)} frozen (first: {frozen[:1]}), {len(extra)} others (first: {extra[:1]})"
+        )
+    return wanted
+
+
+def _world_size() -> int:
+    distributed = torch.distributed
+    ready = distributed.is_available() and distributed.is_initialized()
+    return distributed.get_world_size() if ready else 1
+
+
+def _check_rows(rows: Sequence[TokenRow], order: list[int], settings: TrainSettings) -> None:
+    if not rows:
+        raise ValueError("rows must not be empty")
+    for place, row in enumerate(rows):
+        if row.targets < 1:
+            raise ValueError(f"rows must each have a target token, got none in row {place}")
+    steps = math.ceil(len(order) / (settings.batch_size * settings.grad_accum * _world_size()))
+    rising = math.ceil(settings.warmup_ratio * steps) if settings.schedule != "constant" else 0
+    if steps <= rising and steps == 1:
+        raise ValueError(
+            "a step must have a learning rate above 0, got 1 step, which warm-up gives 0: "
+            "train for more steps (rows, epochs, max_steps, grad_accum) or set warmup_ratio to 0"
+        )
+
+
+def _identity(
+    settings: TrainSettings, rows: Sequence[TokenRow], parameters: dict[str, nn.Parameter]
+) -> dict[str, Any]:
+    shapes = [f"{name} {tuple(p.shape)} {p.dtype}" for name, p in sorted(parameters.items())]
+    kept = {k: v for k, v in dataclasses.asdict(settings).items() if k not in NOT_IDENTITY}
+    adapter = hashlib.sha256("\n".join(shapes).encode()).hexdigest()
+    return {**kept, "rows": fingerprint(rows), "adapter": adapter, "world_size": _world_size()}
+
+
+def _find_checkpoint(folder: Path, identity: dict[str, Any], resume: bool) -> Path | None:
+    if resume:
+        return checkpoints.newest(folder, identity)
+    if checkpoints.checkpoints(folder):
+        raise FileError(
+            folder, "must hold no checkpoints with resume=False; delete them to start over"
+        )
+    return None
+
+
+def _digest(parameter: Tensor) -> bytes:
+    data = parameter.detach().cpu().contiguous().view(torch.uint8).numpy()
+    return hashlib.sha256(data.tobytes()).digest()
+
+
+def _check_moved(
+    trainer: AdapterTrainer, parameters: dict[str, nn.Parameter], start: dict[str, bytes]
+) -> None:
+    optimised = {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
+    if optimised != {id(p) for p in parameters.values()}:
+        raise RuntimeError(
+            "the optimizer must hold exactly the adapter's parameters; a parameter was replaced"
+        )
+    prefix = trainer.model.base_model.prefix
+    moved: dict[str, bool] = {}
+    for name, parameter in parameters.items():
+        module = name.split(f".{prefix}")[0]
+        moved[module] = moved.get(module, False) or _digest(parameter) != start[name]
+    still = sorted(module for module, changed in moved.items() if not changed)
+    if still:
+        raise RuntimeError(
+            f"each adapted module must have changed in training, got {still} unchanged"
+        )
+
+
+def _memory_advice(step: int, settings: TrainSettings, device: torch.device) -> str:
+    free = ""
+    if device.type == "cuda":
+        left, total = torch.cuda.mem_get_info(device)
+        free = f" ({left / 2**30:.1f} of {total / 2**30:.1f} GiB free)"
+    return (
+        f"out of memory in step {step}{free}: lower batch_size (now {settings.batch_size}), lower "
+        "max_length, or set gradient_checkpointing; checkpoints are kept and the run can be resumed"
+    )

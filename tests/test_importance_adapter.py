@@ -1,0 +1,104 @@
+import pytest
+import torch
+from importance_models import TARGETS, adapted, batches
+from test_importance_capture import mean_nll
+
+from floe.adapters import MoELoRALinear, adapted_layers
+from floe.importance import adapter as module_under_test
+from floe.importance.adapter import adapter_output, squared_gradient_norms
+from floe.importance.fisher import measure_fisher
+
+
+def loop(model, batch):
+    """Sample by sample, autograd on the adapters' parameters."""
+    model.eval()
+    layers = adapted_layers(model)
+    total = torch.zeros(3, dtype=torch.float64)
+    for s in range(len(batch["input_ids"])):
+        row = {k: v[s : s + 1] for k, v in batch.items()}
+        for layer, modules in layers.items():
+            weights = [w for m in modules.values() for w in (m.floe_shrink["default"], m.floe_expand["default"])]
+            for g in torch.autograd.grad(mean_nll(model, row), weights):
+                total[layer] += g.double().square().sum()
+    return total
+
+
+@pytest.mark.parametrize(
+    ("kind", "config"),
+    [
+        ("llama", {}),
+        ("llama", {"targets": ["q_proj", "o_proj", "up_proj"], "layers": [0, 2]}),
+        ("gemma2", {}),
+        ("phi3", {"targets": [*TARGETS["phi3"], "qkv_proj"]}),
+    ],
+)
+def test_equals_the_sample_loop(kind, config):
+    model = adapted(kind, **config)
+    (batch,) = batches()
+    found = torch.as_tensor(measure_fisher(model, [batch], adapters=True).adapter)
+    expected = loop(model, batch)
+    assert (found - expected).abs().max() < 1e-5 * expected.max()
+    assert ((found == 0) == (expected == 0)).all()
+
+
+def example(samples=3, tokens=5, inputs=7, outputs=6, rank=3, experts=2, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(1)
+    module = MoELoRALinear(torch.nn.Linear(inputs, outputs).to(dtype))
+    module.update_layer("default", rank, experts, 2.0, 0.5, generator, dtype)
+    module.set_adapter("default")
+    module.floe_expand["default"].data.normal_(generator=generator)
+    x = torch.randn(samples, tokens, inputs, generator=generator, dtype=dtype)
+    return module.eval(), x, torch.randn(samples, tokens, outputs, generator=generator, dtype=dtype)
+
+
+def test_one_module_in_float64():
+    module, x, grad_y = example()
+    found = squared_gradient_norms(module, x, grad_y, torch.ones(3, 5, dtype=torch.bool))
+    weights = [module.floe_shrink["default"], module.floe_expand["default"]]
+    for s in range(3):
+        grads = torch.autograd.grad(module(x[s]), weights, grad_y[s])
+        expected = sum(g.square().sum() for g in grads)
+        assert abs(found[s] - expected) < 1e-12 * expected
+
+
+def test_padding_is_left_out_whatever_it_holds():
+    module, x, grad_y = example()
+    mask = torch.ones(3, 5, dtype=torch.bool)
+    mask[1, :2] = False
+    x[1, :2], grad_y[1, :2] = float("nan"), float("inf")
+    found = squared_gradient_norms(module, x, grad_y, mask)
+    alone = squared_gradient_norms(module, x[1:2, 2:], grad_y[1:2, 2:], mask[1:2, 2:])
+    assert found.isfinite().all()
+    assert abs(found[1] - alone[0]) < 1e-12 * alone[0]
+
+
+def test_chunks_change_nothing(monkeypatch):
+    module, x, grad_y = example()
+    mask = torch.ones(3, 5, dtype=torch.bool)
+    whole = squared_gradient_norms(module, x, grad_y, mask)
+    monkeypatch.setattr(module_under_test, "_CHUNK_ELEMENTS", 1)
+    assert torch.allclose(squared_gradient_norms(module, x, grad_y, mask), whole, rtol=1e-13, atol=0)
+
+
+def test_a_large_module_is_cheap():
+    module, x, grad_y = example(2, 8, 4096, 14336, 8, 4, torch.float32)
+    norms = squared_gradient_norms(module, x, grad_y, torch.ones(2, 8, dtype=torch.bool))
+    assert norms.dtype == torch.float64
+    assert norms.isfinite().all()
+
+
+def test_bfloat16_is_computed_in_float32():
+    module, x, grad_y = example(dtype=torch.float32)
+    mask = torch.ones(3, 5, dtype=torch.bool)
+    exact = squared_gradient_norms(module, x.bfloat16().float(), grad_y.bfloat16().float(), mask)
+    found = squared_gradient_norms(module, x.bfloat16(), grad_y.bfloat16(), mask)
+    assert torch.allclose(found, exact, rtol=1e-6, atol=0)
+
+
+def test_adapter_output_is_what_the_module_adds():
+    module, x, _ = example()
+    added = module(x) - module.base_layer(x)
+    assert torch.allclose(adapter_output(module, x), added, rtol=1e-9, atol=1e-12)
+    module.enable_adapters(False)
+    assert not adapter_output(module, x).any()
+    assert not squared_gradient_norms(module, x, x[..., :6], torch.ones(3, 5, dtype=torch.bool)).any()

@@ -1,0 +1,109 @@
+import numpy as np
+import pytest
+from importance_models import adapted, assert_untouched, batches, plain, snapshot
+
+from floe.importance.capture import Capture
+from floe.importance.fisher import add_in_order, measure_adapter_fisher, measure_fisher, squared
+
+
+def fisher_of(gradients, reduction, size):
+    total = np.zeros(gradients.shape[1:])
+    for start in range(0, len(gradients), size):
+        total = add_in_order(total, squared(gradients[start : start + size], reduction))
+    return total.tolist()
+
+
+def test_worked_examples():
+    rows = np.array([[1.5, 2.0], [1.0, 0.0]])
+    assert fisher_of(rows, "sample", 2) == [3.25, 4.0]
+    assert fisher_of(rows, "batch", 2) == [1.5625, 1.0]
+    scalar = np.array([[3.0], [1.0], [-1.0], [1.0]])
+    assert fisher_of(scalar, "sample", 4) == [12.0]
+    assert fisher_of(scalar, "batch", 2) == [4.0]
+    assert fisher_of(scalar, "batch", 4) == [1.0]
+    tokens = np.array([[11.25, 4.0], [1.0, 0.0]])  # squared token by token by the capture
+    assert fisher_of(tokens, "token", 2) == [12.25, 4.0]
+
+
+def relative(found, expected):
+    return abs(found - expected).max() / abs(expected).max()
+
+
+LENGTHS = ((9, 4), (5, 2), (7, 3), (3, 1), (8, 5), (6, 2), (4, 3), (9, 1))
+
+
+def test_batch_size_changes_nothing_but_a_batch_estimator_does():
+    model = adapted()
+    one = measure_fisher(model, batches(LENGTHS, size=1), adapters=True)
+    eight = measure_fisher(model, batches(LENGTHS, size=8), adapters=True)
+    for name in ("head", "neuron", "adapter"):
+        assert relative(getattr(eight, name), getattr(one, name)) < 1e-5
+    wrong = measure_fisher(model, batches(LENGTHS, size=8), reduction="batch")
+    assert relative(wrong.head * 8, one.head) > 0.1
+    assert relative(wrong.neuron * 8, one.neuron) > 0.1
+    assert (one.rows, one.tokens) == (8, 21)
+    assert (eight.rows, eight.tokens) == (8, 21)
+
+
+def test_batches_of_one_row_are_samples():
+    model = adapted()
+    sample = measure_fisher(model, batches(size=1))
+    batch = measure_fisher(model, batches(size=1), reduction="batch")
+    assert np.array_equal(sample.head, batch.head)
+
+
+def test_is_the_sum_of_squared_row_gradients():
+    model = adapted()
+    with Capture(model) as capture:
+        rows = [capture.step(b) for b in batches(size=2)]
+    result = measure_fisher(model, batches(size=2), keep_samples=True, first_order=True)
+    for name in ("head", "neuron"):
+        gradients = np.concatenate([getattr(r, name) for r in rows])
+        assert np.allclose(getattr(result, name), np.square(gradients).sum(0), rtol=1e-12, atol=0)
+        assert np.allclose(getattr(result, f"{name}_mean"), gradients.mean(0), rtol=1e-9, atol=1e-18)
+        assert np.array_equal(getattr(result, f"{name}_gradient"), gradients.astype(np.float32))
+    assert measure_fisher(model, batches()).head_gradient is None
+    assert measure_fisher(model, batches()).head_mean is None
+
+
+def test_token_reduction_differs_and_is_batch_free():
+    model = adapted()
+    one = measure_fisher(model, batches(size=1), reduction="token")
+    all_rows = measure_fisher(model, batches(), reduction="token")
+    assert relative(all_rows.neuron, one.neuron) < 1e-5
+    assert relative(one.neuron, measure_fisher(model, batches()).neuron) > 0.1
+
+
+def test_adapter_alone_equals_adapter_beside_masks():
+    model = adapted()
+    before = snapshot(model)
+    both = measure_fisher(model, batches(size=2), adapters=True)
+    alone = measure_adapter_fisher(model, batches(size=2))
+    assert relative(alone, both.adapter) < 1e-6
+    assert_untouched(model, before)
+
+
+def test_repeats_bit_by_bit():
+    model = adapted("qwen2")
+    first, second = (measure_fisher(model, batches(size=2), adapters=True) for _ in range(2))
+    assert np.array_equal(first.head, second.head)
+    assert np.array_equal(first.neuron, second.neuron)
+    assert np.array_equal(first.adapter, second.adapter)
+
+
+def test_progress_and_plain_models():
+    seen = []
+    result = measure_fisher(plain(), batches(size=2), progress=lambda *a: seen.append(a))
+    assert seen == [(1, 3, "fisher"), (2, 3, "fisher"), (3, 3, "fisher")]
+    assert result.adapter is None
+
+
+def test_refusals():
+    with pytest.raises(ValueError, match="reduction must be one of"):
+        measure_fisher(plain(), batches(), reduction="mean")
+    with pytest.raises(ValueError, match='need reduction "sample" or "batch", got "token"'):
+        measure_fisher(plain(), batches(), reduction="token", keep_samples=True)
+    with pytest.raises(ValueError, match="at least one row"):
+        measure_fisher(plain(), [])
+    with pytest.raises(ValueError, match="at least one row"):
+        measure_adapter_fisher(adapted(), [])

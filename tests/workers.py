@@ -1,0 +1,43 @@
+"""What the kill tests run in other processes."""
+
+import os
+import warnings
+from pathlib import Path
+
+import torch
+from tiny import tiny_model, tiny_rows
+
+from floe.adapters import FloeConfig, get_model
+from floe.train import TrainSettings, adapter_parameters, train
+
+TRAINING = TrainSettings(
+    learning_rate=1e-2, warmup_ratio=0.0, grad_accum=2, max_steps=14, save_steps=1,
+    validation_points=(0.0, 0.5, 1.0),
+)  # fmt: skip
+
+
+def note(folder):
+    """A progress callback that appends one line a call."""
+    path = Path(folder) / "progress"
+
+    def progress(*values):
+        with path.open("a") as file:
+            file.write(f"{values[0]}\n")
+
+    return progress
+
+
+def training(folder):
+    """One run with dropout and a checkpoint each step; writes its adapter and losses."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        config = FloeConfig(r=2, num_experts=2, dropout=0.25)
+        model, rows = get_model(tiny_model(), config, seed=1), tiny_rows(20)
+        result = train(
+            model, rows, settings=TRAINING, output_dir=folder + "/run", validation=rows[:6],
+            on_progress=note(folder),
+        )  # fmt: skip
+    values = [p.detach() for p in adapter_parameters(model).values()]
+    torch.save((values, result.train_loss, result.validation_loss), folder + "/out.tmp")
+    os.replace(folder + "/out.tmp", folder + "/out.pt")
+    return result
