@@ -99,7 +99,9 @@ def geometry(model: nn.Module, blocks: list[Block] | None = None) -> Geometry:
     base = base_of(model)
     blocks = blocks or find_blocks(base)
     config = _text_config(base)
-    heads = int(config["num_attention_heads"])
+    heads = config.get("num_attention_heads")
+    if not isinstance(heads, int) or heads < 1:
+        raise ValueError(f"model.config must give num_attention_heads >= 1, got {heads!r}")
     widths = {(linear_at(base, b.o_proj).in_features, linear_at(base, b.down_proj).in_features) for b in blocks}
     if len(widths) != 1:
         raise ValueError(f"all blocks must have one size, got (attention, FFN) widths {sorted(widths)}")

@@ -128,6 +128,13 @@ class SearchConfig(_Section):
     storage: str | None = Field(None, description="Optuna storage URL; None: SQLite in the run folder.")
     seed: int = 41
 
+    @model_validator(mode="after")
+    def _ordered_ranges(self) -> SearchConfig:
+        for name, (low, high, _) in (("rank", self.rank), ("num_experts", self.num_experts)):
+            if low > high:
+                raise ValueError(f"{name} must be [low, high, step] with low <= high, got {[low, high]}")
+        return self
+
 
 class ScoreConfig(_Section):
     """Fisher information on the warm-up model, Taylor cost on the base model."""
@@ -222,7 +229,7 @@ def load_config(path: str | os.PathLike[str], overrides: list[str] | None = None
     try:
         text = Path(path).read_text(encoding="utf-8")
         data = yaml.safe_load(text)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise FileError(path, f"cannot be read as YAML: {error}") from error
     if not isinstance(data, dict):
         raise FileError(path, f"must hold a mapping of settings, got {type(data).__name__}")
@@ -257,7 +264,10 @@ def _apply(data: dict[str, Any], override: str) -> None:
         if not isinstance(node, dict):
             raise ValueError(f"override {override!r}: {name!r} is not a section")
         data = node
-    data[last] = yaml.safe_load(value)
+    try:
+        data[last] = yaml.safe_load(value)
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
+        raise ValueError(f"override {override!r}: the value cannot be read as YAML: {error}") from error
 
 
 def _resolve_paths(data: dict[str, Any], folder: Path) -> None:
@@ -292,3 +302,36 @@ def _fields_at(location: tuple[Any, ...]) -> list[str]:
         options = [field.annotation, *getattr(field.annotation, "__args__", ())]
         model = next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), model)
     return sorted(model.model_fields)
+
+
+TEMPLATE = """\
+# A floe run. `floe schema` prints every setting; what is not here has its default.
+name: my-run                      # results go to runs/my-run
+
+model:
+  path: meta-llama/Llama-3.2-3B   # hub name or folder
+  dtype: auto                     # bfloat16 where the machine is fast at it, else float32
+
+data:
+  train: {path: train.jsonl}      # JSONL, CSV, parquet, or {hub: name, split: train}
+  test: {path: test.jsonl}
+  columns: {prompt: prompt, completion: completion}   # add choices and answer for multiple choice
+  template: chat                  # the tokenizer's chat template; leave out for prompt + completion
+  max_length: 1024
+
+warmup: {fraction: 0.5}           # share of the training rows for search and warm-up
+search:
+  trials: 30                      # 0: no search, the warm-up uses adapter.r and adapter.num_experts
+  rank: [2, 32, 2]                # low, high, step
+  num_experts: [2, 4, 1]
+
+select:
+  policy: adapter_fisher          # or masks (the paper's method), probe, random, even, first, last
+  layers: 0.25                    # a fraction, a count, or {params: 10000000}
+
+train: {learning_rate: 2.0e-4, batch_size: 1, grad_accum: 8, epochs: 1}
+
+baselines:                        # the same steps on other layers, to see what the choice bought
+  - {name: all, policy: all}
+  - {name: random, policy: random}
+"""

@@ -1,8 +1,9 @@
-"""What this machine has, which path each operator takes on it, and whether the operators are right on it."""
+"""What this machine has, which path each operator takes on it, and whether they are right on it."""
 
 from __future__ import annotations
 
 import importlib
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,7 +15,14 @@ from torch import Tensor
 
 from floe.runs import environment
 
-__all__ = ["Result", "auto_dtype", "diagnose", "error_budget", "error_of", "selftest"]
+__all__ = [
+    "Result",
+    "auto_dtype",
+    "diagnose",
+    "error_budget",
+    "relative_error",
+    "selftest",
+]
 
 # CPUID flags of CPUs that multiply bfloat16 matrices in hardware: tiles, then 512-bit dot products.
 _BF16_FLAGS = ("amx_bf16", "avx512_bf16")
@@ -23,7 +31,7 @@ _OPS = ("moe_lora_forward", "moe_lora_backward", "dropout", "mask_gradients", "a
 
 @dataclass(frozen=True)
 class Result:
-    """One output of one operator in one case, against float64."""
+    """One output of one operator in one case, its error and the error allowed."""
 
     op: str
     output: str
@@ -48,42 +56,40 @@ class Result:
         return f"{text} ({self.note})" if self.note else text
 
 
-def error_of(actual: Tensor, exact: Tensor) -> float:
-    """Largest absolute difference from ``exact`` (float64); infinite where shapes differ or a NaN came."""
+def relative_error(actual: Tensor, exact: Tensor) -> float:
+    """RMS of the error over RMS of ``exact`` (float64); infinite for a NaN or another shape."""
     if actual.shape != exact.shape:
         return float("inf")
-    difference = (actual.detach().double() - exact).abs()
-    return float(difference.nan_to_num(nan=float("inf")).max()) if difference.numel() else 0.0
+    error = float((actual.detach().double() - exact).norm() / exact.norm().clamp_min(1e-300))
+    return float("inf") if math.isnan(error) else error
 
 
-def error_budget(exact: Tensor, plain: Tensor, dtype: torch.dtype | None = None) -> float:
-    """The largest error allowed: twice that of plain torch in the same dtype, plus one rounding.
+def error_budget(torchs: Tensor, exact: Tensor, rounded_to: torch.dtype | None = None) -> float:
+    """The relative error allowed: twice that of plain torch in the same dtype, plus one rounding.
 
     Args:
+        torchs: What plain torch makes of the same inputs in the dtype under test.
         exact: The result in float64.
-        plain: What plain torch makes of the same inputs in the dtype under test.
-        dtype: The dtype worked in, where that is not ``plain``'s.
+        rounded_to: The coarsest dtype of the computation, where that is not ``torchs``'s.
     Returns:
-        ``2 * max|plain - exact| + eps(dtype) * max|exact|``, a bound on ``max|actual - exact|``.
+        ``2 * relative_error(torchs, exact) + eps / 2``; 0 for empty results.
     """
     if not exact.numel():
         return 0.0
-    rounding = torch.finfo(dtype or plain.dtype).eps * float(exact.abs().max())
-    return 2.0 * error_of(plain, exact) + rounding
+    return 2.0 * relative_error(torchs, exact) + torch.finfo(rounded_to or torchs.dtype).eps / 2
 
 
 def auto_dtype(device: torch.device | str) -> torch.dtype:
-    """The dtype that ``dtype: auto`` means on ``device``: bfloat16 where its products run in hardware.
+    """The dtype that ``dtype: auto`` means on ``device``: bfloat16 where hardware multiplies it.
 
-    bfloat16 on CUDA devices of compute capability 8.0 and above and on CPUs with AMX or AVX512 bfloat16
-    instructions, else float32. Decided by what the hardware says of itself, never by timing.
+    bfloat16 on CUDA devices of compute capability 8.0 and above and on CPUs with AMX or AVX512
+    bfloat16 instructions, else float32. Decided by what the hardware says of itself, not by timing.
     """
     device = torch.device(device)
     if device.type == "cuda":
         fast = torch.cuda.get_device_capability(device) >= (8, 0)
     elif device.type == "cpu":
-        capabilities = torch.cpu.get_capabilities()
-        fast = any(capabilities.get(flag, False) for flag in _BF16_FLAGS)
+        fast = bool(_bf16_flags())
     else:
         raise ValueError(f"device must be a cpu or cuda device, got {device}")
     return torch.bfloat16 if fast else torch.float32
@@ -92,8 +98,8 @@ def auto_dtype(device: torch.device | str) -> torch.dtype:
 def diagnose() -> dict[str, Any]:
     """Facts about this machine and installation, ready for JSON. Times nothing, computes nothing.
 
-    ``ops`` lists for every operator and device the path it takes and why; ``native`` says whether the two native
-    modules load, with the loader's message where they do not.
+    ``ops`` lists for every operator and device the path it takes and why; ``native`` says whether
+    the two native modules load, with the loader's message where they do not.
     """
     native = {"_ops": _load("floe.ops"), "_native": _load("floe._native")}
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
@@ -102,7 +108,7 @@ def diagnose() -> dict[str, Any]:
         "torch_threads": torch.get_num_threads(),
         "memory_bytes": _memory(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "cpu_bfloat16": [flag for flag in _BF16_FLAGS if torch.cpu.get_capabilities().get(flag, False)],
+        "cpu_bfloat16": _bf16_flags(),
         "cuda": torch.version.cuda,
         "gpus": _gpus(),
         "auto_dtype": {name: str(auto_dtype(name)).removeprefix("torch.") for name in devices},
@@ -113,16 +119,18 @@ def diagnose() -> dict[str, Any]:
 
 
 def selftest(
-    device: torch.device | str | None = None, progress: Callable[[int, int, Result], None] | None = None
+    device: torch.device | str | None = None,
+    progress: Callable[[int, int, Result], None] | None = None,
 ) -> list[Result]:
     """Run every operator on this machine against float64; seconds on two cores.
 
-    Allowed error: `error_budget`; dropout must equal its definition bit for bit, the mask solvers a search through all
-    masks. An operator that raises is a failed result, with the message as its note.
+    Allowed error: `error_budget`. Dropout must equal its definition bit for bit, and the mask
+    solvers a search through all masks. An operator that raises is a failed result, its message in
+    the note.
 
     Args:
-        device: The device to test; None tests the CPU and, where there is one, the current CUDA device.
-        progress: Called as ``progress(done, total, result)`` after each case, ``result`` being its worst.
+        device: The device to test; None tests the CPU and, where there is one, the CUDA device.
+        progress: Called as ``progress(done, total, worst_result)`` after each case.
     Returns:
         Every result, in a fixed order; ``result.passed`` tells.
     """
@@ -148,13 +156,18 @@ def _excess(result: Result) -> float:
 
 
 def _load(module: str) -> dict[str, Any]:
-    """Whether a module with native code imports; the doctor reports a failure instead of dying of it."""
+    """Whether a module with native code imports; a doctor reports that and does not die of it."""
     try:
         loaded = importlib.import_module(module)
     except (ImportError, OSError) as error:
         return {"loads": False, "error": str(error)}
     build = getattr(loaded, "build_info", None)
     return {"loads": True, **({"build": build()} if build is not None else {})}
+
+
+def _bf16_flags() -> list[str]:
+    capabilities = torch.cpu.get_capabilities()
+    return [flag for flag in _BF16_FLAGS if capabilities.get(flag, False)]
 
 
 def _has_kernel(op: str, key: str) -> bool:

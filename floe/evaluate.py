@@ -152,7 +152,7 @@ def evaluate_rows(
 def validation_loss(model: nn.Module, batches: Sequence[Mapping[str, Any]]) -> float:
     """Token-weighted mean loss of the batches, nats per target token."""
     losses = evaluate_loss(model, batches)
-    return _mean(losses)
+    return mean_loss(losses)
 
 
 def summarise_loss(losses: Losses, *, resamples: int = RESAMPLES, seed: int = 41) -> LossSummary:
@@ -161,7 +161,7 @@ def summarise_loss(losses: Losses, *, resamples: int = RESAMPLES, seed: int = 41
     Raises:
         ValueError: if there is no row or no target token.
     """
-    value = _mean(losses)
+    value = mean_loss(losses)
     low, high = _interval(losses, losses.nll, resamples, seed)
     return LossSummary(value, low, high, len(losses.nll), int(losses.tokens.sum()))
 
@@ -177,10 +177,11 @@ def paired_difference(
     if not np.array_equal(a.tokens, b.tokens):
         raise ValueError("a and b must be losses of the same rows, got other token counts")
     low, high = _interval(a, a.nll - b.nll, resamples, seed)
-    return Difference(_mean(a) - _mean(b), low, high, len(a.nll))
+    return Difference(mean_loss(a) - mean_loss(b), low, high, len(a.nll))
 
 
-def _mean(losses: Losses) -> float:
+def mean_loss(losses: Losses) -> float:
+    """Summed loss over summed target tokens, nats per token; ValueError without any token."""
     if losses.tokens.sum() == 0:
         raise ValueError("losses must cover at least one target token, got none")
     return float(losses.nll.sum() / losses.tokens.sum())

@@ -1,7 +1,8 @@
 """The registered operators behind floe, and their checked Python functions.
 
-The only module that touches ``torch.ops.floe`` and ``floe_triton``. Shapes: S samples, T tokens, D columns of one site (the input of a
-projection), U = D // group_size units: heads (group_size = head_dim) or neurons (group_size = 1).
+The only module that touches ``torch.ops.floe`` and ``floe_triton``. Shapes: S samples, T tokens,
+D columns of one site (the input of a projection), D // group_size units: heads (group_size =
+head_dim) or neurons (group_size = 1).
 """
 
 from __future__ import annotations
@@ -11,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-
 from floe_triton import draw_seed, keyed_dropout, moe_lora, moe_lora_add
+from torch import Tensor
 
 __all__ = [
     "accumulate_fisher_",
     "draw_seed",
+    "dropout",
     "keyed_dropout",
     "mask_gradients",
     "moe_lora",
@@ -47,18 +48,22 @@ def mask_gradients(
 ) -> Tensor:
     """Gradient of the loss with respect to each unit's mask at mask = 1, one row per sample.
 
-    ``out[s, u] = sum_t sum_c activation[s, t, c] * gradient[s, t, c]`` over the tokens of the sample and the
-    columns of the unit: the g of Eq. 8 of the FLoE paper. Equivalent to
-    ``(activation.float() * gradient.float()).unflatten(2, (-1, group_size)).sum((1, 3))``, in one pass, and bitwise
-    the same for any number of threads. Not differentiable.
+    ``out[s, u] = sum_t sum_c activation[s, t, c] * gradient[s, t, c]`` over the tokens of the
+    sample and the columns of the unit: what Eq. 8 of the FLoE paper squares. Equivalent to
+    ``(activation.float() * gradient.float()).unflatten(2, (-1, group_size)).sum((1, 3))``, in one
+    pass, and bitwise the same for any number of threads. Not differentiable.
 
     Args:
-        activation: Input of the projection, ``[S, T, D]``, bfloat16, float16, float32 or float64, CPU or CUDA.
-        gradient: Gradient of the loss with respect to ``activation``; same shape, dtype and device.
+        activation: Input of the projection, ``[S, T, D]``, bfloat16, float16, float32 or float64,
+            CPU or CUDA.
+        gradient: Gradient of the loss with respect to ``activation``; same shape, dtype, device.
         group_size: Columns per unit; divides D.
-        token_mask: bool ``[S, T]``; tokens that are False (padding) are skipped, whatever they hold.
+        token_mask: bool ``[S, T]``; tokens that are False (padding) are skipped, whatever they
+            hold.
+
     Returns:
         ``[S, D // group_size]``, float32 (float64 for float64 inputs).
+
     Raises:
         TypeError: an argument has another type or dtype.
         ValueError: shapes or devices do not match, or ``group_size`` does not divide D.
@@ -80,22 +85,28 @@ def accumulate_fisher_(
 ) -> Tensor:
     """Add every sample's squared mask gradients to ``fisher``, in place.
 
-    ``fisher[u] += sum_s (sample_scale[s] * mask_gradients[s, u]) ** 2`` in float64 and in a fixed order: the
-    empirical Fisher information of the masks, Eq. 9 of the FLoE paper.
+    ``fisher[u] += sum_s (sample_scale[s] * mask_gradients[s, u]) ** 2`` in float64 and in a fixed
+    order: the empirical Fisher information of the masks, Eq. 9 of the FLoE paper.
 
     Args:
-        fisher: The running sums, contiguous float64 ``[D // group_size]``, on the activation's device.
+        fisher: The running sums, contiguous float64 ``[D // group_size]``, on the activation's
+            device.
         activation: Input of the projection, ``[S, T, D]``, as in `mask_gradients`.
-        gradient: Gradient of the loss with respect to ``activation``; same shape, dtype and device.
+        gradient: Gradient of the loss with respect to ``activation``; same shape, dtype, device.
         group_size: Columns per unit; divides D.
-        token_mask: bool ``[S, T]``; tokens that are False (padding) are skipped, whatever they hold.
-        sample_scale: float ``[S]``, a factor for each sample's gradient before it is squared (T_batch / T_s turns
-            the gradient of a batch's mean loss into that of the sample's mean loss). None is 1.
+        token_mask: bool ``[S, T]``; tokens that are False (padding) are skipped, whatever they
+            hold.
+        sample_scale: float ``[S]``, a factor for each sample's gradient before it is squared
+            (T_batch / T_s turns the gradient of a batch's mean loss into that of the sample's
+            mean loss). None is 1.
+
     Returns:
         ``fisher``.
+
     Raises:
         TypeError: an argument has another type or dtype.
-        ValueError: shapes or devices do not match, ``group_size`` does not divide D, or ``fisher`` is not contiguous.
+        ValueError: shapes or devices do not match, ``group_size`` does not divide D, or
+            ``fisher`` is not contiguous or requires a gradient.
     """
     _check_site(activation, gradient, group_size, token_mask)
     _check_accumulate(fisher, activation, group_size, sample_scale)
@@ -109,19 +120,23 @@ def accumulate_fisher_(
 def dropout(x: Tensor, p: float, seed: Tensor) -> Tensor:
     """Dropout whose mask is a pure function of the seed and of each element's row and column.
 
-    ``x`` counts as ``[T, K]`` rows of its last dimension. Eight random bits decide an element, so the rate that is
-    drawn is ``min(255, round(256 * p)) / 256`` (0.05 becomes 0.0508), and kept values are divided by exactly one minus it.
-    Dropped values are 0, also where ``x`` is not finite. Differentiable: the gradient meets the same mask.
+    ``x`` counts as ``[T, K]`` rows of its last dimension. Eight random bits decide an element, so
+    the rate that is drawn is ``min(255, round(256 * p)) / 256`` (0.05 becomes 0.0508), and kept
+    values are divided by exactly one minus it. Dropped values are 0, also where ``x`` is not
+    finite. Differentiable: the gradient meets the same mask.
 
     Args:
         x: ``[..., K]``, bfloat16, float16, float32 or float64.
         p: Rate of dropped elements, in [0, 1).
         seed: 0-dimensional int64 tensor on ``x``'s device.
+
     Returns:
         A new tensor of ``x``'s shape and dtype.
+
     Raises:
         TypeError: an argument has another type or dtype.
-        ValueError: ``p`` is outside [0, 1), ``x`` has no dimension, or ``seed`` has one or is on another device.
+        ValueError: ``p`` is outside [0, 1), ``x`` has no dimension, or ``seed`` has one or is on
+            another device.
     """
     _check_dropout(x, p, seed)
     out: Tensor = torch.ops.floe.dropout(x, p, seed)
@@ -172,7 +187,9 @@ def _check_accumulate(
         raise TypeError(f"fisher must be float64, got {fisher.dtype}")
     units = activation.shape[2] // group_size
     if fisher.shape != (units,):
-        raise ValueError(f"fisher must be [D // group_size] = ({units},), got {tuple(fisher.shape)}")
+        raise ValueError(
+            f"fisher must be [D // group_size] = ({units},), got {tuple(fisher.shape)}"
+        )
     if not fisher.is_contiguous():
         raise ValueError(f"fisher must be contiguous, got stride {fisher.stride()}")
     if fisher.requires_grad:
@@ -212,9 +229,7 @@ def _check_tensor(name: str, value: Any) -> None:
 def _check_float(name: str, value: Any) -> None:
     _check_tensor(name, value)
     if value.dtype not in _FLOATS:
-        raise TypeError(
-            f"{name} must be bfloat16, float16, float32 or float64, got {value.dtype}"
-        )
+        raise TypeError(f"{name} must be bfloat16, float16, float32 or float64, got {value.dtype}")
 
 
 def _check_device(name: str, value: Tensor, owner_value: Tensor, owner: str = "activation") -> None:
@@ -265,6 +280,4 @@ def _dropout_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
     return torch.ops.floe.dropout(grad, ctx.p, seed), None, None
 
 
-torch.library.register_autograd(
-    "floe::dropout", _dropout_backward, setup_context=_dropout_context
-)
+torch.library.register_autograd("floe::dropout", _dropout_backward, setup_context=_dropout_context)

@@ -1,4 +1,4 @@
-"""Which point a search tries next: a pure function of (seed, how many were tried, their results)."""
+"""Which point a search tries next: a function of the seed, how many were tried, their results."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class SearchSpace:
             low, high, step = values
             if not (1 <= low <= high and step >= 1 and (high - low) % step == 0):
                 raise ValueError(
-                    f"{name} must be (low, high, step) with 1 <= low <= high = low + k * step, got {values}"
+                    f"{name} must be (low, high, step) with 1 <= low and high reached, got {values}"
                 )
             object.__setattr__(self, name, tuple(values))
 
@@ -62,7 +62,7 @@ def sampler_settings(sampler: str, startup_trials: int) -> dict[str, Any]:
             "multivariate": sampler == "tpe",
             "n_startup_trials": startup_trials,
             "n_ei_candidates": 24,
-            # No point is tried twice, running ones included, so no lie is needed to keep workers apart.
+            # No point is tried twice, so no lie about running ones is needed to keep off them.
             "constant_liar": False,
         }
     return settings
@@ -73,10 +73,10 @@ def propose(
 ) -> tuple[Point, int]:
     """Point number ``index`` of the search, and how many suggestions were drawn again for it.
 
-    The generator depends on (seed, index, draw) alone and the results so far come from the study, so
-    a search that was interrupted goes on as if it had not been. A suggestion already tried is drawn
-    again up to ``REDRAWS`` times; then the nearest untried point is taken (in steps of the space; ties
-    to the lower rank, then fewer experts).
+    The generator depends on (seed, index, draw) alone and the results so far come from the study,
+    so a search that was interrupted goes on as if it had not been. A suggestion already tried is
+    drawn again up to ``REDRAWS`` times; then the nearest untried point is taken (in steps of the
+    space; ties to the lower rank, then fewer experts).
 
     Raises:
         ValueError: if no point is left.
@@ -127,7 +127,9 @@ def _suggest(
 
 
 def _trials(study: optuna.Study) -> list[FrozenTrial]:
-    return study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED))
+    ended = (TrialState.COMPLETE, TrialState.PRUNED)
+    trials: list[FrozenTrial] = study.get_trials(deepcopy=False, states=ended)
+    return trials
 
 
 def _values(bounds: tuple[int, int, int]) -> range:

@@ -155,7 +155,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file; FileError when it is missing, damaged or something else."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise FileError(path, f"cannot be read as JSON: {error}") from error
     if not isinstance(value, dict):
         raise FileError(path, f"must hold a JSON object, got {type(value).__name__}")
@@ -170,11 +170,14 @@ def write_json(path: Path, value: Any) -> None:
 def write_text(path: Path, text: str) -> None:
     """Write beside, flush to disk, rename."""
     beside = path.with_name(f"{path.name}.tmp")
-    with beside.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(path)
+    try:
+        with beside.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def hash_of(value: Any) -> str:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import platform
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import optuna
+from filelock import FileLock, Timeout
 from optuna.exceptions import StorageInternalError
-from optuna.trial import TrialState
+from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -23,7 +27,7 @@ STUDY = "floe"
 
 @dataclass(frozen=True)
 class Owner:
-    """A process: host, its boot, its id and start time, so that a reused id is not mistaken for it."""
+    """A process: host, boot, id and start time, so that a reused id is not mistaken for it."""
 
     host: str
     boot: str
@@ -36,16 +40,16 @@ class Owner:
         return cls(platform.node(), _boot(), os.getpid(), _started(os.getpid()))
 
 
-def open_study(
-    url: str, identity: dict[str, Any], pruner: optuna.pruners.BasePruner
-) -> optuna.Study:
+def open_study(url: str, identity: dict[str, Any], prune: bool) -> optuna.Study:
     """Create or load the study in a database; one made with other arguments is refused by name.
 
     Raises:
-        ValueError: if the storage cannot be opened (its password never shown), or holds a search with
-            other arguments.
+        ValueError: if the storage cannot be opened (its password is never shown), or holds a search
+            with other arguments.
     """
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    pruner: optuna.pruners.BasePruner = optuna.pruners.NopPruner()
+    if prune:
+        pruner = optuna.pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=0)
     try:
         storage = optuna.storages.RDBStorage(url)
         study = optuna.create_study(
@@ -75,44 +79,116 @@ def open_study(
     return study
 
 
-def proposed(
-    study: optuna.Study, space: SearchSpace, point: Point, attributes: dict[str, Any]
-) -> int:
-    """Add a RUNNING trial with its owner in one transaction, so none is ever without; its number."""
-    values = {"rank": point[0], "num_experts": point[1]}
+def begin_trial(
+    study: optuna.Study, space: SearchSpace, point: Point, owner: Owner, index: int, redraws: int
+) -> optuna.trial.Trial:
+    """Add a RUNNING trial with its owner in one transaction, so that none is ever without."""
+    attributes = {"owner": dataclasses.asdict(owner), "index": index, "redraws": redraws}
     study.add_trial(
         optuna.trial.create_trial(
             state=TrialState.RUNNING,
-            params=values,
+            params={"rank": point[0], "num_experts": point[1]},
             distributions=space.distributions(),
             user_attrs=attributes,
         )
     )
     running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-    return max(t.number for t in running if t.user_attrs["owner"] == attributes["owner"])
+    mine = [t for t in running if t.user_attrs["owner"] == attributes["owner"]]
+    return optuna.trial.Trial(study, max(mine, key=lambda t: t.number)._trial_id)
 
 
-def fail_orphans(study: optuna.Study, me: Owner) -> list[int]:
+@dataclass(frozen=True)
+class Trial:
+    """One trained point: complete, pruned (stopped early) or failed (not finite, out of memory).
+
+    ``value`` is the validation loss in nats per token (None unless complete), ``seconds`` the time
+    of training and validation, ``redraws`` how many suggestions before it were already trained.
+    """
+
+    number: int
+    rank: int
+    num_experts: int
+    state: str
+    value: float | None
+    seconds: float
+    redraws: int
+    reason: str = ""
+
+
+def finished(study: optuna.Study) -> list[Trial]:
+    """Trials that ended, in order; not those a dead process left."""
+    ended = (TrialState.COMPLETE, TrialState.PRUNED)
+    return [_trial(trial) for trial in study.get_trials(deepcopy=False, states=ended)]
+
+
+def best_trial(study: optuna.Study) -> Trial | None:
+    """The complete trial of the lowest value; ties go to the earlier one."""
+    complete = [t for t in finished(study) if t.value is not None]
+    return min(complete, key=lambda t: (t.value, t.number), default=None)
+
+
+def _trial(trial: FrozenTrial) -> Trial:
+    reason = trial.user_attrs.get("reason", "")
+    if trial.state == TrialState.COMPLETE:
+        state = "complete"
+    else:
+        state = "failed" if reason.startswith("failed") else "pruned"
+    return Trial(
+        number=trial.user_attrs["index"],
+        rank=trial.params["rank"],
+        num_experts=trial.params["num_experts"],
+        state=state,
+        value=trial.value if state == "complete" else None,
+        seconds=trial.user_attrs["seconds"],
+        redraws=trial.user_attrs["redraws"],
+        reason=reason,
+    )
+
+
+def fail_orphans(study: optuna.Study, me: Owner, alone: bool) -> list[int]:
     """Tell RUNNING trials of dead processes FAIL; their numbers.
 
-    A process is dead if it ran on this host and there is no such process now. Those of other hosts
-    are left: whether they live cannot be seen from here.
+    With ``alone`` (the caller holds the lock of the study's own database) every one is an orphan.
+    Otherwise a process is dead if it ran on this host and there is no such process now.
+
+    Raises:
+        RuntimeError: if a trial's process lives, or is on another host, where that cannot be seen.
     """
     told = []
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
         owner = Owner(**trial.user_attrs["owner"])
         gone = owner.boot != me.boot or _started(owner.pid) != owner.started
-        if owner.host == me.host and (gone or owner == me):
-            study.tell(trial.number, state=TrialState.FAIL)
-            told.append(trial.number)
+        if not (alone or owner == me or (owner.host == me.host and gone)):
+            raise RuntimeError(
+                f"trial {trial.number} of this study is running in process {owner.pid} on host "
+                f"{owner.host}; wait for it, or tell the trial FAIL if that process is dead"
+            )
+        study.tell(trial.number, state=TrialState.FAIL)
+        told.append(trial.number)
     return told
 
 
-def masked_url(study: optuna.Study) -> str:
-    """The study's storage, fit to be printed."""
-    storage: Any = study._storage
-    inner = getattr(storage, "_backend", storage)
-    return mask(str(getattr(inner, "url", type(inner).__name__)))
+@contextmanager
+def one_process(lock: Path) -> Iterator[None]:
+    """Hold a file lock; RuntimeError at once if another process does."""
+    try:
+        with FileLock(lock, timeout=0):
+            yield
+    except Timeout as error:
+        raise RuntimeError(
+            f"another process is searching in {lock.parent}; one at a time"
+        ) from error
+
+
+@contextmanager
+def quiet_optuna() -> Iterator[None]:
+    """Warnings only from optuna's logger; its level is put back."""
+    before = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    try:
+        yield
+    finally:
+        optuna.logging.set_verbosity(before)
 
 
 def mask(url: str) -> str:
@@ -121,7 +197,9 @@ def mask(url: str) -> str:
         parsed = make_url(url)
     except (SQLAlchemyError, ValueError):
         return "an unreadable URL"
-    secret = {key: "***" for key in parsed.query if "pass" in key.lower() or "token" in key.lower()}
+    secret = {
+        key: "hidden" for key in parsed.query if "pass" in key.lower() or "token" in key.lower()
+    }
     return parsed.update_query_dict(secret).render_as_string(hide_password=True)
 
 

@@ -1,21 +1,29 @@
-"""Tiny random models of every known layout, adapted or plain, and batches of uneven rows for them."""
+"""Tiny random models of every known layout, adapted or plain, and batches of uneven rows."""
 
 import torch
 import transformers as hf
 
 from floe.adapters import FloeConfig, adapted_modules, get_model
 
-SIZES = dict(
-    vocab_size=61, hidden_size=32, intermediate_size=40, num_hidden_layers=3, num_attention_heads=4,
-    num_key_value_heads=2, max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2,
-)  # fmt: skip
+SIZES = {
+    "vocab_size": 61,
+    "hidden_size": 32,
+    "intermediate_size": 40,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 KINDS = {
-    "llama": (hf.LlamaConfig, hf.LlamaForCausalLM, dict(attention_bias=True)),
+    "llama": (hf.LlamaConfig, hf.LlamaForCausalLM, {"attention_bias": True}),
     "qwen2": (hf.Qwen2Config, hf.Qwen2ForCausalLM, {}),
-    "qwen3": (hf.Qwen3Config, hf.Qwen3ForCausalLM, dict(head_dim=8)),
+    "qwen3": (hf.Qwen3Config, hf.Qwen3ForCausalLM, {"head_dim": 8}),
     "mistral": (hf.MistralConfig, hf.MistralForCausalLM, {}),
-    "gemma2": (hf.Gemma2Config, hf.Gemma2ForCausalLM, dict(head_dim=12)),
-    "gemma3": (hf.Gemma3TextConfig, hf.Gemma3ForCausalLM, dict(head_dim=12)),
+    "gemma2": (hf.Gemma2Config, hf.Gemma2ForCausalLM, {"head_dim": 12}),
+    "gemma3": (hf.Gemma3TextConfig, hf.Gemma3ForCausalLM, {"head_dim": 12}),
     "phi3": (hf.Phi3Config, hf.Phi3ForCausalLM, {}),
 }
 TARGETS = {"phi3": ["gate_up_proj", "down_proj"]}
@@ -39,7 +47,14 @@ def adapted(kind="llama", dtype=torch.float32, targets=None, **config):
     adapter_dtype = {torch.bfloat16: "bfloat16"}.get(dtype, "float32")
     model = get_model(
         plain(kind, dtype),
-        FloeConfig(r=3, num_experts=2, dropout=0.25, target_modules=targets, adapter_dtype=adapter_dtype, **config),
+        FloeConfig(
+            r=3,
+            num_experts=2,
+            dropout=0.25,
+            target_modules=targets,
+            adapter_dtype=adapter_dtype,
+            **config,
+        ),
     )
     generator = torch.Generator().manual_seed(5)
     for module in adapted_modules(model).values():

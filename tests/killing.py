@@ -42,7 +42,7 @@ def run(function, folder, *arguments):
 
 
 def kill_after(process, progress, count, delay):
-    """SIGKILL ``delay`` seconds after file ``progress`` grew by ``count`` lines; True if it was alive."""
+    """SIGKILL ``delay`` s after file ``progress`` grew by ``count`` lines; True if it was alive."""
     size = lines(progress)
     deadline = time.monotonic() + 120
     while lines(progress) < size + count and process.is_alive():

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from floe.importance.scores import Scores
+from floe.selection.selection import Selection, select
 
 LAYERS, HEADS, NEURONS, TOP = 30, 9, 384, 8
 TASKS = (
@@ -26,7 +28,8 @@ STAGES = {
     "search": 1412.5,
     "score": 96.2,
     "select": 0.4,
-    "train": 1830.1,
+    "train/main": 305.1,
+    "train/all": 402.0,
     "profile": 61.0,
     "eval": 214.7,
 }
@@ -43,13 +46,14 @@ def write_run(folder: Path, model: str = MODEL, layers: int = LAYERS) -> Path:
     (folder / "score").mkdir(exist_ok=True)
     scores.save(folder / "score" / "scores.npz")
     selection = make_selection(random, scores)
-    write_json(folder / "select" / "selection.json", selection)
+    (folder / "select").mkdir(exist_ok=True)
+    selection.save(folder / "select")
     write_json(folder / "search" / "result.json", make_search(random))
     for arm, policy, chosen in arms(selection, layers):
         metrics = make_training(random, arm, policy, chosen)
         write_json(folder / "train" / arm / "metrics.json", metrics)
     write_json(folder / "eval" / "results.json", make_results(random))
-    write_json(folder / "eval" / "router.json", make_router(random, selection["layers"]))
+    write_json(folder / "eval" / "router.json", make_router(random, list(selection.layers)))
     write_json(folder / "profile" / "profile.json", make_profile(random, layers))
     for stage, seconds in STAGES.items():
         done = {"seconds": seconds, "finished": "2026-01-31T12:00:00Z"}
@@ -104,63 +108,25 @@ def make_scores(random: np.random.Generator, model: str, layers: int) -> Scores:
     )
 
 
-def make_selection(random: np.random.Generator, scores: Scores) -> dict[str, Any]:
-    layers = scores.layer_count
-    ranking = np.argsort(-scores.adapter_fisher, kind="stable").tolist()
-    heads = random.beta(1.2, 7, layers)
-    wave = 0.66 + 0.16 * np.sin(np.arange(layers) / 4)
-    neurons = np.clip(wave + random.normal(0, 0.05, layers), 0, 1)
-    paper = (heads + neurons) / 2
-    paper_ranking = np.argsort(-paper, kind="stable").tolist()
-    chosen, theirs = sorted(ranking[:TOP]), sorted(paper_ranking[:TOP])
-    places = np.argsort(ranking), np.argsort(paper_ranking)
-    return {
-        "policy": "adapter_fisher",
-        "preset": "global",
-        "budget": 0.5,
-        "layers": chosen,
-        "layer_scores": scores.adapter_fisher.tolist(),
-        "ranking": ranking,
-        "tuned": True,
-        "tuning": make_tuning(random, layers),
-        "paper": {
-            "preset": "global",
-            "layers": theirs,
-            "layer_scores": paper.tolist(),
-            "ranking": paper_ranking,
-            "masked_head_fraction": heads.tolist(),
-            "masked_neuron_fraction": neurons.tolist(),
-        },
-        "agreement": {
-            "spearman": float(np.corrcoef(*places)[0, 1]),
-            "overlap": len(set(chosen) & set(theirs)),
-            "expected_overlap": TOP * TOP / layers,
-        },
-        "certificate": {
-            "value": 12.3456,
-            "upper_bound": 12.3456,
-            "gap": 0.0,
-            "optimal": True,
-            "cost": 80.1,
-            "budget": 80.4,
-        },
-        "seed": 41,
-        "versions": {"floe": "0.1.0", "numpy": "2.4.6"},
-    }
+def make_selection(random: np.random.Generator, scores: Scores) -> Selection:
+    """The real selection, with a record of mask tuning put in."""
+    chosen = select(scores, policy="adapter_fisher", preset="global", layers=TOP)
+    return replace(chosen, tuned=True, tuning=make_tuning(random, scores.layer_count))
 
 
 def make_tuning(random: np.random.Generator, layers: int) -> list[dict[str, object]]:
     entries = []
     for layer in range(layers):
-        for component, scale in (("heads", 0.1), ("neurons", 0.6)):
+        for component, scale in (("attention", 0.1), ("ffn", 0.6)):
             before = scale * random.uniform(0.2, 1)
+            accepted = (layer, component) not in {(5, "attention"), (7, "ffn")}
             entries.append(
                 {
                     "layer": layer,
                     "component": component,
-                    "accepted": (layer, component) not in {(5, "heads"), (7, "neurons")},
+                    "accepted": accepted,
                     "residual_before": before,
-                    "residual_after": before * random.uniform(0.25, 0.8),
+                    "residual_after": before * random.uniform(0.25, 0.8) if accepted else before,
                 }
             )
     return entries
@@ -180,7 +146,7 @@ def make_search(random: np.random.Generator) -> dict[str, object]:
         "rank": best["rank"],
         "num_experts": best["num_experts"],
         "best_trial": best["number"],
-        "objective": "validation loss",
+        "objective": best["value"],
         "seconds": 1408.0,
         "trials": trials,
         "distinct": len({(t["rank"], t["num_experts"]) for t in trials}),
@@ -188,12 +154,12 @@ def make_search(random: np.random.Generator) -> dict[str, object]:
     }
 
 
-def arms(selection: dict[str, Any], layers: int) -> list[tuple[str, str, list[int]]]:
+def arms(selection: Selection, layers: int) -> list[tuple[str, str, list[int]]]:
     spread = [round(k * (layers - 1) / (TOP - 1)) for k in range(TOP)]
     return [
-        ("main", "adapter_fisher", selection["layers"]),
+        ("main", "adapter_fisher", list(selection.layers)),
         ("all", "all", list(range(layers))),
-        ("masks", "masks", selection["paper"]["layers"]),
+        ("masks", "masks", list(selection.paper.layers)),
         ("even", "even", spread),
         ("random-41", "random", list(range(1, TOP + 1))),
         ("random-42", "random", list(range(layers - TOP, layers))),
@@ -243,7 +209,14 @@ def make_results(random: np.random.Generator) -> dict[str, object]:
             task: outcome(loss + random.normal(0, 0.15), accuracy + random.normal(0, 0.06), 56)
             for task in TASKS
         }
-        found[arm] = {**outcome(loss, accuracy, 392), "by_task": tasks}
+        gap = loss - levels["main"][0]
+        paired = {
+            "value": gap,
+            "low": gap - 0.02 * (arm != "main"),
+            "high": gap + 0.02 * (arm != "main"),
+        }
+        paired["rows"] = 392
+        found[arm] = {**outcome(loss, accuracy, 392), "by_task": tasks, "loss_minus_main": paired}
     text = "95 %, loss by bootstrap over rows (2,000 draws), accuracy by Wilson's formula"
     return {"arms": found, "seed": 41, "intervals": text}
 

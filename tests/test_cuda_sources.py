@@ -1,4 +1,4 @@
-"""The CUDA sources without a GPU: nvcc compiles them without a spill, and their grid runs on the CPU."""
+"""The CUDA sources without a GPU: nvcc compiles them without a spill, their grid runs here."""
 
 import ctypes
 import itertools
@@ -12,8 +12,15 @@ import torch
 
 CSRC = Path(__file__).parents[1] / "csrc"
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
-# S, T, D, group_size: odd rows, splits and tails, more samples than a block has rows, heads and neurons
-SHAPES = [(2, 197, 136, 1), (9, 333, 512, 64), (1, 7, 24, 3), (3, 1, 33, 1), (1, 5000, 8, 8), (17, 40, 96, 48)]
+# S, T, D, group_size: odd rows and tails, more samples than a block has rows, heads and neurons
+SHAPES = [
+    (2, 197, 136, 1),
+    (9, 333, 512, 64),
+    (1, 7, 24, 3),
+    (3, 1, 33, 1),
+    (1, 5000, 8, 8),
+    (17, 40, 96, 48),
+]
 
 
 @pytest.mark.parametrize("architecture", [80, 90, 100])
@@ -22,13 +29,28 @@ def test_fisher_kernels_compile_without_spills(architecture, tmp_path):
     if nvcc is None:
         pytest.skip("no nvcc")
     target = f"arch=compute_{architecture},code=sm_{architecture}"
-    command = [nvcc, "-std=c++20", "-O3", "-gencode", target, "-Xptxas", "-v", "-Werror", "all-warnings", "-cubin"]
+    command = [
+        nvcc,
+        "-std=c++20",
+        "-O3",
+        "-gencode",
+        target,
+        "-Xptxas",
+        "-v",
+        "-Werror",
+        "all-warnings",
+        "-cubin",
+    ]
     source = CSRC / "fisher" / "fisher.cu"
     result = subprocess.run(
-        [*command, "-I", CSRC, "-o", tmp_path / "fisher.cubin", source], capture_output=True, text=True
+        [*command, "-I", CSRC, "-o", tmp_path / "fisher.cubin", source],
+        capture_output=True,
+        text=True,
     )
     assert result.returncode == 0, result.stderr
-    spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", result.stderr)
+    spills = re.findall(
+        r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", result.stderr
+    )
     registers = [int(count) for count in re.findall(r"Used (\d+) registers", result.stderr)]
     # 4 dtypes x aligned or not; 2 accumulators x head or neuron x gradients or squares
     assert len(spills) == len(registers) == 4 * 2 + 2 * 2 * 2
@@ -105,7 +127,9 @@ def test_partial_sums_hold_each_split_of_tokens(emulator):
     activation, gradient = site(2, 150, 40, torch.float64)
     partial, _, _ = emulate(emulator, activation, gradient, 1)
     products = (activation * gradient).split(50, dim=1)  # 150 tokens in 3 splits
-    torch.testing.assert_close(partial, torch.stack([p.sum(1) for p in products], 1), rtol=1e-13, atol=1e-13)
+    torch.testing.assert_close(
+        partial, torch.stack([p.sum(1) for p in products], 1), rtol=1e-13, atol=1e-13
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -120,8 +144,8 @@ def test_loads_of_one_or_sixteen_bytes_give_the_same_bits(emulator, dtype):
 
 
 def test_contraction_by_the_compiler_changes_no_bit(emulator, tmp_path):
-    # Products of 16-bit floats are exact in float32, and every multiply-add is an explicit fma: nvcc, which
-    # contracts, and this compiler, which was told not to, must agree on every partial sum.
+    # Products of 16-bit floats are exact in float32, and every multiply-add is an explicit fma:
+    # nvcc, which contracts, and a compiler told not to must agree on every partial sum.
     contracting = compile_emulator(tmp_path, ["-O2", "-ffp-contract=fast", "-march=native"])
     scale = torch.rand(3, dtype=torch.float64)
     for dtype, group_size in itertools.product(DTYPES, (1, 64)):

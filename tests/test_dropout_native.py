@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from floe_triton import reference
 
 from floe import ops
-from floe_triton import reference
 
 CSRC = Path(__file__).parents[1] / "csrc"
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
@@ -28,14 +28,17 @@ KNOWN_ANSWERS = [
 
 SHIM = """
 #include "philox.h"
-extern "C" void philox(const std::uint32_t* counter, const std::uint32_t* key, int rounds, std::uint32_t* out) {
-  const auto words = floe::philox::philox_4x32({{counter[0], counter[1], counter[2], counter[3]}},
-                                               {{key[0], key[1]}}, rounds);
+extern "C" void philox(const std::uint32_t* counter, const std::uint32_t* key, int rounds,
+                       std::uint32_t* out) {
+  const floe::philox::Words start{{counter[0], counter[1], counter[2], counter[3]}};
+  const auto words = floe::philox::philox_4x32(start, {{key[0], key[1]}}, rounds);
   for (int i = 0; i < 4; ++i) out[i] = words.word[i];
 }
-extern "C" void draw(std::int64_t seed, std::int64_t row, std::int64_t block, std::uint32_t* bytes) {
-  const auto words = floe::philox::philox_4x32(floe::philox::counter_of(row, block), floe::philox::key_of(seed));
-  for (int j = 0; j < 16; ++j) bytes[j] = floe::philox::byte_of(words, j);
+extern "C" void draw(std::int64_t seed, std::int64_t row, std::int64_t block,
+                     std::uint32_t* bytes) {
+  using namespace floe::philox;
+  const auto words = philox_4x32(counter_of(row, block), key_of(seed));
+  for (int j = 0; j < 16; ++j) bytes[j] = byte_of(words, j);
 }
 extern "C" std::uint32_t threshold(double p) { return floe::philox::threshold(p); }
 """
@@ -57,7 +60,9 @@ def draw(seed, row, block):
 
 def keep_mask(rows, columns, p, seed):
     blocks = -(-columns // 16)
-    bytes_ = [sum((draw(seed, t, b) for b in range(blocks)), [])[:columns] for t in range(rows)]
+    bytes_ = [
+        [byte for b in range(blocks) for byte in draw(seed, t, b)][:columns] for t in range(rows)
+    ]
     return torch.tensor(bytes_) >= min(255, round(256 * p))
 
 
@@ -72,7 +77,17 @@ def header(tmp_path_factory):
         pytest.skip("no g++ or c++ to compile csrc/philox.h with")
     folder = tmp_path_factory.mktemp("philox")
     (folder / "shim.cpp").write_text(SHIM)
-    command = [compiler, "-std=c++20", "-O1", "-shared", "-fPIC", "-Wall", "-Wextra", "-Wconversion", "-Werror"]
+    command = [
+        compiler,
+        "-std=c++20",
+        "-O1",
+        "-shared",
+        "-fPIC",
+        "-Wall",
+        "-Wextra",
+        "-Wconversion",
+        "-Werror",
+    ]
     library = folder / "shim.so"
     subprocess.run([*command, "-I", CSRC, folder / "shim.cpp", "-o", library], check=True)
     return ctypes.CDLL(str(library))
@@ -91,7 +106,9 @@ def test_random123_known_answers(header, counter, key, answer):
 
 
 @pytest.mark.parametrize("seed", [0, -1, 2**63 - 1, -(2**63), 0x0123456789ABCDEF])
-@pytest.mark.parametrize(("row", "block"), [(0, 0), (2**32 - 1, 3), (2**32 + 5, 2**31 + 1), (2**62, 7)])
+@pytest.mark.parametrize(
+    ("row", "block"), [(0, 0), (2**32 - 1, 3), (2**32 + 5, 2**31 + 1), (2**62, 7)]
+)
 def test_header_draws_the_bytes_of_the_definition(header, seed, row, block):
     out = words([0] * 16)
     header.draw(ctypes.c_int64(seed), ctypes.c_int64(row), ctypes.c_int64(block), out)
@@ -169,13 +186,16 @@ def correlation(a, b):
 
 def test_mask_behaves_like_independent_coin_flips():
     rows, columns, p = 1024, 1024, 26 / 256
-    masks = [(ops.dropout(torch.ones(rows, columns), p, seed_of(seed)) != 0) for seed in (0, 1, 2**32)]
+    masks = [
+        (ops.dropout(torch.ones(rows, columns), p, seed_of(seed)) != 0) for seed in (0, 1, 2**32)
+    ]
     deviation = 1 / (rows * columns) ** 0.5
     for mask in masks:
         rate = 1 - mask.double().mean().item()
         assert abs(rate - p) < 5 * deviation * (p * (1 - p)) ** 0.5
+        # 5 sigma of a variance over 1024 rows is 5 sqrt(2 / 1024)
         row_variance = mask.double().mean(1).var().item()
-        assert row_variance == pytest.approx(p * (1 - p) / columns, rel=0.25)  # 5 sigma: sqrt(2 / 1024) * 5
+        assert row_variance == pytest.approx(p * (1 - p) / columns, rel=0.25)
         assert abs(correlation(mask[:, :-1], mask[:, 1:])) < 5 * deviation
         assert abs(correlation(mask[:-1], mask[1:])) < 5 * deviation
         assert abs(correlation(mask[:, :-16], mask[:, 16:])) < 5 * deviation
@@ -196,7 +216,9 @@ def test_opcheck(dtype):
 
 
 def test_compiles_into_one_graph_with_its_gradient():
-    compiled = torch.compile(lambda t, s: ops.dropout(t, 0.3, s) * 2, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(
+        lambda t, s: ops.dropout(t, 0.3, s) * 2, fullgraph=True, backend="aot_eager"
+    )
     for seed in (1, 2):
         x = torch.randn(4, 50, requires_grad=True)
         out = compiled(x, seed_of(seed))
@@ -209,7 +231,11 @@ def test_compiles_into_one_graph_with_its_gradient():
     ("arguments", "error", "text"),
     [
         (([1.0], 0.1, seed_of(0)), TypeError, "x must be a tensor, got list"),
-        ((torch.ones(3).int(), 0.1, seed_of(0)), TypeError, "x must be bfloat16, .* got torch.int32"),
+        (
+            (torch.ones(3).int(), 0.1, seed_of(0)),
+            TypeError,
+            "x must be bfloat16, .* got torch.int32",
+        ),
         ((torch.ones(()), 0.1, seed_of(0)), ValueError, r"x must be \[..., K\], got a 0-dim"),
         ((torch.ones(3), "0.1", seed_of(0)), TypeError, "p must be a number, got str"),
         ((torch.ones(3), 1.0, seed_of(0)), ValueError, r"p must be in \[0, 1\), got 1.0"),
@@ -217,8 +243,16 @@ def test_compiles_into_one_graph_with_its_gradient():
         ((torch.ones(3), float("nan"), seed_of(0)), ValueError, r"p must be in \[0, 1\), got nan"),
         ((torch.ones(3), 0.1, 0), TypeError, "seed must be a tensor, got int"),
         ((torch.ones(3), 0.1, torch.zeros(())), TypeError, "seed must be int64, got torch.float32"),
-        ((torch.ones(3), 0.1, seed_of([1])), ValueError, r"seed must be 0-dimensional, got shape \(1,\)"),
-        ((torch.ones(3), 0.1, seed_of(1).to("meta")), ValueError, "seed must be on x's device cpu, got meta"),
+        (
+            (torch.ones(3), 0.1, seed_of([1])),
+            ValueError,
+            r"seed must be 0-dimensional, got shape \(1,\)",
+        ),
+        (
+            (torch.ones(3), 0.1, seed_of(1).to("meta")),
+            ValueError,
+            "seed must be on x's device cpu, got meta",
+        ),
     ],
 )
 def test_bad_arguments_are_explained(arguments, error, text):
@@ -228,6 +262,11 @@ def test_bad_arguments_are_explained(arguments, error, text):
 
 def test_direct_calls_are_guarded():
     x = torch.ones(3)
-    for arguments in [(x.int(), 0.1, seed_of(0)), (x, 1.0, seed_of(0)), (x, 0.1, seed_of([1])), (x, 0.1, x[0])]:
+    for arguments in [
+        (x.int(), 0.1, seed_of(0)),
+        (x, 1.0, seed_of(0)),
+        (x, 0.1, seed_of([1])),
+        (x, 0.1, x[0]),
+    ]:
         with pytest.raises(RuntimeError, match="floe: "):
             torch.ops.floe.dropout(*arguments)

@@ -1,6 +1,8 @@
 """Mask gradients and their squares against float64 torch, in every dtype, stride and device."""
 
+import importlib.util
 import itertools
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,7 +12,14 @@ from floe import ops
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
 # S, T, D, group_size: odd sizes, several splits, tails of the unrolled rows, one unit
-SHAPES = [(1, 1, 1, 1), (3, 197, 136, 1), (2, 333, 512, 64), (1, 7, 24, 3), (16, 65, 40, 40), (17, 5, 1100, 550)]
+SHAPES = [
+    (1, 1, 1, 1),
+    (3, 197, 136, 1),
+    (2, 333, 512, 64),
+    (1, 7, 24, 3),
+    (16, 65, 40, 40),
+    (17, 5, 1100, 550),
+]
 
 
 def site(samples, tokens, columns, dtype=torch.float32, device="cpu"):
@@ -21,13 +30,17 @@ def site(samples, tokens, columns, dtype=torch.float32, device="cpu"):
 def formula(activation, gradient, group_size, token_mask=None, dtype=torch.float64):
     product = activation.to(dtype) * gradient.to(dtype)
     if token_mask is not None:
-        product = product.where(token_mask[..., None], torch.zeros((), dtype=dtype, device=product.device))
+        product = product.where(
+            token_mask[..., None], torch.zeros((), dtype=dtype, device=product.device)
+        )
     return product.unflatten(2, (product.shape[2] // group_size, group_size)).sum((1, 3))
 
 
 def longdouble(activation, gradient, group_size, token_mask=None):
     """The formula in 80-bit floats: float64 needs an oracle too."""
-    product = activation.double().cpu().numpy().astype(np.longdouble) * gradient.double().cpu().numpy()
+    product = (
+        activation.double().cpu().numpy().astype(np.longdouble) * gradient.double().cpu().numpy()
+    )
     if token_mask is not None:
         product *= token_mask.cpu().numpy()[..., None]
     samples, tokens, columns = product.shape
@@ -55,7 +68,9 @@ def test_mask_gradients_error_is_within_twice_torchs(shape, dtype, masked, devic
     assert out.shape == (samples, columns // group_size)
     exact = longdouble(activation, gradient, group_size, mask)
     own = rms_error(formula(activation, gradient, group_size, mask, accumulator), exact)
-    assert rms_error(out, exact) <= 2 * own + torch.finfo(accumulator).eps * float(np.abs(exact).max())
+    assert rms_error(out, exact) <= 2 * own + torch.finfo(accumulator).eps * float(
+        np.abs(exact).max()
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -68,7 +83,9 @@ def test_accumulate_fisher_adds_scaled_squares(shape, dtype, device):
     start = torch.rand(columns // group_size, dtype=torch.float64, device=device)
     fisher = start.clone()
     assert ops.accumulate_fisher_(fisher, activation, gradient, group_size, mask, scale) is fisher
-    exact = (formula(activation, gradient, group_size, mask) * scale.double()[:, None]).square().sum(0)
+    exact = (
+        (formula(activation, gradient, group_size, mask) * scale.double()[:, None]).square().sum(0)
+    )
     tolerance = 1e-13 if dtype == torch.float64 else 3e-6
     assert rms(fisher - start - exact) <= tolerance * rms(exact) + 1e-15
 
@@ -119,17 +136,23 @@ def test_any_stride_gives_the_contiguous_result(device):
     gradient = torch.randn(48, device=device).expand(3, 70, 48)
     mask = (torch.rand(70, 3, device=device) > 0.3).T
     scale = torch.rand(6, device=device)[::2]
-    expected = ops.mask_gradients(activation.contiguous(), gradient.contiguous(), 4, mask.contiguous())
+    expected = ops.mask_gradients(
+        activation.contiguous(), gradient.contiguous(), 4, mask.contiguous()
+    )
     assert torch.equal(ops.mask_gradients(activation, gradient, 4, mask), expected)
     fishers = [torch.zeros(12, dtype=torch.float64, device=device) for _ in range(2)]
     ops.accumulate_fisher_(fishers[0], activation, gradient, 4, mask, scale)
-    ops.accumulate_fisher_(fishers[1], activation, gradient.contiguous(), 4, mask, scale.contiguous())
+    ops.accumulate_fisher_(
+        fishers[1], activation, gradient.contiguous(), 4, mask, scale.contiguous()
+    )
     assert torch.equal(*fishers)
 
 
 def test_unaligned_rows_give_the_same_bits(device):
     activation, gradient = site(2, 130, 64, torch.bfloat16, device)
-    shifted = torch.empty(activation.numel() + 1, dtype=torch.bfloat16, device=device)[1:].view_as(activation)
+    shifted = torch.empty(activation.numel() + 1, dtype=torch.bfloat16, device=device)[1:].view_as(
+        activation
+    )
     shifted.copy_(activation)
     expected = ops.mask_gradients(activation, gradient, 1)
     assert torch.equal(ops.mask_gradients(shifted, gradient, 1), expected)
@@ -154,7 +177,7 @@ def test_bits_do_not_depend_on_the_number_of_threads(group_size):
 
 
 def test_splits_are_added_in_float64():
-    # Beside a 1, float32 loses every 2^-24; only the 63 tokens that share a split with it may be lost.
+    # Beside a 1, float32 loses every 2^-24; only the 63 tokens of the 1's split may be lost.
     activation = torch.full((1, 64 * 64, 1), 2.0**-12)
     activation[0, 0] = 1.0
     fisher = torch.zeros(1, dtype=torch.float64)
@@ -177,10 +200,22 @@ def bad_site_arguments():
     yield (x.tolist(), x, 2, None), TypeError, "activation must be a tensor, got list"
     yield (x.long(), x, 2, None), TypeError, "activation must be bfloat16, .* got torch.int64"
     yield (x, None, 2, None), TypeError, "gradient must be a tensor, got NoneType"
-    yield (x, x.double(), 2, None), TypeError, "gradient must have activation's dtype torch.float32, got torch.float64"
+    yield (
+        (x, x.double(), 2, None),
+        TypeError,
+        "gradient must have activation's dtype torch.float32, got torch.float64",
+    )
     yield (x[0], x[0], 2, None), ValueError, r"activation must be \[S, T, D\], got shape \(3, 8\)"
-    yield (x, x[:1], 2, None), ValueError, r"gradient must have activation's shape \(2, 3, 8\), got \(1, 3, 8\)"
-    yield (x, x.to("meta"), 2, None), ValueError, "gradient must be on activation's device cpu, got meta"
+    yield (
+        (x, x[:1], 2, None),
+        ValueError,
+        r"gradient must have activation's shape \(2, 3, 8\), got \(1, 3, 8\)",
+    )
+    yield (
+        (x, x.to("meta"), 2, None),
+        ValueError,
+        "gradient must be on activation's device cpu, got meta",
+    )
     yield (x, x, 2.0, None), TypeError, "group_size must be an int, got float"
     yield (x, x, True, None), TypeError, "group_size must be an int, got bool"
     yield (x, x, 0, None), ValueError, "group_size must be >= 1 and divide D = 8, got 0"
@@ -188,7 +223,11 @@ def bad_site_arguments():
     yield (x, x, 2, [[True]]), TypeError, "token_mask must be a tensor, got list"
     yield (x, x, 2, mask.long()), TypeError, "token_mask must be bool, got torch.int64"
     yield (x, x, 2, mask.T), ValueError, r"token_mask must be \[S, T\] = \(2, 3\), got \(3, 2\)"
-    yield (x, x, 2, mask.to("meta")), ValueError, "token_mask must be on activation's device cpu, got meta"
+    yield (
+        (x, x, 2, mask.to("meta")),
+        ValueError,
+        "token_mask must be on activation's device cpu, got meta",
+    )
 
 
 @pytest.mark.parametrize(("arguments", "error", "text"), list(bad_site_arguments()))
@@ -207,13 +246,25 @@ def bad_accumulations():
     yield (None, None), TypeError, "fisher must be a tensor, got NoneType"
     yield (fisher.float(), None), TypeError, "fisher must be float64, got torch.float32"
     yield (fisher[:3], None), ValueError, r"fisher must be \[D // group_size\] = \(4,\), got \(3,\)"
-    yield (torch.zeros(8).double()[::2], None), ValueError, r"fisher must be contiguous, got stride \(2,\)"
+    yield (
+        (torch.zeros(8).double()[::2], None),
+        ValueError,
+        r"fisher must be contiguous, got stride \(2,\)",
+    )
     yield (fisher.clone().requires_grad_(), None), ValueError, "fisher must not require a gradient"
-    yield (fisher.to("meta"), None), ValueError, "fisher must be on activation's device cpu, got meta"
+    yield (
+        (fisher.to("meta"), None),
+        ValueError,
+        "fisher must be on activation's device cpu, got meta",
+    )
     yield (fisher, 2.0), TypeError, "sample_scale must be a tensor, got float"
     yield (fisher, scale.long()), TypeError, "sample_scale must be bfloat16, .* got torch.int64"
     yield (fisher, scale[:1]), ValueError, r"sample_scale must be \[S\] = \(2,\), got \(1,\)"
-    yield (fisher, scale.to("meta")), ValueError, "sample_scale must be on activation's device cpu, got meta"
+    yield (
+        (fisher, scale.to("meta")),
+        ValueError,
+        "sample_scale must be on activation's device cpu, got meta",
+    )
 
 
 @pytest.mark.parametrize(("arguments", "error", "text"), list(bad_accumulations()))
@@ -229,8 +280,9 @@ def test_direct_calls_with_wrong_shapes_never_reach_memory():
     op, accumulate = torch.ops.floe.mask_gradients, torch.ops.floe.accumulate_fisher_
     fisher, scale = torch.zeros(4, dtype=torch.float64), torch.ones(2, dtype=torch.float64)
     for arguments in [
-        (x[0], x[0], 2, None), (x, x[:1], 2, None), (x, x.double(), 2, None), (x.int(), x.int(), 2, None),
-        (x, x, 3, None), (x, x, -8, None), (x, x, 2, mask.T), (x, x, 2, mask.int()),
+        (x[0], x[0], 2, None), (x, x[:1], 2, None), (x, x.double(), 2, None),
+        (x.int(), x.int(), 2, None), (x, x, 3, None), (x, x, -8, None),
+        (x, x, 2, mask.T), (x, x, 2, mask.int()),
     ]:  # fmt: skip
         with pytest.raises(RuntimeError, match="floe: "):
             op(*arguments)
@@ -252,7 +304,9 @@ def test_opcheck(dtype, device):
         torch.library.opcheck(torch.ops.floe.mask_gradients.default, arguments)
         for sample_scale in (None, scale):
             fisher = torch.zeros(12 // group_size, dtype=torch.float64, device=device)
-            torch.library.opcheck(torch.ops.floe.accumulate_fisher_.default, (fisher, *arguments, sample_scale))
+            torch.library.opcheck(
+                torch.ops.floe.accumulate_fisher_.default, (fisher, *arguments, sample_scale)
+            )
 
 
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
@@ -289,6 +343,7 @@ def test_inputs_may_require_gradients_and_stay_untouched():
 
 
 def test_missing_library_says_how_to_build_it(monkeypatch, tmp_path):
-    monkeypatch.setattr(ops, "__file__", str(tmp_path / "ops.py"))
-    with pytest.raises(ImportError, match="are not built: .*_ops.so is missing; .*make native"):
+    spec = SimpleNamespace(origin=str(tmp_path / "_native.so"))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec)
+    with pytest.raises(ImportError, match=r"are not built: .*_ops\.so is missing; .*make native"):
         ops._load()

@@ -17,7 +17,11 @@ def loop(model, batch):
     for s in range(len(batch["input_ids"])):
         row = {k: v[s : s + 1] for k, v in batch.items()}
         for layer, modules in layers.items():
-            weights = [w for m in modules.values() for w in (m.floe_shrink["default"], m.floe_expand["default"])]
+            weights = [
+                w
+                for m in modules.values()
+                for w in (m.floe_shrink["default"], m.floe_expand["default"])
+            ]
             for g in torch.autograd.grad(mean_nll(model, row), weights):
                 total[layer] += g.double().square().sum()
     return total
@@ -77,7 +81,9 @@ def test_chunks_change_nothing(monkeypatch):
     mask = torch.ones(3, 5, dtype=torch.bool)
     whole = squared_gradient_norms(module, x, grad_y, mask)
     monkeypatch.setattr(module_under_test, "_CHUNK_ELEMENTS", 1)
-    assert torch.allclose(squared_gradient_norms(module, x, grad_y, mask), whole, rtol=1e-13, atol=0)
+    assert torch.allclose(
+        squared_gradient_norms(module, x, grad_y, mask), whole, rtol=1e-13, atol=0
+    )
 
 
 def test_a_large_module_is_cheap():
@@ -101,4 +107,6 @@ def test_adapter_output_is_what_the_module_adds():
     assert torch.allclose(adapter_output(module, x), added, rtol=1e-9, atol=1e-12)
     module.enable_adapters(False)
     assert not adapter_output(module, x).any()
-    assert not squared_gradient_norms(module, x, x[..., :6], torch.ones(3, 5, dtype=torch.bool)).any()
+    assert not squared_gradient_norms(
+        module, x, x[..., :6], torch.ones(3, 5, dtype=torch.bool)
+    ).any()

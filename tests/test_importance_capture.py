@@ -6,6 +6,7 @@ from floe import ops
 from floe.adapters import separate_base
 from floe.blocks import base_of, find_blocks, geometry, linear_at
 from floe.importance.capture import Capture
+from floe.importance.fisher import measure_fisher
 from floe.importance.frozen import all_token_labels
 
 O = torch.tensor([[[1, 2, 0, 1], [3, 0, 1, 1]], [[1, 1, 2, 0], [9, 9, 9, 9]]]).float()  # noqa: E741
@@ -14,18 +15,31 @@ REAL = torch.tensor([[True, True], [True, False]])
 
 
 def loop(model, batch, scope, loss_of=None):
-    """Explicit mask parameters, one row at a time: the definition of the per-sample mask gradient."""
+    """Explicit mask parameters, one row at a time: the definition of the mask gradient."""
     model.eval()
     blocks, sizes = find_blocks(model), geometry(model)
-    sites = [(b, path, u) for b in blocks for path, u in ((b.o_proj, sizes.heads), (b.down_proj, sizes.neurons))]
+    sites = [
+        (b, path, u)
+        for b in blocks
+        for path, u in ((b.o_proj, sizes.heads), (b.down_proj, sizes.neurons))
+    ]
     rows = []
     for s in range(len(batch["input_ids"])):
-        masks = [torch.ones(u, dtype=linear_at(model, path).weight.dtype, requires_grad=True) for _, path, u in sites]
+        masks = [
+            torch.ones(u, dtype=linear_at(model, path).weight.dtype, requires_grad=True)
+            for _, path, u in sites
+        ]
         hooks = []
         for (_, path, units), mask in zip(sites, masks, strict=True):
-            module = linear_at(model, path) if scope == "base" else base_of(model).get_submodule(path)
+            module = (
+                linear_at(model, path) if scope == "base" else base_of(model).get_submodule(path)
+            )
             width = linear_at(model, path).in_features // units
-            hooks.append(module.register_forward_pre_hook(lambda _m, a, m=mask, w=width: (a[0] * m.repeat_interleave(w),)))
+            hooks.append(
+                module.register_forward_pre_hook(
+                    lambda _m, a, m=mask, w=width: (a[0] * m.repeat_interleave(w),)
+                )
+            )
         with separate_base(model):
             row = {k: v[s : s + 1] for k, v in batch.items() if isinstance(v, torch.Tensor)}
             loss = (loss_of or mean_nll)(model, row)
@@ -118,11 +132,13 @@ def test_float64_rows_agree_to_rounding():
         together = [capture.step(b) for b in batches()]
         apart = [capture.step(b) for b in batches(size=1)]
     found = torch.cat([torch.as_tensor(p.neuron) for p in apart])
-    close(found, torch.as_tensor(together[0].neuron), rtol=1e-6)  # norms and softmax stay float32 in transformers
+    close(
+        found, torch.as_tensor(together[0].neuron), rtol=1e-6
+    )  # norms and softmax stay float32 in transformers
 
 
 def test_gradient_of_the_batch_mean_is_rescaled_by_token_counts():
-    """Row n of a loss averaged over all the batch's tokens, times T_batch / T_n, is row n's own gradient."""
+    """A row's share of the batch's token mean, times T_batch / T_n, is the row's own loss."""
     model = adapted()
     (batch,) = batches()
     counts = (batch["labels"] != -100).sum(1)
@@ -167,7 +183,10 @@ def test_gradient_checkpointing_recomputes_and_changes_nothing(reentrant):
     (batch,) = batches()
     with Capture(model, adapters=True) as capture:
         expected = capture.step(batch)
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable = (
+        getattr(model, "activation_checkpointing_enable", None)
+        or model.gradient_checkpointing_enable
+    )
     enable({"use_reentrant": reentrant})
     calls = []
     hook = find_blocks(model)[0].module.mlp.register_forward_pre_hook(lambda *_: calls.append(1))
@@ -197,10 +216,9 @@ def test_an_error_leaves_the_model_as_it_was():
     (batch,) = batches()
     unlabelled = batch | {"labels": batch["labels"].clone()}
     unlabelled["labels"][2] = -100
-    with pytest.raises(ValueError, match=r"row 7 must have at least one label, got 0\.0 nats over 0 tokens"):
-        with Capture(model) as capture:
-            capture.step(batch)
-            capture.step(unlabelled)
+    message = r"row 7 must have at least one label, got 0\.0 nats over 0 tokens"
+    with pytest.raises(ValueError, match=message):
+        measure_fisher(model, [batch, unlabelled])
     assert_untouched(model, before)
 
 
@@ -215,7 +233,10 @@ def test_non_finite_loss_names_the_row():
     model = plain()
     (batch,) = batches()
     model.lm_head.weight.data[int(batch["input_ids"][3, -1])] = float("nan")
-    with pytest.raises(ValueError, match=r"row \d must have a finite loss, got nan"), Capture(model) as capture:
+    with (
+        pytest.raises(ValueError, match=r"row \d must have a finite loss, got nan"),
+        Capture(model) as capture,
+    ):
         capture.step(batch)
 
 

@@ -60,7 +60,9 @@ def test_is_the_sum_of_squared_row_gradients():
     for name in ("head", "neuron"):
         gradients = np.concatenate([getattr(r, name) for r in rows])
         assert np.allclose(getattr(result, name), np.square(gradients).sum(0), rtol=1e-12, atol=0)
-        assert np.allclose(getattr(result, f"{name}_mean"), gradients.mean(0), rtol=1e-9, atol=1e-18)
+        assert np.allclose(
+            getattr(result, f"{name}_mean"), gradients.mean(0), rtol=1e-9, atol=1e-18
+        )
         assert np.array_equal(getattr(result, f"{name}_gradient"), gradients.astype(np.float32))
     assert measure_fisher(model, batches()).head_gradient is None
     assert measure_fisher(model, batches()).head_mean is None

@@ -57,15 +57,15 @@ def test_counts():
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"head_fisher": [[1.0]]}, TypeError, "head_fisher must be a numpy array of float64, got list"),
-        ({"head_taylor": np.ones((3, 4), np.float32)}, TypeError, "head_taylor.*float64, got numpy float32"),
-        ({"head_gradient": np.ones((2, 3, 4))}, TypeError, "head_gradient.*float32, got numpy float64"),
+        ({"head_fisher": [[1.0]]}, TypeError, "head_fisher must be a numpy.*float64, got list"),
+        ({"head_taylor": np.ones((3, 4), np.float32)}, TypeError, "head_taylor.*got numpy float32"),
+        ({"head_gradient": np.ones((2, 3, 4))}, TypeError, "head_gradient.*got numpy float64"),
         ({"head_fisher": np.ones(3)}, ValueError, r"head_fisher must be \[L, H\]"),
-        ({"head_taylor": np.ones((3, 5))}, ValueError, r"head_taylor must have shape \(3, 4\), got \(3, 5\)"),
+        ({"head_taylor": np.ones((3, 5))}, ValueError, r"head_taylor must have .*got \(3, 5\)"),
         ({"neuron_taylor": np.ones((2, 5))}, ValueError, r"neuron_taylor must have shape \(3, 5\)"),
         ({"adapter_fisher": np.ones(2)}, ValueError, r"adapter_fisher must have shape \(3,\)"),
         ({"probe_fisher": np.ones(4)}, ValueError, r"probe_fisher must have shape \(3,\)"),
-        ({"head_gradient": np.ones((2, 3, 9), np.float32)}, ValueError, r"head_gradient must be \[S, 3, 4\]"),
+        ({"head_gradient": np.ones((2, 3, 9), "f4")}, ValueError, r"head_gradient must be \[S, 3"),
     ],
 )  # fmt: skip
 def test_wrong_shapes_and_types(changes, error, message):
@@ -75,18 +75,25 @@ def test_wrong_shapes_and_types(changes, error, message):
 
 def test_gradients_of_different_sample_counts():
     with pytest.raises(ValueError, match="one S for heads and neurons"):
-        example(head_gradient=np.ones((2, 3, 4), np.float32), neuron_gradient=np.ones((3, 3, 5), np.float32))
+        example(
+            head_gradient=np.ones((2, 3, 4), np.float32),
+            neuron_gradient=np.ones((3, 3, 5), np.float32),
+        )
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -1e-9])
 def test_bad_values_name_field_layer_and_unit(bad):
     values = np.ones((3, 5))
     values[1, 4] = bad
-    with pytest.raises(ValueError, match=r"neuron_fisher must be finite and >= 0, got .* at layer 1, neuron 4"):
+    with pytest.raises(
+        ValueError, match=r"neuron_fisher must be finite and >= 0, got .* at layer 1, neuron 4"
+    ):
         example(neuron_fisher=values)
     values = np.ones(3)
     values[2] = bad
-    with pytest.raises(ValueError, match="adapter_fisher must be finite and >= 0, got .* at layer 2"):
+    with pytest.raises(
+        ValueError, match=r"adapter_fisher must be finite and >= 0, got .* at layer 2"
+    ):
         example(adapter_fisher=values)
 
 
@@ -94,7 +101,9 @@ def test_gradients_may_be_negative_but_not_nan():
     gradient = -np.ones((2, 3, 4), np.float32)
     example(head_gradient=gradient)
     gradient[1, 2, 3] = np.nan
-    with pytest.raises(ValueError, match="head_gradient must be finite, got nan at sample 1, layer 2, head 3"):
+    with pytest.raises(
+        ValueError, match="head_gradient must be finite, got nan at sample 1, layer 2, head 3"
+    ):
         example(head_gradient=gradient)
 
 
@@ -146,7 +155,9 @@ def test_bad_values_in_a_file_name_the_file(tmp_path):
     path = tmp_path / "s.npz"
     example().save(path)
     with zipfile.ZipFile(path) as archive:
-        arrays = {n.removesuffix(".npy"): np.load(io.BytesIO(archive.read(n))) for n in archive.namelist()}
+        arrays = {
+            n.removesuffix(".npy"): np.load(io.BytesIO(archive.read(n))) for n in archive.namelist()
+        }
     arrays["adapter_fisher"][0] = -1
     np.savez(path, **arrays)
     with pytest.raises(FileError, match=r"s\.npz: adapter_fisher must be finite"):

@@ -40,7 +40,7 @@ def test_worked_example_of_shared_key_value_heads():
 
 
 def reference(model, found, aggregate="abs_of_mean", tokens="all"):
-    """All weight gradients at once by plain autograd, then |w g| summed over each unit's weights, one by one."""
+    """All weight gradients at once by plain autograd, then |w g| summed unit by unit."""
     model.eval().requires_grad_(True)
     blocks, sizes = find_blocks(model), geometry(model)
     rows = sum(len(b["input_ids"]) for b in found)
@@ -51,27 +51,48 @@ def reference(model, found, aggregate="abs_of_mean", tokens="all"):
             labels = all_token_labels(batch) if tokens == "all" else batch["labels"]
             batch = {k: v for k, v in batch.items() if k != "logits_to_keep"} | {"labels": labels}
             size = len(labels)
-            loss = sum(mean_nll(model, {k: v[s : s + 1] for k, v in batch.items()}) for s in range(size))
+            loss = sum(
+                mean_nll(model, {k: v[s : s + 1] for k, v in batch.items()}) for s in range(size)
+            )
             model.zero_grad()
             loss.backward()
-            gradients.append({p: linear_at(model, p).weight.grad.double() / rows for b in blocks for p in b.linears.values()})
+            gradients.append(
+                {
+                    p: linear_at(model, p).weight.grad.double() / rows
+                    for b in blocks
+                    for p in b.linears.values()
+                }
+            )
     if aggregate == "abs_of_mean":
         gradients = [{p: sum(g[p] for g in gradients) for p in gradients[0]}]
-    head, neuron = torch.zeros(len(blocks), sizes.heads).double(), torch.zeros(len(blocks), sizes.neurons).double()
+    head, neuron = (
+        torch.zeros(len(blocks), sizes.heads).double(),
+        torch.zeros(len(blocks), sizes.neurons).double(),
+    )
     dim, group = sizes.head_dim, sizes.heads // sizes.kv_heads
     for k, block in enumerate(blocks):
         for g in gradients:
-            cost = {n: (linear_at(model, p).weight.detach() * g[p]).abs() for n, p in block.linears.items()}
+            cost = {
+                n: (linear_at(model, p).weight.detach() * g[p]).abs()
+                for n, p in block.linears.items()
+            }
             if "qkv_proj" in cost:
                 sizes_ = [sizes.heads * dim, sizes.kv_heads * dim, sizes.kv_heads * dim]
                 cost["q_proj"], cost["k_proj"], cost["v_proj"] = cost["qkv_proj"].split(sizes_)
                 cost["gate_proj"], cost["up_proj"] = cost["gate_up_proj"].split(sizes.neurons)
             for h in range(sizes.heads):
-                own, shared = slice(h * dim, (h + 1) * dim), slice(h // group * dim, (h // group + 1) * dim)
+                own, shared = (
+                    slice(h * dim, (h + 1) * dim),
+                    slice(h // group * dim, (h // group + 1) * dim),
+                )
                 head[k, h] += cost["q_proj"][own].sum() + cost["o_proj"][:, own].sum()
                 head[k, h] += (cost["k_proj"][shared].sum() + cost["v_proj"][shared].sum()) / group
             for j in range(sizes.neurons):
-                neuron[k, j] += cost["gate_proj"][j].sum() + cost["up_proj"][j].sum() + cost["down_proj"][:, j].sum()
+                neuron[k, j] += (
+                    cost["gate_proj"][j].sum()
+                    + cost["up_proj"][j].sum()
+                    + cost["down_proj"][:, j].sum()
+                )
     return head.numpy(), neuron.numpy()
 
 
@@ -99,14 +120,19 @@ def test_mean_of_abs_and_response_tokens():
 
 
 def test_opposite_batches_cancel_only_before_the_absolute_value(monkeypatch):
-    """Two batches with gradients +g and -g: the cost of the mean is 0, the mean of the costs is not."""
+    """Two batches with gradients +g and -g: the mean's cost is 0, the costs' mean is not."""
     w, g = torch.tensor([[1.0, -2], [3, 0.5]]), torch.tensor([[0.2, 0.1], [-0.1, 0.4]])
     block = find_blocks(plain())[0]
     signs = {"a": 1, "b": -1}
     site = SimpleNamespace(weight=torch.nn.Parameter(w))
     monkeypatch.setattr(module_under_test, "linear_at", lambda _m, _p: site)
-    monkeypatch.setattr(module_under_test, "_replayed", lambda _b, r, _w: [("up", signs[r] * g.clone())])
-    costs = {flag: module_under_test._block_costs(None, block, ["a", "b"], flag)["up"] / 2 for flag in (True, False)}
+    monkeypatch.setattr(
+        module_under_test, "_replayed", lambda _b, r, _w: [("up", signs[r] * g.clone())]
+    )
+    costs = {
+        flag: module_under_test._block_costs(None, block, ["a", "b"], flag)["up"] / 2
+        for flag in (True, False)
+    }
     assert costs[False].tolist() == [0.0, 0.0]
     assert costs[True].tolist() == pytest.approx([0.4, 0.5])
 
@@ -150,7 +176,7 @@ def test_vector_is_the_mean_mask_gradient_of_the_base():
 
 
 def test_vector_of_a_down_column_is_its_signed_sum():
-    """sum_i w_ij g_ij over a down column is neuron j's mask gradient, so no weight gradient is needed."""
+    """sum_i w_ij g_ij over a down column is neuron j's mask gradient: no weight gradient needed."""
     model = plain().eval()
     down = find_blocks(model)[1].module.mlp.down_proj
     batch = batches()[0]
@@ -185,7 +211,11 @@ def test_quantised_weights_use_the_vector_kind():
 
 def test_only_one_block_has_weight_gradients_at_a_time(monkeypatch):
     model = plain()
-    sizes = {id(linear_at(model, p).weight): b.index for b in find_blocks(model) for p in b.linears.values()}
+    sizes = {
+        id(linear_at(model, p).weight): b.index
+        for b in find_blocks(model)
+        for p in b.linears.values()
+    }
     alive: list[tuple[int, weakref.ref]] = []
     most = set()
     grad = torch.autograd.grad

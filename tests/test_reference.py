@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-
 from floe_triton import draw_seed, eager, keyed_dropout, reference
 
 SEED = torch.tensor(1234567890123456789)
@@ -139,7 +138,7 @@ def test_only_a_random_router_ever_tells_experts_apart(router):
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
     x, target, weight = draw(64, 6), draw(64, 5), draw(5, 6)
-    shrink, expand = draw(2 + 3, 6), torch.zeros(5, 3, 2, dtype=torch.float64)
+    shrink, expand = draw(2 + 4, 6), torch.zeros(5, 4, 2, dtype=torch.float64)  # gates of exactly 1/4
     if router == "zero":
         shrink[2:] = 0
     parameters = [shrink.requires_grad_(), expand.requires_grad_()]

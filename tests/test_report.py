@@ -9,6 +9,7 @@ import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ from floe.report import build_report
 from floe.report.arms import arm_names, curves, looks, outcomes, smooth, tasks
 from floe.report.artifacts import Interval, Router, Trial
 from floe.report.build import sections
-from floe.report.facts import facts, verdicts
+from floe.report.facts import arm_rows, facts, verdicts
 from floe.report.maps import normalised, sorted_bins
 from floe.report.ranks import chance_overlap, rankings
 from floe.report.read import read_run
@@ -33,7 +34,8 @@ from floe.report.theme import DARK, LIGHT, render_svg, themed
 
 HOSTILE = 'evil/"model" & \'<script>alert(1)</script>'
 PICTURES = (
-    "saliency", "units", "rankings", "tuning", "search", "curves", "outcomes", "tasks", "cost", "router",
+    "saliency", "units", "rankings", "tuning", "search", "layers", "curves", "outcomes", "tasks",
+    "cost", "router",
 )  # fmt: skip
 
 
@@ -166,7 +168,7 @@ def test_cost_router_tuning_stage_csvs_equal_the_artifacts(run_dir):
         t["residual_after"] for t in tuning
     ]
     stages = {row["stage"]: float(row["seconds"]) for row in rows_of(run_dir, "stages")}
-    assert list(stages.items()) == list(STAGES.items())
+    assert list(stages.items()) == list(STAGES.items())  # in the pipeline's order
 
 
 def test_headline_names_the_chosen_layers_and_the_intervals(run_dir):
@@ -182,9 +184,26 @@ def test_headline_names_the_chosen_layers_and_the_intervals(run_dir):
     assert expected.split(" over")[0] in text
 
 
-def test_verdicts_follow_the_intervals(fresh):
+def test_verdicts_follow_the_paired_differences(fresh):
+    def change(results):
+        gaps = {"base": (1, 2), "all": (-0.2, -0.1), "even": (0.001, 0.1), "masks": (-0.1, 0.001)}
+        for arm, (low, high) in gaps.items():
+            results["arms"][arm]["loss_minus_main"].update(
+                value=(low + high) / 2, low=low, high=high
+            )
+
+    edit(fresh, change, "eval", "results.json")
+    better, worse, still_open = verdicts(read_run(fresh))[0].split("; ")
+    assert "better than base, even and random-42 (the paired interval excludes zero)" in better
+    assert "worse than all" in worse
+    assert "masks" in still_open
+
+
+def test_verdicts_follow_the_intervals_where_nothing_is_paired(fresh):
     def change(results):
         arms = results["arms"]
+        for arm in arms.values():
+            del arm["loss_minus_main"]
         arms["main"]["loss"].update(value=2.0, low=1.9, high=2.1)
         arms["all"]["loss"].update(value=1.5, low=1.4, high=1.89)
         arms["even"]["loss"].update(value=2.5, low=2.11, high=2.6)
@@ -203,9 +222,10 @@ def test_pictures_draw_the_numbers_of_their_tables(run_dir):
     with themed(LIGHT):
         axes = outcomes(run, run.evaluation).draw(LIGHT).axes
         lines = rankings(run).draw(LIGHT).axes[0].lines
-    for ax, what in zip(axes, ("loss", "accuracy"), strict=True):
+    for ax, what in zip(axes, ("loss", "loss_minus_main", "accuracy"), strict=True):
         dots = [float(line.get_xdata()[0]) for line in ax.lines if line.get_gid() == "value"]
-        assert dots == [getattr(run.evaluation.arms[arm], what).value for arm in arm_names(run)]
+        arms = [arm for arm in arm_names(run) if (arm, what) != ("main", "loss_minus_main")]
+        assert dots == [getattr(run.evaluation.arms[arm], what).value for arm in arms]
     slopes = [tuple(line.get_ydata()) for line in lines if len(line.get_ydata()) == 2]
     theirs = list(run.choice.paper.ranking)
     expected = [(i, theirs.index(k) + 1) for i, k in enumerate(run.choice.ranking, start=1)]
@@ -262,11 +282,12 @@ def test_equal_artifacts_give_equal_bytes_without_torch(run_dir, tmp_path):
     copy = write_run(tmp_path / "demo", model=HOSTILE)
     code = (
         "import sys; from floe.report import build_report; build_report(sys.argv[1]);"
-        "bad = {'torch', 'transformers', 'matplotlib.pyplot'} & set(sys.modules); assert not bad, bad"
+        "bad = {'torch', 'transformers', 'matplotlib.pyplot'} & set(sys.modules);"
+        "assert not bad, bad"
     )
     subprocess.run([sys.executable, "-c", code, str(copy)], check=True)
-    for path in [Path("report.html"), *((run_dir / "report").relative_to(run_dir)).glob("*")]:
-        assert (copy / path).read_bytes() == (run_dir / path).read_bytes(), path
+    page = Path("report.html")
+    assert (copy / page).read_bytes() == (run_dir / page).read_bytes()
     names = sorted(path.name for path in (run_dir / "report").iterdir())
     assert names == sorted(path.name for path in (copy / "report").iterdir())
     for name in names:
@@ -338,6 +359,7 @@ def test_selection_alone_gives_a_report_and_drops_stale_files(run_dir, tmp_path)
     shutil.copytree(run_dir, folder)
     for stage in ("search", "train", "eval", "profile"):
         shutil.rmtree(folder / stage)
+    edit(folder, lambda data: data.update(cpu="broken \ud800"), "env.json")
     (folder / "report" / "notes.txt").write_text("mine")
     build_report(folder)
     left = {path.name for path in (folder / "report").iterdir()}
@@ -347,20 +369,26 @@ def test_selection_alone_gives_a_report_and_drops_stale_files(run_dir, tmp_path)
     assert "Neither training nor evaluation was run" in text
 
 
+SELECTION = ("select", "selection.json")
+MAIN = ("train", "main", "metrics.json")
+SEARCH, PROFILE = ("search", "result.json"), ("profile", "profile.json")
+RESULTS, ROUTER = ("eval", "results.json"), ("eval", "router.json")
+
+
 @pytest.mark.parametrize(
     ("parts", "change", "message"),
     [
-        (("select", "selection.json"), lambda d: d.pop("layers"), "layers is missing"),
-        (("select", "selection.json"), lambda d: d.update(layers=[0, 30]), r"layers must be .*\[0, 30\)"),
-        (("select", "selection.json"), lambda d: d["ranking"].pop(), "ranking must be a permutation"),
-        (("select", "selection.json"), lambda d: d.update(layer_scores=[1.0]), "a list of 30 numbers"),
-        (("select", "selection.json"), lambda d: d["paper"].pop("ranking"), "paper.ranking is missing"),
-        (("search", "result.json"), lambda d: d["trials"][2].update(state="lost"), r"trials\[2\].state"),
-        (("train", "main", "metrics.json"), lambda d: d.update(steps="200"), "steps must be a whole"),
-        (("train", "main", "metrics.json"), lambda d: d.update(train_loss=[[1]]), "train_loss must be"),
-        (("eval", "results.json"), lambda d: d["arms"].update(main=3), "arms.main must be an object"),
-        (("eval", "router.json"), lambda d: d["modules"][0].update(layer=99), r"in \[0, 30\)"),
-        (("profile", "profile.json"), lambda d: d["points"][0].pop("layers"), r"points\[0\].layers"),
+        (SELECTION, lambda d: d.pop("layers"), "layers is missing"),
+        (SELECTION, lambda d: d.update(layers=[0, 30]), r"layers must be .*\[0, 30\)"),
+        (SELECTION, lambda d: d["ranking"].pop(), "ranking must be a permutation"),
+        (SELECTION, lambda d: d.update(layer_scores=[1.0]), "a list of 30 numbers"),
+        (SELECTION, lambda d: d["paper"].pop("ranking"), "paper.ranking is missing"),
+        (SEARCH, lambda d: d["trials"][2].update(state="lost"), r"trials\[2\].state must be"),
+        (MAIN, lambda d: d.update(steps="200"), "steps must be a whole"),
+        (MAIN, lambda d: d.update(train_loss=[[1]]), "train_loss must be"),
+        (RESULTS, lambda d: d["arms"].update(main=3), "arms.main must be an object"),
+        (ROUTER, lambda d: d["modules"][0].update(layer=99), r"in \[0, 30\)"),
+        (PROFILE, lambda d: d["points"][0].pop("layers"), r"points\[0\].layers is missing"),
     ],
 )  # fmt: skip
 def test_damaged_artifact_names_file_and_key(fresh, parts, change, message):
@@ -401,17 +429,28 @@ def test_unusual_runs_still_draw(tmp_path):
         data["layer_scores"] = [0.0] * 12
         data["paper"].update(masked_head_fraction=None)
 
+    def lost(data):
+        for trial in data["trials"]:
+            trial.update(state="failed", value=None)
+
+    edit(folder, lost, "search", "result.json")
     edit(folder, diverge, "train", "main", "metrics.json")
-    edit(folder, lambda data: data.update(train_loss=[], validation_loss=[]), "train", "even", "metrics.json")  # fmt: skip
+
+    def silent(data):
+        data.update(train_loss=[], validation_loss=[])
+
+    edit(folder, silent, "train", "even", "metrics.json")
     edit(folder, bare, "eval", "results.json")
     edit(folder, flat, "select", "selection.json")
     edit(folder, lambda data: data["modules"][0].update(usage=[1.0]), "eval", "router.json")
-    for trial in (artifact(folder, "search", "result.json"),):
-        trial["trials"] = [{**t, "state": "failed", "value": None} for t in trial["trials"]]
-        write_json(folder / "search" / "result.json", trial)
-    text = build_report(folder).read_text(encoding="utf-8")
-    assert "no interval" in text
-    assert "問答" in text
+    run = read_run(folder)
+    for picture in (picture for part in sections(run) for picture in part.pictures):
+        svg = render_svg(picture.draw, DARK)
+        ElementTree.fromstring(svg.encode("utf-8"))
+        for table in picture.tables:
+            assert table.csv().count("\n") > len(table.rows)
+    assert arm_rows(run)[0].loss_interval == "no interval"
+    assert "問答 \ufffd \ufffd" in render_svg(tasks(run, run.evaluation).draw, LIGHT)
 
 
 def test_many_tasks_show_the_arms_that_matter(fresh):
@@ -476,6 +515,13 @@ def test_normalised_rows_keep_the_order(values):
     assert log == bool(positive.size and positive.max() > 20 * positive.min())
 
 
+def test_rows_turn_logarithmic_beyond_a_factor_of_twenty():
+    assert normalised(np.array([1.0, 20.0]))[1] is False
+    row, log = normalised(np.array([0.0, 1.0, 10.0, 100.0]))
+    assert log is True
+    assert row.tolist() == [0, 0, 0.5, 1]
+
+
 def test_sorted_bins_average_the_largest_first():
     bins, sizes = sorted_bins(np.array([[3.0, 1.0, 2.0], [0.0, 5.0, 0.0]]))
     assert bins.tolist() == [[3, 2, 1], [5, 0, 0]]
@@ -501,6 +547,7 @@ def test_best_so_far_counts_complete_trials_only():
         ([0.9, 0.1], 0.5, 0.01, (False, False)),
         ([0.91, 0.09], 0.5, 0.01, (True, False)),
         ([0.8, 0.2], 0.49, 0.01, (True, False)),
+        ([1.0], 1.0, 0.0, (False, False)),
     ],
 )
 def test_router_flags(usage, load, mutual, flags):
@@ -520,6 +567,7 @@ def test_intervals_that_touch_overlap():
         return Interval(0.0, low, high, 10)
 
     assert overlaps(interval(0, 1), interval(1, 2))
+    assert overlaps(interval(1, 2), interval(0, 1))
     assert not overlaps(interval(0, 1), interval(1.001, 2))
     assert overlaps(interval(0, 1), Interval(0.0, None, None, 10)) is None
     assert overlaps(None, interval(0, 1)) is None
@@ -542,6 +590,19 @@ def test_numbers_read_as_text():
 def test_csv_floats_survive(value):
     text = Table("t", ("a",), ((value,),)).csv().splitlines()[1]
     assert float(text) == value or (math.isnan(value) and math.isnan(float(text)))
+
+
+def test_local_model_shows_its_name_only(tmp_path):
+    folder = write_run(tmp_path / "demo", model="/home/someone/models/tiny")
+    assert read_run(folder).model == "tiny"
+
+
+def test_passwords_in_urls_are_not_shown(fresh):
+    url = "postgresql://floe:s3cret@host/db"
+    (fresh / "config.yaml").write_text(f"search: {{storage: {url}}}\nname: a:b@c\n")
+    assert read_run(fresh).config == (
+        "search: {storage: postgresql://floe:***@host/db}\nname: a:b@c\n"
+    )
 
 
 def test_curves_caption_states_the_seeds(fresh):

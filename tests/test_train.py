@@ -69,7 +69,7 @@ def test_only_the_selected_adapters_move_and_the_loss_falls(tmp_path):
 
 
 def test_equals_adamw_by_hand(tmp_path):
-    """The Trainer against a plain loop: token mean over the step, cosine from the second step on."""
+    """The Trainer against a plain loop: token mean over the step, clipping, cosine schedule."""
     rows = tiny_rows(24)
     model, plain = model_of(), model_of()
     used = settings(batch_size=2, grad_accum=4, max_grad_norm=0.5)
@@ -93,13 +93,13 @@ def test_equals_adamw_by_hand(tmp_path):
 @pytest.mark.parametrize(("batch", "accum"), [(2, 4), (8, 1), (3, 3)])
 def test_accumulation_does_not_change_the_result(tmp_path, batch, accum):
     """Rows have 2 to 4 targets; 3 x 3 differs in its blocks and must NOT agree."""
-    rows = tiny_rows(40)
+    rows, low = tiny_rows(40), {"learning_rate": 1e-3}
     reference, model = model_of(), model_of()
-    train(reference, rows, settings=settings(batch_size=1, grad_accum=8), output_dir=tmp_path)
-    train(model, rows, settings=settings(batch_size=batch, grad_accum=accum), output_dir=tmp_path)
+    one, other = settings(**low), settings(**low, batch_size=batch, grad_accum=accum)
+    train(reference, rows, settings=one, output_dir=tmp_path)
+    train(model, rows, settings=other, output_dir=tmp_path)
     if batch * accum == 8:
-        # Adam's first steps are signs: gradients that are zero up to rounding may flip. Those are rare.
-        assert distance(model, reference) < 1e-4
+        assert distance(model, reference) < 1e-5
     else:
         assert distance(model, reference) > 1e-3
 
@@ -324,7 +324,7 @@ def unbroken(tmp_path_factory):
 
 
 def kill_and_resume(folder, unbroken, seed, kills):
-    """SIGKILL at random instants after random steps, then to the end, each time in a new process."""
+    """SIGKILL at random instants after random steps, then to the end; a new process each time."""
     rng = random.Random(seed)
     progress = folder / "progress"
     for _ in range(kills):
@@ -385,29 +385,20 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, monkeypatch, unbroke
 
 def test_checkpoints_of_another_run_are_refused(tmp_path):
     training(str(tmp_path))
-    rows = tiny_rows(20)
+    rows, folder = tiny_rows(20), tmp_path / "run"
+    other = dataclasses.replace(TRAINING, learning_rate=1e-3)
     with pytest.raises(
-        FileError, match=r"checkpoint-14: is a checkpoint of a run with other learning_rate;"
+        FileError, match=r"checkpoint-14: is a checkpoint .* with other learning_rate;"
     ):
-        train(model_of(dropout=0.25), rows, settings=dataclasses.replace(TRAINING, learning_rate=1e-3),
-              output_dir=tmp_path / "run")  # fmt: skip
+        train(model_of(dropout=0.25), rows, settings=other, output_dir=folder)
     with pytest.raises(FileError, match=r"with other rows;"):
-        train(
-            model_of(dropout=0.25),
-            rows[1:],
-            settings=TRAINING,
-            output_dir=tmp_path / "run",
-        )
+        train(model_of(dropout=0.25), rows[1:], settings=TRAINING, output_dir=folder)
+    with pytest.raises(FileError, match=r"with other adapter;"):
+        train(model_of(layers=[0]), rows, settings=TRAINING, output_dir=folder)
     with pytest.raises(FileError, match="must hold no checkpoints with resume=False"):
-        train(
-            model_of(),
-            rows,
-            settings=TRAINING,
-            output_dir=tmp_path / "run",
-            resume=False,
-        )
-    checkpoints.remove_checkpoints(tmp_path / "run")
-    assert list((tmp_path / "run").iterdir()) == []
+        train(model_of(), rows, settings=TRAINING, output_dir=folder, resume=False)
+    checkpoints.remove_checkpoints(folder)
+    assert list(folder.iterdir()) == []
 
 
 def test_works_while_the_base_is_called_separately(tmp_path):

@@ -22,10 +22,11 @@ def test_worked_example_of_the_solvers():
     assert gram.tolist() == [[6, 3], [3, 3]]
     assert rhs.tolist() == [10, 7]
     assert solve_ridge(gram, rhs, 0.0).tolist() == pytest.approx([1, 4 / 3])
-    one = 1 / float(gram.diagonal().mean())  # an absolute ridge of 1
-    assert solve_ridge(gram, rhs, one).tolist() == pytest.approx([1.05263158, 1.21052632])
+    assert solve_ridge(gram, rhs, 1.0).tolist() == pytest.approx([1.05263158, 1.21052632])
     assert solve_normal(gram, rhs).tolist() == pytest.approx([1.06206897, 1.22758621])
-    assert solve_ridge(gram, -rhs, 0.0).tolist() == pytest.approx([-1, -4 / 3])  # the sign as printed
+    assert solve_ridge(gram, -rhs, 0.0).tolist() == pytest.approx(
+        [-1, -4 / 3]
+    )  # the sign as printed
     assert solve_normal(torch.tensor([[4.0]]), torch.tensor([6.0])).tolist() == [1.5]
 
 
@@ -45,14 +46,17 @@ def test_worked_example_with_a_stream_difference():
 def test_duplicate_units_need_the_ridge():
     a = torch.tensor([[1.0, 1], [2, 2]], dtype=torch.float64)
     gram, rhs = a.T @ a, a.T @ torch.tensor([3.0, 6], dtype=torch.float64)
-    assert solve_ridge(gram, rhs, 1e-3 / 5).tolist() == pytest.approx([1.49995, 1.49995])
+    assert solve_ridge(gram, rhs, 1e-3).tolist() == pytest.approx([1.49995, 1.49995])
     assert not solve_ridge(gram * 0, rhs, 0.0).isfinite().any()
 
 
 def test_gram_identity():
     weight = torch.tensor([[1.0, 2], [0, 1]], dtype=torch.float64)
     system = UnitSystem(weight, width=1)
-    system.add(torch.tensor([[1.0, 3], [2, -1]], dtype=torch.float64), torch.tensor([[1.0, 0], [2, 1]], dtype=torch.float64))
+    system.add(
+        torch.tensor([[1.0, 3], [2, -1]], dtype=torch.float64),
+        torch.tensor([[1.0, 0], [2, 1]], dtype=torch.float64),
+    )
     system.finish()
     assert system.gram.tolist() == [[5, 2], [2, 50]]
     assert system.rhs.tolist() == [5, 1]
@@ -79,14 +83,18 @@ def test_equals_dense_least_squares(width, intercept, solver):
     full = torch.cat([a, torch.ones(len(b), 1, dtype=torch.float64)], 1) if intercept else a
     if solver == "ridge":
         around[units:] = 0  # the intercept is not pulled anywhere
-        damp = torch.full((units + intercept,), 0.1 * float((a * a).sum(0).mean()), dtype=torch.float64)
+        damp = torch.full(
+            (units + intercept,), 0.1 * float((a * a).sum(0).mean()), dtype=torch.float64
+        )
         damp[units:] = 0
         rows, right = torch.cat([full, damp.sqrt().diag()]), torch.cat([b, damp.sqrt() * around])
         expected = torch.linalg.lstsq(rows, right[:, None]).solution[:, 0]
     else:
         normal = full.T @ full
         rows = torch.cat([normal, torch.eye(len(normal), dtype=torch.float64)])
-        right = torch.cat([full.T @ (b - full @ around), torch.zeros(len(normal), dtype=torch.float64)])
+        right = torch.cat(
+            [full.T @ (b - full @ around), torch.zeros(len(normal), dtype=torch.float64)]
+        )
         expected = around + torch.linalg.lstsq(rows, right[:, None]).solution[:, 0]
     found = system.solve(0.1, solver)
     torch.testing.assert_close(found, expected[:units])
@@ -101,21 +109,36 @@ def masks(heads=4, share=0.5, seed=0):
 
 
 def sublayers(model, batch, head=None, neuron=None):
-    """Inputs and outputs of every sublayer with the masks applied to the frozen weights' inputs alone."""
+    """Inputs and outputs of every sublayer, masks applied to the frozen weights' inputs."""
     from floe.adapters import separate_base
 
     seen, hooks = {}, []
     for block in find_blocks(model):
-        for name, path, mask in (("attention", block.o_proj, head), ("ffn", block.down_proj, neuron)):
+        for name, path, mask in (
+            ("attention", block.o_proj, head),
+            ("ffn", block.down_proj, neuron),
+        ):
             base, outer = linear_at(model, path), base_of(model).get_submodule(path)
             key = (block.index, name)
             if mask is not None:
-                wide = torch.tensor(np.repeat(mask[block.index], base.in_features // mask.shape[1])).to(base.weight)
-                hooks.append(base.register_forward_pre_hook(
-                    lambda _m, a, w=wide, k=key: (seen.update({(*k, "in"): a[0]}), (a[0] * w,))[1]))
-            hooks.append(outer.register_forward_hook(lambda _m, _a, y, k=key: seen.update({(*k, "out"): y})))
-        hooks.append(block.module.register_forward_hook(
-            lambda _m, a, y, k=block.index: seen.update({(k, "x"): a[0], (k, "y"): y})))
+                wide = torch.tensor(
+                    np.repeat(mask[block.index], base.in_features // mask.shape[1])
+                ).to(base.weight)
+                hooks.append(
+                    base.register_forward_pre_hook(
+                        lambda _m, a, w=wide, k=key: (seen.update({(*k, "in"): a[0]}), (a[0] * w,))[
+                            1
+                        ]
+                    )
+                )
+            hooks.append(
+                outer.register_forward_hook(lambda _m, _a, y, k=key: seen.update({(*k, "out"): y}))
+            )
+        hooks.append(
+            block.module.register_forward_hook(
+                lambda _m, a, y, k=block.index: seen.update({(k, "x"): a[0], (k, "y"): y})
+            )
+        )
     with torch.no_grad(), separate_base(model):
         model.eval()(**{k: v for k, v in batch.items() if k != "labels"})
     for hook in hooks:
@@ -125,9 +148,10 @@ def sublayers(model, batch, head=None, neuron=None):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_solves_what_it_says_layer_by_layer(kind):
-    """Rebuild one layer's dense system from plain forwards with the result's masks and solve it again."""
+    """Rebuild one layer's dense system from forwards with the result's masks; solve it again."""
     model = adapted(kind, dtype=torch.float64)
-    (batch,) = batches()
+    # Gemma 2's eager attention gives NaN at padding in float64: rows of one length there
+    (batch,) = batches(((9, 4),) * 5) if kind == "gemma2" else batches()
     head, neuron = masks()
     result = tune_masks(model, [batch], head, neuron, ridge=1e-2)
     assert all(r["accepted"] for r in result.records)
@@ -151,13 +175,17 @@ def test_solves_what_it_says_layer_by_layer(kind):
         target = teacher[layer, "y"][real] - middle[real] - untouched
     design = units.transpose(1, 2).reshape(-1, len(kept)).detach()
     gram = design.T @ design
-    scale = solve_ridge(gram, design.T @ target.flatten(), 1e-2)
+    scale = solve_ridge(gram, design.T @ target.flatten(), 1e-2 * float(gram.diagonal().mean()))
     assert np.allclose(result.neuron_mask[layer][kept], scale.numpy(), rtol=1e-4, atol=1e-5)
     norm = float(teacher[layer, "ffn", "out"][real].norm())
     record = next(r for r in result.records if (r["layer"], r["component"]) == (layer, "ffn"))
     ones = torch.ones(len(kept), dtype=torch.float64)
-    assert record["residual_before"] == pytest.approx(float((design @ ones - target.flatten()).norm()) / norm, rel=1e-4)
-    assert record["residual_after"] == pytest.approx(float((design @ scale - target.flatten()).norm()) / norm, rel=1e-4)
+    assert record["residual_before"] == pytest.approx(
+        float((design @ ones - target.flatten()).norm()) / norm, rel=1e-4
+    )
+    assert record["residual_after"] == pytest.approx(
+        float((design @ scale - target.flatten()).norm()) / norm, rel=1e-4
+    )
     assert record["residual_after"] < record["residual_before"]
 
 
@@ -169,16 +197,23 @@ def test_attention_is_fitted_with_an_intercept():
     real = batch["attention_mask"].bool()
     teacher = sublayers(model, batch)
     head_before = np.where(np.arange(3)[:, None] < 2, result.head_mask, head)
-    student = sublayers(model, batch, head_before, np.where(np.arange(3)[:, None] < 2, result.neuron_mask, neuron))
+    student = sublayers(
+        model, batch, head_before, np.where(np.arange(3)[:, None] < 2, result.neuron_mask, neuron)
+    )
     o_proj = linear_at(model, find_blocks(model)[2].o_proj)
     o = student[2, "attention", "in"][real]
     kept = np.flatnonzero(head[2])
-    design = torch.stack([(o[:, u * 8 : u * 8 + 8] @ o_proj.weight[:, u * 8 : u * 8 + 8].T).flatten() for u in kept], 1)
+    design = torch.stack(
+        [(o[:, u * 8 : u * 8 + 8] @ o_proj.weight[:, u * 8 : u * 8 + 8].T).flatten() for u in kept],
+        1,
+    )
     masked = (o * torch.as_tensor(np.repeat(head[2], 8))) @ o_proj.weight.T
     untouched = student[2, "attention", "out"][real] - masked
     target = (teacher[2, "x"] + teacher[2, "attention", "out"] - student[2, "x"])[real] - untouched
     design = torch.cat([design, torch.ones(len(design), 1)], 1).detach()
-    expected = torch.linalg.lstsq(design, target.flatten()[:, None].detach()).solution[: len(kept), 0]
+    expected = torch.linalg.lstsq(design, target.flatten()[:, None].detach()).solution[
+        : len(kept), 0
+    ]
     assert np.allclose(result.head_mask[2][kept], expected.numpy(), rtol=1e-4, atol=1e-5)
 
 
@@ -196,7 +231,7 @@ def test_full_masks_stay_ones_and_zeros_stay_zero():
 
 
 def test_tuned_masks_bring_the_model_back():
-    """The point of it all: with tuned masks the last hidden state is nearer to the unmasked model's."""
+    """With tuned masks the last hidden state is nearer to the unmasked model's."""
     model = adapted()
     (batch,) = batches()
     head, neuron = masks(share=0.7)
@@ -306,7 +341,7 @@ def test_quantised_weights_are_refused(monkeypatch):
         ({"on_reject": "x"}, ValueError, "on_reject must be one of"),
         ({"max_tokens": 0}, ValueError, "max_tokens must be >= 1, got 0"),
         ({"head_mask": [[1.0]]}, TypeError, "head_mask must be a numpy array, got list"),
-        ({"head_mask": np.ones((3, 5))}, ValueError, r"head_mask must be \[3, \[2, 4\]\], got \(3, 5\)"),
+        ({"head_mask": np.ones((3, 5))}, ValueError, r"head_mask must be \[3, \[2, 4\]\], got"),
         ({"neuron_mask": np.full((3, 40), np.nan)}, ValueError, "neuron_mask must be finite"),
         ({"batches": []}, ValueError, "at least one row"),
     ],

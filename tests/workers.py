@@ -1,5 +1,7 @@
 """What the kill tests run in other processes."""
 
+import dataclasses
+import gc
 import os
 import warnings
 from pathlib import Path
@@ -8,6 +10,7 @@ import torch
 from tiny import tiny_model, tiny_rows
 
 from floe.adapters import FloeConfig, get_model
+from floe.search import SearchSpace, search
 from floe.train import TrainSettings, adapter_parameters, train
 
 TRAINING = TrainSettings(
@@ -39,5 +42,27 @@ def training(folder):
         )  # fmt: skip
     values = [p.detach() for p in adapter_parameters(model).values()]
     torch.save((values, result.train_loss, result.validation_loss), folder + "/out.tmp")
+    os.replace(folder + "/out.tmp", folder + "/out.pt")
+    return result
+
+
+def searching(folder, sampler="tpe"):
+    """A search of six points over a space of twelve; writes its trials and best adapter."""
+    gc.freeze()
+    rows = tiny_rows(40)
+    settings = TrainSettings(
+        learning_rate=2e-2, warmup_ratio=0.0, grad_accum=4, max_steps=2, save_steps=1
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        result = search(
+            tiny_model(layers=1), rows[:32], rows[32:], directory=folder + "/search",
+            space=SearchSpace(rank=(1, 4, 1), num_experts=(1, 3, 1)), trials=6, sampler=sampler,
+            startup_trials=3, settings=settings, adapter={"dropout": 0.25},
+            on_progress=note(folder),
+        )  # fmt: skip
+    values = [p.detach() for n, p in result.model.named_parameters() if "floe_" in n]
+    trials = [dataclasses.replace(trial, seconds=0.0) for trial in result.trials]
+    torch.save((values, [vars(t) for t in trials], result.best_trial), folder + "/out.tmp")
     os.replace(folder + "/out.tmp", folder + "/out.pt")
     return result

@@ -58,7 +58,9 @@ struct FisherArguments {
     return {static_cast<const T*>(activation.const_data_ptr()),
             static_cast<const T*>(gradient.const_data_ptr()),
             token_mask ? static_cast<const bool*>(token_mask->const_data_ptr()) : nullptr,
-            extent.samples, activation.size(1), extent.columns()};
+            extent.samples,
+            activation.size(1),
+            extent.columns()};
   }
 
   Tensor new_partial() const {

@@ -23,17 +23,17 @@ constexpr std::int64_t kElementsPerThread = 1 << 16;
 Tensor unit_gradients(const FisherArguments& arguments) {
   const fisher::Extent& extent = arguments.extent;
   const Tensor partial = arguments.new_partial();
-  Tensor gradient = torch::stable::new_empty(arguments.activation,
-                                             {extent.samples, extent.units}, ScalarType::Double);
+  Tensor gradient = torch::stable::new_empty(arguments.activation, {extent.samples, extent.units},
+                                             ScalarType::Double);
   with_float_type(arguments.activation.scalar_type(), [&]<typename T>(T) {
     auto* sums = static_cast<Accumulator<T>*>(partial.mutable_data_ptr());
     auto* gradients = static_cast<double*>(gradient.mutable_data_ptr());
     const fisher::Site<T> site = arguments.site<T>();
-    parallel_for(0, extent.samples * extent.splits, 1,
-                 [&](std::int64_t first, std::int64_t last) {
-                   fisher::sum_tokens(site, sums, first, last);
-                 });
-    parallel_for(0, extent.samples * extent.units, kElementsPerThread / (extent.splits * extent.group_size) + 1,
+    parallel_for(0, extent.samples * extent.splits, 1, [&](std::int64_t first, std::int64_t last) {
+      fisher::sum_tokens(site, sums, first, last);
+    });
+    parallel_for(0, extent.samples * extent.units,
+                 kElementsPerThread / (extent.splits * extent.group_size) + 1,
                  [&](std::int64_t first, std::int64_t last) {
                    fisher::sum_splits(sums, extent, gradients, first, last);
                  });
@@ -41,12 +41,11 @@ Tensor unit_gradients(const FisherArguments& arguments) {
   return gradient;
 }
 
-Tensor mask_gradients_cpu(const Tensor& activation, const Tensor& gradient,
-                          std::int64_t group_size, const std::optional<Tensor>& token_mask) {
+Tensor mask_gradients_cpu(const Tensor& activation, const Tensor& gradient, std::int64_t group_size,
+                          const std::optional<Tensor>& token_mask) {
   const FisherArguments arguments = check_fisher(activation, gradient, group_size, token_mask);
   if (arguments.empty()) {
-    return torch::stable::new_empty(activation,
-                                    {arguments.extent.samples, arguments.extent.units},
+    return torch::stable::new_empty(activation, {arguments.extent.samples, arguments.extent.units},
                                     accumulator_type(activation));
   }
   return torch::stable::to(unit_gradients(arguments), accumulator_type(activation));
@@ -62,8 +61,7 @@ void accumulate_fisher_cpu(const Tensor& total, const Tensor& activation, const 
   const auto* factors = scale ? static_cast<const double*>(scale->const_data_ptr()) : nullptr;
   fisher::add_squares(static_cast<const double*>(gradients.const_data_ptr()), factors,
                       arguments.extent.samples, arguments.extent.units,
-                      static_cast<double*>(total.mutable_data_ptr()), 0,
-                      arguments.extent.units);
+                      static_cast<double*>(total.mutable_data_ptr()), 0, arguments.extent.units);
 }
 
 Tensor dropout_cpu(const Tensor& x, double p, const Tensor& seed) {

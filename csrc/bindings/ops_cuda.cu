@@ -87,9 +87,8 @@ Tensor mask_gradients_cuda(const Tensor& activation, const Tensor& gradient,
   const Tensor partial = arguments.new_partial();
   with_float_type(activation.scalar_type(), [&]<typename T>(T) {
     const auto* sums = launch_partial<T>(arguments, partial, device.stream());
-    check(fisher::launch_gradients(sums, extent,
-                                   static_cast<Accumulator<T>*>(result.mutable_data_ptr()),
-                                   device.stream()));
+    check(fisher::launch_gradients(
+        sums, extent, static_cast<Accumulator<T>*>(result.mutable_data_ptr()), device.stream()));
   });
   return result;
 }

@@ -24,8 +24,9 @@ __device__ double sum_warp(double value) {
 }
 
 template <typename T, int kWidth>
-__global__ __launch_bounds__(kThreads) void partial_kernel(
-    Site<T> site, std::int64_t splits, Accumulator<T>* __restrict__ partial, std::int64_t blocks) {
+__global__ __launch_bounds__(kThreads) void partial_kernel(Site<T> site, std::int64_t splits,
+                                                           Accumulator<T>* __restrict__ partial,
+                                                           std::int64_t blocks) {
   __shared__ BlockSums<T, kWidth> sums;
   const int x = static_cast<int>(threadIdx.x), y = static_cast<int>(threadIdx.y);
   for (std::int64_t block = blockIdx.x; block < blocks; block += gridDim.x) {
@@ -45,15 +46,14 @@ __global__ __launch_bounds__(kThreads) void partial_kernel(
 
 template <typename A, int kLanes>
 __global__ __launch_bounds__(kThreads) void gradients_kernel(const A* __restrict__ partial,
-                                                            Extent extent,
-                                                            A* __restrict__ gradient) {
+                                                             Extent extent,
+                                                             A* __restrict__ gradient) {
   const std::int64_t entries = extent.samples * extent.units;
   const std::int64_t stride = std::int64_t{gridDim.x} * kThreads / kLanes;
   const int lane = static_cast<int>(threadIdx.x) % kLanes;
   for (std::int64_t i = (std::int64_t{blockIdx.x} * kThreads + threadIdx.x) / kLanes; i < entries;
        i += stride) {
-    double value =
-        sum_lane(partial, extent, i / extent.units, i % extent.units, lane, kLanes);
+    double value = sum_lane(partial, extent, i / extent.units, i % extent.units, lane, kLanes);
     if constexpr (kLanes > 1) value = sum_warp(value);
     if (lane == 0) gradient[i] = static_cast<A>(value);
   }
@@ -63,9 +63,9 @@ __global__ __launch_bounds__(kThreads) void gradients_kernel(const A* __restrict
 // or one of its 32 units (neurons).
 template <typename A, int kLanes>
 __global__ __launch_bounds__(kThreads) void squares_kernel(const A* __restrict__ partial,
-                                                          Extent extent,
-                                                          const double* __restrict__ scale,
-                                                          double* __restrict__ fisher) {
+                                                           Extent extent,
+                                                           const double* __restrict__ scale,
+                                                           double* __restrict__ fisher) {
   __shared__ double squares[kBlockY][kBlockX];
   const int x = static_cast<int>(threadIdx.x), y = static_cast<int>(threadIdx.y);
   const int lane = x % kLanes;
@@ -103,8 +103,9 @@ cudaError_t launch_gradients_of(const A* partial, const Extent& extent, A* gradi
                                 cudaStream_t stream) {
   const std::int64_t threads = extent.samples * extent.units * kLanes;
   if (threads == 0) return cudaSuccess;
-  gradients_kernel<A, kLanes><<<grid_of((threads + kThreads - 1) / kThreads), kThreads, 0, stream>>>(
-      partial, extent, gradient);
+  gradients_kernel<A, kLanes>
+      <<<grid_of((threads + kThreads - 1) / kThreads), kThreads, 0, stream>>>(partial, extent,
+                                                                              gradient);
   return cudaGetLastError();
 }
 
@@ -115,8 +116,8 @@ cudaError_t launch_squares_of(const A* partial, const Extent& extent, const doub
   const std::int64_t blocks = (extent.units + kUnits - 1) / kUnits;
   if (blocks == 0) return cudaSuccess;
   if (blocks > kMaxBlocks) return cudaErrorInvalidValue;
-  squares_kernel<A, kLanes><<<grid_of(blocks), dim3(kBlockX, kBlockY), 0, stream>>>(
-      partial, extent, scale, fisher);
+  squares_kernel<A, kLanes>
+      <<<grid_of(blocks), dim3(kBlockX, kBlockY), 0, stream>>>(partial, extent, scale, fisher);
   return cudaGetLastError();
 }
 

@@ -90,8 +90,8 @@ FLOE_HOST_DEVICE void sum_strip(const Site<T>& site, const BlockPosition& at, st
       FLOE_UNROLL
       for (int i = 0; i < kUnroll; ++i) {
         const std::int64_t token = base + i * kBlockY;
-        valid[i] = token < range.last &&
-                   (site.token_mask == nullptr || site.token_mask[origin + token]);
+        valid[i] =
+            token < range.last && (site.token_mask == nullptr || site.token_mask[origin + token]);
       }
       Vector<T, kWidth> activation[kUnroll], gradient[kUnroll];
       FLOE_UNROLL
@@ -107,8 +107,8 @@ FLOE_HOST_DEVICE void sum_strip(const Site<T>& site, const BlockPosition& at, st
         if (!valid[i]) continue;
         FLOE_UNROLL
         for (int j = 0; j < kWidth; ++j) {
-          sum[j] = multiply_add(widen(activation[i].element[j]), widen(gradient[i].element[j]),
-                                sum[j]);
+          sum[j] =
+              multiply_add(widen(activation[i].element[j]), widen(gradient[i].element[j]), sum[j]);
         }
       }
     }

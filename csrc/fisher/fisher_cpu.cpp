@@ -1,7 +1,7 @@
-#include "fisher/fisher.h"
-
 #include <algorithm>
 #include <vector>
+
+#include "fisher/fisher.h"
 
 namespace floe::fisher {
 namespace {
@@ -18,10 +18,10 @@ template <typename T>
 FLOE_HOST_DEVICE void add_rows(const T* const (&a)[kRows], const T* const (&g)[kRows],
                                std::int64_t columns, Accumulator<T>* __restrict__ sum) {
   // Named, because the compiler cannot see through an array that the rows do not overlap the sums.
-  const T *__restrict__ a0 = a[0], *__restrict__ a1 = a[1];
-  const T *__restrict__ a2 = a[2], *__restrict__ a3 = a[3];
-  const T *__restrict__ g0 = g[0], *__restrict__ g1 = g[1];
-  const T *__restrict__ g2 = g[2], *__restrict__ g3 = g[3];
+  const T* __restrict__ a0 = a[0], * __restrict__ a1 = a[1];
+  const T* __restrict__ a2 = a[2], * __restrict__ a3 = a[3];
+  const T* __restrict__ g0 = g[0], * __restrict__ g1 = g[1];
+  const T* __restrict__ g2 = g[2], * __restrict__ g3 = g[3];
   for (std::int64_t c = 0; c < columns; ++c) {
     // Pairs first: four products meet the running sum as one, with a quarter of its roundings.
     sum[c] += (widen(a0[c]) * widen(g0[c]) + widen(a1[c]) * widen(g1[c])) +

@@ -49,8 +49,7 @@ double emulate_gradient(const A* partial, const Extent& extent, std::int64_t sam
 }
 
 template <typename A>
-void emulate_squares(const A* partial, const Extent& extent, const double* scale,
-                     double* fisher) {
+void emulate_squares(const A* partial, const Extent& extent, const double* scale, double* fisher) {
   for (std::int64_t unit = 0; unit < extent.units; ++unit) {
     double squares[kBlockY] = {};
     for (int y = 0; y < kBlockY; ++y) {
@@ -87,13 +86,13 @@ void emulate(const Site<T>& site, std::int64_t group_size, bool allow_vector, co
 
 // partial [samples, splits, columns] is float, or double for double; gradient [samples, units] and
 // fisher [units] (added to) are double; token_mask and scale may be null.
-#define FLOE_EMULATE(name, T)                                                                     \
-  extern "C" void floe_emulate_##name(                                                            \
-      const T* activation, const T* gradient, const bool* token_mask, std::int64_t samples,       \
-      std::int64_t tokens, std::int64_t columns, std::int64_t group_size, bool allow_vector,      \
-      const double* scale, floe::Accumulator<T>* partial, double* gradients, double* fisher) {    \
-    floe::fisher::emulate<T>({activation, gradient, token_mask, samples, tokens, columns},        \
-                             group_size, allow_vector, scale, partial, gradients, fisher);        \
+#define FLOE_EMULATE(name, T)                                                                  \
+  extern "C" void floe_emulate_##name(                                                         \
+      const T* activation, const T* gradient, const bool* token_mask, std::int64_t samples,    \
+      std::int64_t tokens, std::int64_t columns, std::int64_t group_size, bool allow_vector,   \
+      const double* scale, floe::Accumulator<T>* partial, double* gradients, double* fisher) { \
+    floe::fisher::emulate<T>({activation, gradient, token_mask, samples, tokens, columns},     \
+                             group_size, allow_vector, scale, partial, gradients, fisher);     \
   }
 
 FLOE_EMULATE(bfloat16, floe::BFloat16)

@@ -28,20 +28,23 @@ struct Ordered {
 // (ascending = best first, distinct ratios may agree) above 32 bits of its index.
 std::vector<std::uint64_t> packed_units(std::span<const double> value, std::span<const double> cost,
                                         double capacity) {
-  std::vector<std::uint64_t> keys(value.size());
+  std::vector<std::uint64_t> items(value.size());
   std::uint64_t least = std::numeric_limits<std::uint64_t>::max();
   std::uint64_t most = 0;
-  for (std::size_t i = 0; i < value.size(); ++i) {
-    keys[i] = ~key_of(ratio_of(value[i], cost[i]));
-    least = std::min(least, keys[i]);
-    most = std::max(most, keys[i]);
+  for (std::size_t i = 0; i < items.size(); ++i) {
+    items[i] = ~key_of(ratio_of(value[i], cost[i]));
+    least = std::min(least, items[i]);
+    most = std::max(most, items[i]);
   }
-  const int width = value.empty() ? 0 : static_cast<int>(std::bit_width(most - least));
+  const int width = items.empty() ? 0 : static_cast<int>(std::bit_width(most - least));
   const int shift = std::max(0, width - 32);
-  std::vector<std::uint64_t> items;
-  items.reserve(value.size());
-  for (std::size_t i = 0; i < value.size(); ++i)
-    if (cost[i] <= capacity) items.push_back(((keys[i] - least) >> shift) << 32 | i);
+  std::size_t fitting = 0;
+  for (std::size_t i = 0; i < items.size(); ++i) {
+    const std::uint64_t item = ((items[i] - least) >> shift) << 32 | i;
+    items[fitting] = item;
+    fitting += cost[i] <= capacity ? 1 : 0;
+  }
+  items.resize(fitting);
   return items;
 }
 
@@ -94,8 +97,8 @@ Prefix longest_prefix(const Ordered& units, double capacity) {
 
 // Searches for something better than the greedy choice by changing it near the break unit: units
 // behind the break may enter, units before it may leave, in turn and nearest first (Pisinger's
-// expanding core). A state is a set of such changes; a state that costs no less and is worth no more
-// than another, or whose linear bound does not beat the best choice known, is dropped.
+// expanding core). A state is a set of such changes; a state that costs no less and is worth no
+// more than another, or whose linear bound does not beat the best choice known, is dropped.
 class CoreSearch {
  public:
   CoreSearch(const Ordered& units, const Prefix& prefix, double capacity, double lambda,
@@ -109,8 +112,8 @@ class CoreSearch {
         ticker_(limits.poll),
         start_(std::chrono::steady_clock::now()) {}
 
-  // `best`: the greedy choice's value beyond the prefix; `bound`: the upper bound beyond it. Returns
-  // true if the search was exhausted.
+  // `best`: the greedy choice's value beyond the prefix; `bound`: the upper bound beyond it.
+  // Returns true if the search was exhausted.
   bool run(double best, double bound) {
     best_ = best;
     bound_ = bound;
@@ -119,7 +122,7 @@ class CoreSearch {
     states_ = {{0.0, 0.0, kRoot}};
     bool right_turn = true;
     while (!states_.empty() && (right_ != kNone || left_ != kNone)) {
-      if (nodes_ > limits_.max_nodes || out_of_time()) return false;
+      if (nodes_ > limits_.max_nodes || out_of_time() || history_full()) return false;
       ticker_.tick();
       const bool right = left_ == kNone || (right_turn && right_ != kNone);
       step(right);
@@ -172,6 +175,8 @@ class CoreSearch {
     const std::chrono::duration<double> spent = std::chrono::steady_clock::now() - start_;
     return spent.count() > limits_.seconds;
   }
+
+  bool history_full() const { return history_.size() + 2 * states_.size() >= kRoot; }
 
   // An upper bound on what the state can still become, given which units are left to change.
   bool promising(const State& state) const {
@@ -256,19 +261,6 @@ class CoreSearch {
   std::int64_t nodes_ = 0;
 };
 
-void total_up(KnapsackSolution& solution, std::span<const double> value,
-              std::span<const double> cost, std::span<const bool> mask) {
-  long double sums[2][2] = {};
-  for (std::size_t i = 0; i < value.size(); ++i) {
-    sums[mask[i]][0] += value[i];
-    sums[mask[i]][1] += cost[i];
-  }
-  solution.masked_value = static_cast<double>(sums[0][0]);
-  solution.masked_cost = static_cast<double>(sums[0][1]);
-  solution.value = static_cast<double>(sums[1][0]);
-  solution.cost = static_cast<double>(sums[1][1]);
-}
-
 // Retains the prefix and whatever else still fits, in order; returns the value beyond the prefix.
 double fill_greedily(const Ordered& units, const Prefix& prefix, double capacity,
                      std::span<bool> mask) {
@@ -302,7 +294,7 @@ KnapsackSolution solve_knapsack(std::span<const double> value, std::span<const d
   const double extra = fill_greedily(units, prefix, capacity, mask);
   KnapsackSolution solution;
   if (prefix.end == units.size()) {  // everything that can be retained is
-    total_up(solution, value, cost, mask);
+    totals_of(value, cost, mask).write_to(solution);
     solution.upper_bound = solution.value;
     solution.optimal = true;
     return solution;
@@ -312,7 +304,8 @@ KnapsackSolution solve_knapsack(std::span<const double> value, std::span<const d
   const auto room = static_cast<double>(std::max(0.0L, budget - prefix.cost));
   const double rest = std::accumulate(units.value.begin() + static_cast<std::ptrdiff_t>(prefix.end),
                                       units.value.end(), 0.0);
-  const double bound = std::max(extra, std::min(rest, room * solution.lambda));  // beyond the prefix
+  const double bound =
+      std::max(extra, std::min(rest, room * solution.lambda));  // beyond the prefix
   const double tolerance = kTolerance * static_cast<double>(prefix.value + bound);
   solution.optimal = bound - extra <= tolerance;
   if (!solution.optimal && limits.max_nodes > 0) {
@@ -324,7 +317,7 @@ KnapsackSolution solve_knapsack(std::span<const double> value, std::span<const d
       for (const std::size_t i : search.changes()) mask[units.unit[i]] = i >= prefix.end;
     }
   }
-  total_up(solution, value, cost, mask);
+  totals_of(value, cost, mask).write_to(solution);
   solution.upper_bound = std::max(static_cast<double>(prefix.value + bound), solution.value);
   return solution;
 }

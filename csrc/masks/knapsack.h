@@ -1,4 +1,5 @@
-// Determination with a cost of its own for every unit: the 0/1 knapsack problem, with a certificate.
+// Determination with a cost of its own for every unit: the 0/1 knapsack problem, with a
+// certificate.
 #pragma once
 
 #include <cstdint>

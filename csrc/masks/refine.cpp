@@ -209,17 +209,10 @@ class Refiner {
   };
 
   void total_up() {
-    long double sums[2][2] = {};
-    for (std::size_t i = 0; i < value_.size(); ++i) {
-      sums[mask_[i]][0] += value_[i];
-      sums[mask_[i]][1] += cost_[i];
-    }
-    retained_value_ = sums[1][0];
-    retained_cost_ = sums[1][1];
-    solution_.masked_value = static_cast<double>(sums[0][0]);
-    solution_.masked_cost = static_cast<double>(sums[0][1]);
-    solution_.value = static_cast<double>(sums[1][0]);
-    solution_.cost = static_cast<double>(sums[1][1]);
+    const Totals totals = totals_of(value_, cost_, mask_);
+    totals.write_to(solution_);
+    retained_value_ = totals.value;
+    retained_cost_ = totals.cost;
   }
 
   void repair() {
@@ -286,8 +279,7 @@ class Refiner {
   }
 
   std::optional<Move> best_move() const {
-    const double slack =
-        options_.literal ? 0.0 : static_cast<double>(capacity_ - retained_cost_);
+    const double slack = options_.literal ? 0.0 : static_cast<double>(capacity_ - retained_cost_);
     const auto least_gain = static_cast<double>(retained_value_ * kTolerance);
     MoveSearch search(slack, least_gain);
     if (!options_.literal)
@@ -339,7 +331,8 @@ RefineSolution refine(std::span<const double> value, std::span<const double> cos
   if (layout.layers < 0 || layout.heads < 0 || layout.neurons < 0)
     throw std::invalid_argument("layers, heads and neurons must be >= 0");
   const std::int64_t units = layout.layers * (layout.heads + layout.neurons);
-  check_length("value", value.size(), "layers * (heads + neurons)", static_cast<std::size_t>(units));
+  check_length("value", value.size(), "layers * (heads + neurons)",
+               static_cast<std::size_t>(units));
   check_count(value.size());
   check_units("value", value);
   check_units("cost", cost);

@@ -62,7 +62,8 @@ Counts best_counts(const Range& heads, const Range& neurons, double head_cost, d
   const std::size_t most = affordable(budget, slack, head_cost, heads.size());
   std::vector<double> head_sums(most + 1, 0.0);
   long double head_sum = 0.0L;
-  for (std::size_t n = 0; n < most; ++n) head_sums[n + 1] = static_cast<double>(head_sum += heads[n]);
+  for (std::size_t n = 0; n < most; ++n)
+    head_sums[n + 1] = static_cast<double>(head_sum += heads[n]);
   Counts best;
   double best_sum = 0.0;
   std::size_t f = 0;
@@ -97,8 +98,8 @@ std::pair<double, double> dantzig_bound(const std::vector<double>& heads,
   long double value = 0.0L;
   long double cost = 0.0L;
   while (h > 0 || f > 0) {
-    const bool head = f == 0 || (h > 0 && ranks_first(heads[h - 1], head_cost, neurons[f - 1],
-                                                      neuron_cost));
+    const bool head =
+        f == 0 || (h > 0 && ranks_first(heads[h - 1], head_cost, neurons[f - 1], neuron_cost));
     const double unit_value = head ? heads[h - 1] : neurons[f - 1];
     const double unit_cost = head ? head_cost : neuron_cost;
     if (cost + unit_cost > capacity) {
@@ -127,8 +128,8 @@ void total_up(TwoClassSolution& solution, const std::vector<double>& heads,
   solution.neurons = static_cast<std::int64_t>(kept_neurons);
   solution.value = static_cast<double>(kept);
   solution.masked_value = static_cast<double>(masked);
-  solution.cost = static_cast<double>(kept_heads) * head_cost +
-                  static_cast<double>(kept_neurons) * neuron_cost;
+  solution.cost =
+      static_cast<double>(kept_heads) * head_cost + static_cast<double>(kept_neurons) * neuron_cost;
   solution.masked_cost = static_cast<double>(heads.size() - kept_heads) * head_cost +
                          static_cast<double>(neurons.size() - kept_neurons) * neuron_cost;
 }

@@ -63,6 +63,37 @@ inline void check_length(std::string_view name, std::size_t length, std::string_
 inline constexpr double kTolerance = 1e-12;
 inline double capacity_of(double budget) { return budget * (1.0 + kTolerance); }
 
+struct Totals {
+  long double value = 0.0L;  // of the retained units
+  long double cost = 0.0L;
+  long double masked_value = 0.0L;
+  long double masked_cost = 0.0L;
+
+  // Into the four fields of the same names that every solution has.
+  template <typename Solution>
+  void write_to(Solution& solution) const {
+    solution.value = static_cast<double>(value);
+    solution.cost = static_cast<double>(cost);
+    solution.masked_value = static_cast<double>(masked_value);
+    solution.masked_cost = static_cast<double>(masked_cost);
+  }
+};
+
+// Summed in order of index, in extended precision. Adds zeros rather than branch on the mask, which
+// no predictor can guess.
+inline Totals totals_of(std::span<const double> value, std::span<const double> cost,
+                        std::span<const bool> mask) {
+  Totals totals;
+  for (std::size_t i = 0; i < value.size(); ++i) {
+    const double kept = mask[i] ? 1.0 : 0.0;
+    totals.value += kept * value[i];
+    totals.cost += kept * cost[i];
+    totals.masked_value += (1.0 - kept) * value[i];
+    totals.masked_cost += (1.0 - kept) * cost[i];
+  }
+  return totals;
+}
+
 // Calls `poll` about every 100 ms; a poll that throws ends the solver.
 class Ticker {
  public:

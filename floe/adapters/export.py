@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,10 +11,13 @@ from typing import Any
 
 import peft
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from floe.adapters.files import publish_folder
 from floe.adapters.moe_lora import MoELoRALinear
 from floe.adapters.peft_tuner import FloeConfig, adapted_modules
+from floe.errors import FileError
 from floe.ops import moe_lora_add
 
 
@@ -42,21 +46,27 @@ def export_lora(
     that is. A is shared by the experts, so the mixture ``sum_i mean(gate_i) B_i A`` is one LoRA of the same rank.
 
     Args:
-        model: with a floe adapter. path: new folder, readable by stock PEFT. batches: representative model inputs
+        model: with a floe adapter. path: folder to write, readable by stock PEFT. batches: representative model inputs
             (``attention_mask`` marks the tokens that count).
 
     Raises:
-        ValueError: if the model has no such adapter or the batches hold no token.
+        ValueError: if the model has no such active adapter or the batches hold no token.
+        FileError: if ``path`` exists and is not an adapter folder.
     """
     config = model.peft_config.get(adapter_name)
     if not isinstance(config, FloeConfig):
         raise ValueError(f"model must hold a floe adapter named {adapter_name!r}, got {type(config).__name__}")
-    modules = adapted_modules(model)
+    if adapter_name not in model.active_adapters:
+        raise ValueError(f"adapter {adapter_name!r} must be active to be measured, got {model.active_adapters}")
+    target = Path(path)
+    if target.exists() and not (target / "adapter_config.json").is_file():
+        raise FileError(target, "exists and is not an adapter folder; not overwritten")
+    modules = {p: m for p, m in adapted_modules(model).items() if adapter_name in m.floe_shrink}
     kept = list(batches)
     gates = _mean_gates(model, modules, kept, adapter_name)
     errors = _errors(model, modules, kept, adapter_name, gates)
-    _save(modules, config, gates, adapter_name, Path(path))
-    return ExportReport(Path(path), errors)
+    _save(modules, config, gates, adapter_name, target)
+    return ExportReport(target, errors)
 
 
 def _mean_gates(
@@ -131,8 +141,6 @@ def _mixed(expand: Tensor, gate: Tensor) -> Tensor:
 def _save(
     modules: dict[str, MoELoRALinear], config: FloeConfig, gates: dict[str, Tensor], name: str, path: Path
 ) -> None:
-    from safetensors.torch import save_file
-
     tensors: dict[str, Tensor] = {}
     for place, layer in modules.items():
         prefix = f"base_model.model.{place}"
@@ -150,7 +158,12 @@ def _save(
         task_type=config.task_type,
         base_model_name_or_path=config.base_model_name_or_path,
     )
-    path.mkdir(parents=True, exist_ok=True)
     lora.inference_mode = True
-    lora.save_pretrained(str(path))
-    save_file(tensors, str(path / "adapter_model.safetensors"), metadata={"format": "pt"})
+    beside = path.with_name(f"{path.name}.tmp")
+    shutil.rmtree(beside, ignore_errors=True)
+    try:
+        lora.save_pretrained(str(beside))
+        save_file(tensors, str(beside / "adapter_model.safetensors"), metadata={"format": "pt"})
+        publish_folder(beside, path)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)

@@ -6,6 +6,7 @@ adapter or raises. (Loaders of transformers itself check the format's version on
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -13,9 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import peft
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import nn
 
-from floe.adapters.peft_tuner import FloeConfig
+from floe.adapters.peft_tuner import (
+    FloeConfig,
+    adapter_shapes,
+    check_adapter_name,
+    check_tensors,
+)
 from floe.errors import FileError
 
 _CONFIG, _TENSORS = "adapter_config.json", "adapter_model.safetensors"
@@ -40,17 +48,14 @@ def save_adapter(model: peft.PeftModel, path: str | os.PathLike[str], adapter_na
         raise FileError(target, "exists and is not an adapter folder; not overwritten")
     beside = target.with_name(f"{target.name}.tmp")
     shutil.rmtree(beside, ignore_errors=True)
-    model.save_pretrained(str(beside), selected_adapters=[adapter_name], safe_serialization=True)
-    source = beside if adapter_name == "default" else beside / adapter_name
-    _check_card(source)
-    old = target.with_name(f"{target.name}.old")
-    if target.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        target.rename(old)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    source.rename(target)
-    for leftover in (old, beside):
-        shutil.rmtree(leftover, ignore_errors=True)
+    try:
+        model.save_pretrained(str(beside), selected_adapters=[adapter_name], safe_serialization=True)
+        source = beside if adapter_name == "default" else beside / adapter_name
+        _check_card(source)
+        _seal(source)
+        publish_folder(source, target)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
 
 
 def load_adapter(
@@ -65,10 +70,10 @@ def load_adapter(
         FileError: missing or damaged files, another method's adapter, a newer format, tensors that are missing,
             foreign, misshapen or not finite, or layers the base model does not have.
     """
+    check_adapter_name(adapter_name)
     folder = Path(path)
     config = read_config(folder)
-    if not (folder / _TENSORS).is_file():
-        raise FileError(folder / _TENSORS, "does not exist (other file formats are not loaded)")
+    _check_tensors(base_model, config, folder)  # before anything is wrapped
     try:
         return peft.PeftModel.from_pretrained(
             base_model,
@@ -81,10 +86,6 @@ def load_adapter(
         )
     except (ValueError, RuntimeError, OSError, KeyError) as error:
         raise FileError(folder, f"cannot be loaded as a floe adapter: {error}") from error
-    except Exception as error:
-        if type(error).__name__ == "SafetensorError":
-            raise FileError(folder / _TENSORS, f"is damaged: {error}") from error
-        raise
 
 
 def read_config(folder: Path) -> FloeConfig:
@@ -110,6 +111,68 @@ def read_config(folder: Path) -> FloeConfig:
     except (ValueError, TypeError) as error:
         raise FileError(file, str(error)) from error
     return config
+
+
+def _check_tensors(base_model: nn.Module, config: FloeConfig, folder: Path) -> None:
+    """Exactly the tensors ``config`` means on this model, and, where floe saved them, exactly the bytes it saved."""
+    file = folder / _TENSORS
+    if not file.is_file():
+        raise FileError(file, "does not exist (other file formats are not loaded)")
+    try:
+        tensors = load_file(str(file))
+        header, data = _split(file.read_bytes())
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
+        raise FileError(file, f"is damaged: {error}") from error
+    digest = header.pop("__metadata__", {}).get("floe_digest")
+    if digest is not None and digest != _digest(folder, header, data):
+        raise FileError(file, f"is not what was saved, or {_CONFIG} beside it was edited: the digest differs")
+    try:
+        shapes = adapter_shapes(base_model, config)
+        check_tensors({n.removeprefix("base_model.model."): t for n, t in tensors.items()}, shapes)
+    except (ValueError, TypeError) as error:
+        raise FileError(folder, f"cannot be loaded as a floe adapter: {error}") from error
+
+
+def _seal(folder: Path) -> None:
+    """Put a digest of settings and tensors into the tensors' header, sorted so that equal adapters are equal bytes."""
+    file = folder / _TENSORS
+    header, data = _split(file.read_bytes())
+    header.pop("__metadata__", None)
+    header["__metadata__"] = {"floe_digest": _digest(folder, header, data), "format": "pt"}
+    text = json.dumps(header, sort_keys=True, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the data stays aligned
+    file.write_bytes(len(text).to_bytes(8, "little") + text + data)
+
+
+def _split(raw: bytes) -> tuple[dict[str, Any], bytes]:
+    """A safetensors file's header and data."""
+    end = 8 + int.from_bytes(raw[:8], "little")
+    return json.loads(raw[8:end]), raw[end:]
+
+
+def _digest(folder: Path, header: dict[str, Any], data: bytes) -> str:
+    digest = hashlib.sha256((folder / _CONFIG).read_bytes())
+    digest.update(json.dumps(header, sort_keys=True).encode())
+    digest.update(data)
+    return digest.hexdigest()
+
+
+def publish_folder(source: Path, target: Path) -> None:
+    """``source`` in the place of ``target``, on disk before it is seen; ``target`` is put back if that fails."""
+    for file in source.iterdir():
+        with file.open("rb") as opened:
+            os.fsync(opened.fileno())
+    old = target.with_name(f"{target.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if target.exists():
+        target.rename(old)
+    try:
+        source.rename(target)
+    except OSError:
+        if old.exists():
+            old.rename(target)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _check_card(folder: Path) -> None:

@@ -80,12 +80,13 @@ class MoELoRALinear(nn.Module, BaseTunerLayer):
     def _may_fuse(self) -> bool:
         """The fused op reads the base's weight itself: only for a plain, frozen, unhooked ``nn.Linear``."""
         base = self.base_layer
-        hooked = base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or hasattr(base, "_hf_hook")
+        hooks = (base._forward_hooks, base._forward_pre_hooks, base._backward_hooks, base._backward_pre_hooks)
+        hooked = any(hooks) or hasattr(base, "_hf_hook")
         return (
             type(base) is nn.Linear
             and not self.calls_base
             and not hooked
-            and not base.weight.requires_grad
+            and not any(parameter.requires_grad for parameter in base.parameters())
         )
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:

@@ -7,6 +7,8 @@ for any method of PEFT's own, once this module has been imported in the process.
 from __future__ import annotations
 
 import dataclasses
+import math
+import numbers
 import re
 from dataclasses import dataclass, field
 from typing import Any
@@ -73,35 +75,43 @@ class FloeConfig(peft.PeftConfig):
         super().__post_init__()
         self.peft_type = _peft_type()
         self.task_type = self.task_type or "CAUSAL_LM"
-        if not isinstance(self.floe_format, int) or self.floe_format > FORMAT:
+        if not isinstance(self.floe_format, int) or not 1 <= self.floe_format <= FORMAT:
             raise ValueError(
-                f"floe_format must be at most {FORMAT} for this version of floe, got {self.floe_format}: "
-                "the adapter was written by a newer floe; upgrade to read it"
+                f"floe_format must be in [1, {FORMAT}] for this version of floe, got {self.floe_format!r}: "
+                "a larger one was written by a newer floe; upgrade to read it"
             )
         self._check_sizes()
-        if isinstance(self.target_modules, str):
-            raise ValueError(
-                "target_modules must be a list of projection names such as ['gate_proj', 'up_proj', "
-                f"'down_proj'] (patterns are not supported), got {self.target_modules!r}"
-            )
         if self.target_modules is not None:
-            self.target_modules = sorted(set(self.target_modules))
+            names = self.target_modules
+            if not isinstance(names, (list, tuple, set)) or not all(isinstance(n, str) for n in names):
+                raise ValueError(
+                    "target_modules must be a list of projection names such as ['gate_proj', 'up_proj', "
+                    f"'down_proj'] (patterns are not supported), got {names!r}"
+                )
+            self.target_modules = sorted(set(names))
         if self.layers is not None:
             self.layers = _checked_layers(self.layers)
         for name in ("rank_pattern", "expert_pattern"):
-            pattern = {str(key): _size(name, value) for key, value in getattr(self, name).items()}
-            setattr(self, name, pattern)
+            pattern = getattr(self, name)
+            if not isinstance(pattern, dict):
+                raise TypeError(f"{name} must map layer indices or module paths to sizes, got {pattern!r}")
+            setattr(self, name, {str(key): _size(name, value) for key, value in pattern.items()})
 
     def _check_sizes(self) -> None:
         _size("r", self.r)
         _size("num_experts", self.num_experts)
-        if not 0.0 < float(self.alpha) < float("inf"):
+        if not isinstance(self.seed, int):
+            raise TypeError(f"seed must be a whole number, got {self.seed!r}")
+        for name in ("alpha", "dropout"):
+            if isinstance(getattr(self, name), bool) or not isinstance(getattr(self, name), (int, float)):
+                raise TypeError(f"{name} must be a number, got {getattr(self, name)!r}")
+        if not 0.0 < self.alpha < float("inf"):
             raise ValueError(f"alpha must be a finite number > 0, got {self.alpha}")
-        if not 0.0 <= float(self.dropout) < 1.0:
+        if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
         if self.scaling not in ("alpha/r", "alpha/sqrt(r)"):
             raise ValueError(f"scaling must be 'alpha/r' or 'alpha/sqrt(r)', got {self.scaling!r}")
-        if self.adapter_dtype not in _DTYPES:
+        if self.adapter_dtype not in list(_DTYPES):
             raise ValueError(f"adapter_dtype must be one of {sorted(_DTYPES)}, got {self.adapter_dtype!r}")
 
     def scale(self, rank: int) -> float:
@@ -116,12 +126,10 @@ class FloeModel(BaseTuner):
     tuner_layer_cls = MoELoRALinear
     target_module_mapping: dict[str, list[str]] = {}
 
-    def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, **kwargs: Any) -> None:
-        if not re.fullmatch(r"[A-Za-z0-9_-]+", adapter_name):
-            raise ValueError(
-                f"adapter_name must hold only letters, digits, '_' and '-', got {adapter_name!r}"
-            )
-        super().__init__(model, peft_config, adapter_name, **kwargs)
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Every way to add an adapter comes through here, so here its name, a folder's name later, is checked."""
+        check_adapter_name(adapter_name)
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
 
     def _prepare_adapter_config(self, peft_config: FloeConfig, model_config: dict[str, Any]) -> FloeConfig:
         if peft_config.target_modules is None:
@@ -130,6 +138,8 @@ class FloeModel(BaseTuner):
 
     def _prepare_model(self, peft_config: FloeConfig, model: nn.Module) -> None:
         targets = target_paths(model, peft_config)
+        for path in targets:  # all of them, before the first is wrapped
+            _linear(model.get_submodule(path), path)
         # Not fields: they follow from the others, and PEFT writes fields to disk.
         peft_config._targets = targets  # type: ignore[attr-defined]
         peft_config.rank_pattern = _by_path("rank_pattern", peft_config.rank_pattern, targets)
@@ -168,27 +178,32 @@ class FloeModel(BaseTuner):
         remapped = super()._remap_adapter_state_dict_for_load(
             model=model, config=config, adapter_name=adapter_name, state_dict=state_dict
         )
-        expected = {
-            name: value
+        shapes = {
+            name.removeprefix("base_model.model."): tuple(value.shape)
             for name, value in model.state_dict().items()
             if re.search(rf"\.floe_(shrink|expand)\.{re.escape(adapter_name)}$", name)
         }
-        check_tensors({n.removeprefix("base_model.model."): t for n, t in remapped.items()},
-                      {n.removeprefix("base_model.model."): t for n, t in expected.items()})  # fmt: skip
+        check_tensors({n.removeprefix("base_model.model."): t for n, t in remapped.items()}, shapes)
         return remapped
 
 
-def check_tensors(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+def check_adapter_name(name: str) -> None:
+    """Names become folders and parameter names, so no path and no dot; ValueError otherwise."""
+    if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+        raise ValueError(f"adapter_name must hold only letters, digits, '_' and '-', got {name!r}")
+
+
+def check_tensors(found: dict[str, Tensor], shapes: dict[str, tuple[int, ...]]) -> None:
     """Exactly the expected names, shapes and finite floating-point values, else ValueError naming the first."""
-    missing, extra = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
+    missing, extra = sorted(shapes.keys() - found.keys()), sorted(found.keys() - shapes.keys())
     if missing or extra:
         raise ValueError(
             f"an adapter file must hold exactly this adapter's tensors, got {len(missing)} missing "
             f"(first: {missing[:1]}) and {len(extra)} that are none of its own (first: {extra[:1]})"
         )
     for name, tensor in found.items():
-        if tensor.shape != expected[name].shape:
-            raise ValueError(f"{name} must be {tuple(expected[name].shape)}, got {tuple(tensor.shape)}")
+        if tuple(tensor.shape) != shapes[name]:
+            raise ValueError(f"{name} must be {shapes[name]}, got {tuple(tensor.shape)}")
         if not tensor.is_floating_point():
             raise ValueError(f"{name} must be floating point, got {tensor.dtype}")
         if tensor.device.type != "meta" and not tensor.isfinite().all():
@@ -234,14 +249,22 @@ def parameter_counts(model: nn.Module, config: FloeConfig) -> list[int]:
     base, targets = base_of(model), config.target_modules or list(DEFAULT_TARGETS)
     counts = []
     for block in find_blocks(base):
-        paths = _block_targets(block.linears, targets)
-        total = 0
-        for path in paths:
-            linear = _linear(base.get_submodule(path), path)
-            rank, experts = _pattern(config, "rank", block.index, path), _pattern(config, "expert", block.index, path)
-            total += (rank + experts) * linear.in_features + experts * linear.out_features * rank
-        counts.append(total)
+        shapes = [
+            shape
+            for path in _block_targets(block.linears, targets)
+            for shape in _shapes(base, config, block.index, path)
+        ]
+        counts.append(sum(math.prod(shape) for shape in shapes))
     return counts
+
+
+def adapter_shapes(model: nn.Module, config: FloeConfig) -> dict[str, tuple[int, ...]]:
+    """Name (path in the base model, then the parameter's) -> shape of every tensor of ``config``'s adapter."""
+    base = base_of(model)
+    shapes: dict[str, tuple[int, ...]] = {}
+    for path, index in target_paths(base, config).items():
+        shapes[f"{path}.floe_shrink"], shapes[f"{path}.floe_expand"] = _shapes(base, config, index, path)
+    return shapes
 
 
 def target_paths(model: nn.Module, config: FloeConfig) -> dict[str, int]:
@@ -267,6 +290,15 @@ def _block_targets(linears: dict[str, str], targets: list[str]) -> list[str]:
             f"target_modules must be among this model's projections {sorted(linears)}, got {unknown}"
         )
     return [path for name, path in linears.items() if name in targets]
+
+
+def _shapes(
+    base: nn.Module, config: FloeConfig, index: int, path: str
+) -> tuple[tuple[int, int], tuple[int, int, int]]:
+    """Of ``floe_shrink`` [r + M, K] and ``floe_expand`` [N, M, r] at ``path``, in block ``index``."""
+    linear = _linear(base.get_submodule(path), path)
+    rank, experts = _pattern(config, "rank", index, path), _pattern(config, "expert", index, path)
+    return (rank + experts, linear.in_features), (linear.out_features, experts, rank)
 
 
 def _pattern(config: FloeConfig, kind: str, index: int, path: str) -> int:
@@ -302,9 +334,9 @@ def _size(name: str, value: Any) -> int:
 
 
 def _checked_layers(layers: Any) -> list[int]:
-    values = list(layers) if not isinstance(layers, int) else [layers]
+    values = [layers] if isinstance(layers, int) else list(layers)
     for value in values:
-        if isinstance(value, bool) or int(value) != value or value < 0:
+        if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 0:
             raise ValueError(f"layers must be block indices >= 0, got {value!r}")
     if not values:
         raise ValueError("layers must name at least one block, got an empty list")

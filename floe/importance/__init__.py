@@ -1,4 +1,5 @@
-"""Importance of heads, neurons and layers: Fisher information and Taylor cost of masks (FLoE Eq. 4-11).
+"""Importance of heads, neurons and layers: Fisher information and Taylor cost (FLoE Eq. 4-11).
 
-Import from the modules: ``scores`` (the artifact, needs numpy alone) and ``score`` (measures it, needs torch).
+Import from the modules: ``scores`` (the artifact, needs numpy alone) and ``score`` (measures it,
+needs torch).
 """

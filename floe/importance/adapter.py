@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -14,15 +16,17 @@ def active_adapters(module: MoELoRALinear) -> list[str]:
     """Names of the adapters that take part in the module's forward."""
     if module.disable_adapters:
         return []
-    return [name for name in module.active_adapters if name in module.floe_shrink]
+    names: Any = module.active_adapters
+    return [name for name in names if name in module.floe_shrink]
 
 
 def adapter_output(module: MoELoRALinear, x: Tensor) -> Tensor:
-    """What the active adapters add to the base output, without dropout: [..., K] -> [..., N] in x's dtype.
+    """What the active adapters add to the base output, [..., K] -> [..., N], without dropout.
 
     x should be float32 or float64; everything runs in its dtype.
     """
-    total = x.new_zeros(*x.shape[:-1], module.out_features)
+    linear: Any = module.base_layer
+    total: Tensor = x.new_zeros((*x.shape[:-1], linear.out_features))
     for name in active_adapters(module):
         _, _, routed = _forward(module, name, x)
         total += routed @ _expand(module, name, x.dtype).T
@@ -32,18 +36,21 @@ def adapter_output(module: MoELoRALinear, x: Tensor) -> Tensor:
 def squared_gradient_norms(
     module: MoELoRALinear, x: Tensor, grad_y: Tensor, mask: Tensor
 ) -> Tensor:
-    """``|| d L / d phi ||^2`` of the module's active adapters (A, router and experts) for each sample.
+    """``|| d L / d phi ||^2`` of the active adapters (A, router, experts) for each sample.
 
-    The gradients are those of :class:`MoELoRALinear` without dropout, formed by batched products of x and
-    grad_y [S, T, .] with the [S, T, r + M] values between them, so no parameter needs autograd:
-    ``dB = G^T z`` and ``d[A; R] = [dU, dZ]^T x``. Samples are taken a few at a time to bound memory.
+    The gradients are those of :class:`MoELoRALinear` without dropout, formed by batched products of
+    x and grad_y [S, T, .] with the [S, T, r + M] values between them, so no parameter needs
+    autograd: ``dB = G^T z`` and ``d[A; R] = [dU, dZ]^T x``. Samples are taken a few at a time to
+    bound memory.
 
     Args:
-        x: input of the module, [S, T, K]. grad_y: gradient of its output, [S, T, N]; any float dtype.
+        x: input of the module, [S, T, K]. grad_y: gradient of its output, [S, T, N]; any float
+            dtype.
         mask: True at tokens that count, bool [S, T].
 
     Returns:
-        float64 [S], on x's device; products in float32 (float64 for float64 input), squares in float64.
+        float64 [S], on x's device; products in float32 (float64 for float64 input), squares in
+        float64.
     """
     samples, tokens, _ = x.shape
     wide = torch.promote_types(x.dtype, torch.float32)
@@ -91,4 +98,5 @@ def _forward(module: MoELoRALinear, name: str, x: Tensor) -> tuple[Tensor, Tenso
 
 
 def _expand(module: MoELoRALinear, name: str, dtype: torch.dtype) -> Tensor:
-    return module.floe_expand[name].detach().flatten(1).to(dtype)  # [N, M r]
+    expand: Tensor = module.floe_expand[name]
+    return expand.detach().flatten(1).to(dtype)  # [N, M r]

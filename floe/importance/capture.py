@@ -1,7 +1,8 @@
 """Gradients of unit masks and adapters per sample, taken while one backward pass goes by.
 
-A mask m = 1 on the input of a linear has the gradient ``sum_tokens activation * gradient``. So it suffices to see
-each site's input and the gradient of that input; both are reduced on the spot and let go.
+A mask m = 1 on the input of a linear has the gradient ``sum_tokens activation * gradient``. So it
+suffices to see each site's input and the gradient of that input; both are reduced on the spot and
+let go.
 """
 
 from __future__ import annotations
@@ -41,8 +42,9 @@ Sink = Callable[[Tensor, Tensor], None]
 class RowGradients:
     """One batch's gradients; S rows, L layers, H heads (or KV groups), I neurons.
 
-    ``head`` [S, L, H] and ``neuron`` [S, L, I] float64: d L_n / d m of row n, or with ``per_token`` the sum of the
-    tokens' squares. ``adapter`` [S, L] float64: || d L_n / d phi_k ||^2. ``tokens`` [S] int64: labels in the loss.
+    ``head`` [S, L, H] and ``neuron`` [S, L, I] float64: d L_n / d m of row n, or with ``per_token``
+    the sum of the tokens' squares. ``adapter`` [S, L] float64: || d L_n / d phi_k ||^2. ``tokens``
+    [S] int64: labels in the loss.
     """
 
     head: NDArray[np.float64] | None
@@ -54,15 +56,17 @@ class RowGradients:
 class Capture:
     """Context manager that turns batches into :class:`RowGradients`; one forward and backward each.
 
-    The loss of row n is its mean NLL, and the sum of the rows' losses is backpropagated, so each row's gradient is
-    its own whatever batch it came in. Within the context the model is in eval mode and wholly frozen; on leaving,
-    every flag and hook is as before. Gradient checkpointing keeps working: activations are kept through autograd.
+    The loss of row n is its mean NLL, and the sum of the rows' losses is backpropagated, so each
+    row's gradient is its own whatever batch it came in. Within the context the model is in eval
+    mode and wholly frozen; on leaving, every flag and hook is as before. Gradient checkpointing
+    keeps working: activations are kept through autograd.
 
     Args:
         model: causal language model, plain or a PeftModel with floe adapters.
-        scope: "base" masks the input of the frozen weight alone (m * theta + phi, FLoE Eq. 2); "full" masks the
-            input of the whole adapted projection.
-        head_unit: "head" = query heads; "kv_group" = the query heads that share one key/value head, together.
+        scope: "base" masks the input of the frozen weight alone (m * theta + phi, FLoE Eq. 2);
+            "full" masks the input of the whole adapted projection.
+        head_unit: "head" = query heads; "kv_group" = the query heads that share one key/value head,
+            together.
         masks: capture mask gradients. adapters: capture adapter gradient norms.
         per_token: square every token's own product instead of summing tokens first (a diagnostic).
         tokens: loss over "response" tokens (the batch's labels) or over "all" tokens.
@@ -120,7 +124,8 @@ class Capture:
         """Gradients of one batch's rows.
 
         Raises:
-            ValueError: a row without labels; a loss or gradient that is not finite, named by layer, unit and row.
+            ValueError: a row without labels; a loss or gradient that is not finite, named by layer,
+                unit and row.
         """
         batch = on_device(for_loss(batch, self.tokens), device_of(self.model))
         self._mask = token_mask(batch)
@@ -145,7 +150,9 @@ class Capture:
         for block in self.blocks:
             for kind, path in (("head", block.o_proj), ("neuron", block.down_proj)):
                 base = self.scope == "base"
-                module = linear_at(self.model, path) if base else base_of(self.model).get_submodule(path)
+                module = (
+                    linear_at(self.model, path) if base else base_of(self.model).get_submodule(path)
+                )
                 sink = self._mask_sink(kind, block.index, sizes[kind])
                 hooks.append(module.register_forward_pre_hook(_tap_input(sink)))
         return hooks
@@ -164,7 +171,9 @@ class Capture:
                 values = ops.mask_gradients(activation, gradient, width, mask)
                 self._found[kind, layer] = values.double()
                 return
-            each = [t.flatten(0, 1)[:, None] for t in (activation, gradient, mask)]  # a token as a sample
+            each = [
+                t.flatten(0, 1)[:, None] for t in (activation, gradient, mask)
+            ]  # a token as a sample
             values = ops.mask_gradients(each[0], each[1], width, each[2]).double()
             self._found[kind, layer] = values.square().unflatten(0, mask.shape).sum(1)
 
@@ -181,8 +190,8 @@ class Capture:
         missing = [block.index for block in self.blocks if (kind, block.index) not in self._found]
         if missing:
             raise RuntimeError(
-                f"no gradient reached the {kind} masks of layers {missing}; does the model's forward call its "
-                "projections as modules and keep its graph?"
+                f"no gradient reached the {kind} masks of layers {missing}; the model's forward "
+                "must call its projections as modules and keep its graph"
             )
         layers = [self._found.pop((kind, block.index)).cpu().numpy() for block in self.blocks]
         values: NDArray[np.float64] = np.stack(layers, axis=1)
@@ -197,15 +206,15 @@ class Capture:
         return norms
 
     def _check_finite(self, found: dict[str, NDArray[np.float64]]) -> None:
-        """Name the last layer's first bad value: gradients come from behind, so that is where it arose."""
+        """Name the last layer's first bad value: gradients come from behind, so it arose there."""
         for layer in reversed(range(len(self.blocks))):
             for what, values in found.items():
                 bad = np.argwhere(~np.isfinite(values[:, layer]))
                 if len(bad):
                     row, unit = (int(i) for i in bad[0])
                     raise ValueError(
-                        f"{what} {unit} in layer {layer} must be finite, got {values[row, layer, unit]} "
-                        f"for row {self._rows + row}"
+                        f"{what} {unit} in layer {layer} must be finite, "
+                        f"got {values[row, layer, unit]} for row {self._rows + row}"
                     )
 
 
@@ -218,7 +227,8 @@ def head_width(sizes: Geometry, head_unit: str) -> int:
 class _Tap(torch.autograd.Function):
     """Identity that hands (saved, gradient) to a sink in the backward pass.
 
-    ``saved`` is kept by autograd itself, so checkpointing recomputes it instead of holding on to it.
+    ``saved`` is kept by autograd itself, so checkpointing recomputes it instead of holding on to
+    it.
     """
 
     @staticmethod

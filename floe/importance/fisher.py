@@ -21,10 +21,10 @@ REDUCTIONS = ("sample", "batch", "token")
 class Fisher:
     """Sums over N rows; L layers, H heads (or KV groups), I neurons. All float64.
 
-    ``head`` [L, H], ``neuron`` [L, I]: Fisher information, nats^2. ``adapter`` [L] or None: sum of the rows'
-    squared adapter gradient norms. ``head_mean``, ``neuron_mean``: first-order term, mean of d L_n / d m, or None.
-    ``head_gradient`` [N, L, H], ``neuron_gradient`` [N, L, I] float32: the rows' own gradients, or None.
-    ``rows``, ``tokens``: how many went in.
+    ``head`` [L, H], ``neuron`` [L, I]: Fisher information, nats^2. ``adapter`` [L] or None: sum of
+    the rows' squared adapter gradient norms. ``head_mean``, ``neuron_mean``: first-order term, mean
+    of d L_n / d m, or None. ``head_gradient`` [N, L, H], ``neuron_gradient`` [N, L, I] float32: the
+    rows' own gradients, or None. ``rows``, ``tokens``: how many went in.
     """
 
     head: FloatArray
@@ -52,17 +52,19 @@ def measure_fisher(
 ) -> Fisher:
     """Fisher information of every head and neuron mask, ``tau = sum_n (d L_n / d m)^2`` (Eq. 9).
 
-    L_n is row n's mean NLL over its response tokens, in eval mode. The result does not depend on how rows are
-    batched or padded, except with ``reduction="batch"``, whose meaning does.
+    L_n is row n's mean NLL over its response tokens, in eval mode. The result does not depend on
+    how rows are batched or padded, except with ``reduction="batch"``, whose meaning does.
 
     Args:
         model: plain or adapted causal language model; neither its parameters nor its flags change.
         batches: dicts passed to the model, with labels (-100 = no loss).
-        reduction: "sample" squares each row's gradient (Eq. 8-9); "batch" squares the gradient of each batch's
-            mean loss, so opposite rows cancel; "token" squares each token's product (a diagnostic).
+        reduction: "sample" squares each row's gradient (Eq. 8-9); "batch" squares the gradient of
+            each batch's mean loss, so opposite rows cancel; "token" squares each token's product (a
+            diagnostic).
         scope, head_unit: see :class:`~floe.importance.capture.Capture`.
         adapters: also sum the adapters' squared gradient norms.
-        keep_samples: also return each row's gradients (not with "token"). first_order: also return their mean.
+        keep_samples: also return each row's gradients (not with "token"). first_order: also return
+            their mean.
         progress: called as progress(batches done, batches in all, "fisher").
 
     Raises:
@@ -71,7 +73,9 @@ def measure_fisher(
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be one of {REDUCTIONS}, got {reduction!r}")
     if reduction == "token" and (keep_samples or first_order):
-        raise ValueError('keep_samples and first_order need reduction "sample" or "batch", got "token"')
+        raise ValueError(
+            'keep_samples and first_order need reduction "sample" or "batch", got "token"'
+        )
     batches = list(batches)
     kept: list[RowGradients] = []
     sums = _Sums(reduction)
@@ -90,9 +94,12 @@ def measure_fisher(
 
 
 def measure_adapter_fisher(
-    model: nn.Module, batches: Iterable[Batch], progress: Progress | None = None, what: str = "probe"
+    model: nn.Module,
+    batches: Iterable[Batch],
+    progress: Progress | None = None,
+    what: str = "probe",
 ) -> FloatArray:
-    """``sum_n || d L_n / d phi_k ||^2`` of each layer's adapters alone, float64 [L]; no masks are captured."""
+    """``sum_n || d L_n / d phi_k ||^2`` of each layer's adapters alone, float64 [L]."""
     batches = list(batches)
     total: FloatArray | None = None
     with Capture(model, scope="full", masks=False, adapters=True) as capture:
@@ -119,8 +126,9 @@ def squared(gradients: FloatArray, reduction: str) -> FloatArray:
     if reduction == "token":
         return gradients  # squared token by token already
     if reduction == "batch":
-        return np.square(gradients.mean(axis=0, keepdims=True))
-    return np.square(gradients)
+        gradients = gradients.mean(axis=0, keepdims=True)
+    terms: FloatArray = np.square(gradients)
+    return terms
 
 
 class _Sums:
@@ -134,7 +142,8 @@ class _Sums:
         self.rows = self.tokens = 0
 
     def add(self, rows: RowGradients) -> None:
-        assert rows.head is not None and rows.neuron is not None
+        assert rows.head is not None
+        assert rows.neuron is not None
         values = (rows.head, rows.neuron)
         if not self.rows:
             self.fisher = [np.zeros(v.shape[1:]) for v in values]

@@ -1,4 +1,4 @@
-"""What every measurement shares: a frozen model in eval mode, one forward, and the loss of each row."""
+"""What every measurement shares: a frozen model in eval mode and the loss of each row."""
 
 from __future__ import annotations
 
@@ -18,11 +18,12 @@ Batch = Mapping[str, Any]
 
 @contextmanager
 def frozen(model: nn.Module, input_gradients: bool = False) -> Iterator[None]:
-    """Eval mode without one trainable parameter; flags and hooks come back as they were, whatever happens.
+    """Eval mode without one trainable parameter; all flags come back as they were.
 
-    With ``input_gradients`` the embeddings' output requires a gradient, so gradients reach the first layer's
-    masks although no parameter asks for one. A layer with gradient checkpointing then keeps using it: transformers
-    ties that to the layer's own training flag, which is left on for that layer alone, not for the dropout below.
+    With ``input_gradients`` the embeddings' output requires a gradient, so gradients reach the
+    first layer's masks although no parameter asks for one. A layer with gradient checkpointing then
+    keeps using it: transformers ties that to the layer's own training flag, which is left on for
+    that layer alone, not for the dropout below.
     """
     training = [(module, module.training) for module in model.modules()]
     trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
@@ -84,10 +85,12 @@ def token_mask(batch: Batch) -> Tensor:
 
 
 def all_token_labels(batch: Batch) -> Tensor:
-    """Every real token with a real token before it as its own label, int64 [S, T]; the rest -100."""
+    """Each real token that follows a real token as its own label, int64 [S, T]; else -100."""
     real = token_mask(batch)
-    labels = batch["input_ids"].masked_fill(~real, -100)
-    labels[:, 1:].masked_fill_(~real[:, :-1], -100)  # a first token has nothing to be predicted from
+    labels: Tensor = batch["input_ids"].masked_fill(~real, -100)
+    labels[:, 1:].masked_fill_(
+        ~real[:, :-1], -100
+    )  # a first token has nothing to be predicted from
     labels[:, 0] = -100
     return labels
 
@@ -112,7 +115,8 @@ def losses(model: nn.Module, batch: Batch, first_row: int) -> tuple[Tensor, Tens
     """Mean NLL of each row's labelled tokens, float [S] in nats, and how many they are, int64 [S].
 
     Raises:
-        ValueError: a row has no label to learn from, or its loss is not finite; ``first_row`` is its number.
+        ValueError: a row has no label to learn from, or its loss is not finite; ``first_row`` is
+            its number.
     """
     inputs = {k: v for k, v in batch.items() if k != "labels"}
     logits = model(**inputs, use_cache=False).logits

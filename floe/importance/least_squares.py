@@ -11,9 +11,9 @@ SOLVERS = ("ridge", "lsmr_normal")
 class UnitSystem:
     """Normal equations of ``min_m || A m - b ||`` where column u of A is the output of unit u.
 
-    Unit u puts out ``x[:, u] W[:, u]^T`` from its ``width`` channels, flattened over tokens and output channels. Then
-    ``A^T A = blocksum((x^T x) * (W^T W))`` and ``A^T b = blocksum(sum_t x * (b W))``: [tokens x channels, units]
-    is never formed.
+    Unit u puts out ``x[:, u] W[:, u]^T`` from its ``width`` channels, flattened over tokens and
+    output channels. Then ``A^T A = blocksum((x^T x) * (W^T W))`` and ``A^T b = blocksum(sum_t x *
+    (b W))``: [tokens x channels, units] is never formed.
 
     Args:
         weight: [d, U * width], float32 or float64. width: channels per unit.
@@ -31,7 +31,7 @@ class UnitSystem:
         self.gram = self.rhs = self.column_sums = weight.new_zeros(0, dtype=torch.float64)
 
     def add(self, inputs: Tensor, target: Tensor) -> None:
-        """More equations: ``inputs`` [n, U * width] and the output ``target`` [n, d], in weight's dtype."""
+        """More equations: ``inputs`` [n, U * width] and outputs ``target`` [n, d]."""
         self._inputs.addmm_(inputs.T, inputs)
         self._products += (inputs * (target @ self.weight)).sum(0, dtype=torch.float64)
         self._sums += inputs.sum(0, dtype=torch.float64)
@@ -40,7 +40,7 @@ class UnitSystem:
         self._equations += target.numel()
 
     def finish(self) -> UnitSystem:
-        """Form ``gram`` [U, U], ``rhs`` [U] and ``column_sums`` [U], float64, once all equations are in."""
+        """Once all equations are in: float64 ``gram`` [U, U], ``rhs`` and ``column_sums`` [U]."""
         products = self._inputs.mul_(self.weight.T @ self.weight)
         blocks = products.unflatten(1, (-1, self.width)).unflatten(0, (-1, self.width))
         self.gram = blocks.sum((1, 3), dtype=torch.float64)
@@ -57,9 +57,9 @@ class UnitSystem:
     def solve(self, ridge: float, solver: str) -> Tensor:
         """Scales m around 1, float64 [U]; NaN when the system cannot be solved.
 
-        "ridge": ``m = 1 + (G + ridge mean(diag G) I)^-1 (r - G 1)``; the intercept is eliminated first and not
-        damped. "lsmr_normal": ``(G G + I)(m - 1) = G (r - G 1)``, the intercept a unit like any other; a single
-        unit is a plain division.
+        "ridge": ``m = 1 + (G + ridge mean(diag G) I)^-1 (r - G 1)``; the intercept is eliminated
+        first and not damped. "lsmr_normal": ``(G G + I)(m - 1) = G (r - G 1)``, the intercept a
+        unit like any other; a single unit is a plain division.
         """
         if solver == "lsmr_normal":
             return solve_normal(*self._bordered())[: len(self.rhs)]
@@ -67,7 +67,7 @@ class UnitSystem:
         if self.intercept:
             gram = gram - torch.outer(self.column_sums, self.column_sums) / self._equations
             rhs = rhs - self.column_sums * (self._target_sum / self._equations)
-        return solve_ridge(gram, rhs, ridge)
+        return solve_ridge(gram, rhs, ridge * float(self.gram.diagonal().mean()))
 
     def _bordered(self) -> tuple[Tensor, Tensor]:
         if not self.intercept:
@@ -80,10 +80,10 @@ class UnitSystem:
         return gram, torch.cat([self.rhs, self.rhs.new_tensor([self._target_sum])])
 
 
-def solve_ridge(gram: Tensor, rhs: Tensor, ridge: float) -> Tensor:
-    """``1 + (G + ridge mean(diag G) I)^-1 (r - G 1)`` by Cholesky, float64 [U]; NaN where G is singular."""
+def solve_ridge(gram: Tensor, rhs: Tensor, damping: float) -> Tensor:
+    """``1 + (G + damping I)^-1 (r - G 1)`` by Cholesky, float64 [U]; NaN where that is singular."""
     damped = gram.clone()
-    damped.diagonal().add_(ridge * float(gram.diagonal().mean()))
+    damped.diagonal().add_(damping)
     return 1 + _solve(damped, rhs - gram.sum(1))
 
 

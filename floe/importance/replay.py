@@ -1,4 +1,4 @@
-"""Running a model block by block: record what each block is called with, then call it again alone."""
+"""Running a model block by block: record how each block is called, then call it alone."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from floe.blocks import Block
 
 @dataclass
 class Call:
-    """How one block was called on one batch: hidden states [S, T, d] and whatever came with them."""
+    """How one block was called on one batch: hidden states [S, T, d] and what came along."""
 
     hidden: Tensor | None
     args: tuple[Any, ...]
@@ -22,18 +22,21 @@ class Call:
 
 
 class CallRecorder:
-    """Records every block's call during the forwards made within it, on the CPU if they ran elsewhere.
+    """Records, on the CPU, every block's call during the forwards made within it.
 
     Tensors shared by the blocks (attention masks, rotary tables) are kept once per forward.
 
     Args:
-        blocks: the decoder blocks in order. keep: indices of the blocks whose hidden states are kept; None = all.
+        blocks: the decoder blocks in order. keep: indices of the blocks whose hidden states are
+            kept; None = all.
     """
 
     def __init__(self, blocks: list[Block], keep: set[int] | None = None) -> None:
         self.blocks, self.keep = blocks, keep
         self._calls: dict[int, Call] = {}
-        self._moved: dict[int, tuple[Tensor, Tensor]] = {}  # the original is held so its id stays its own
+        self._moved: dict[
+            int, tuple[Tensor, Tensor]
+        ] = {}  # the original is held so its id stays its own
         self._hooks: list[Any] = []
 
     def __enter__(self) -> CallRecorder:
@@ -77,7 +80,7 @@ class CallRecorder:
 
 
 def call_block(block: Block, call: Call, hidden: Tensor) -> Tensor:
-    """The block's output [S, T, d] on ``hidden``, with everything else as recorded, on hidden's device."""
+    """The block's output [S, T, d] on ``hidden``, with everything else as recorded."""
 
     def move(value: Any) -> Any:
         return value.to(hidden.device) if isinstance(value, Tensor) else _map(move, value)

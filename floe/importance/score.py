@@ -47,23 +47,18 @@ def score(
 ) -> Scores:
     """Importance of every head, neuron and layer of an adapted model (FLoE Eq. 4-11).
 
-    Mask Fisher and adapter Fisher come from the same backward passes over ``batches``, in eval mode with
-    everything frozen; Taylor costs from the base model alone. Neither parameters nor flags change.
+    Mask Fisher and adapter Fisher come from the same backward passes over ``batches``, in eval mode
+    with everything frozen; Taylor costs from the base model alone. The model is left unchanged.
 
     Args:
         model: the warm-up model, a PeftModel with floe adapters.
         batches: calibration rows: dicts passed to the model, with labels.
-        taylor_batches: rows of the Taylor cost; None = the first batches of ``batches`` up to 32 rows or so.
-        reduction, mask_scope: see :func:`~floe.importance.fisher.measure_fisher`.
-        taylor_kind, taylor_aggregate, taylor_tokens: see :func:`~floe.importance.taylor.measure_taylor`.
-        head_unit: "head", or "kv_group" = the heads that share one key/value head.
-        keep_samples: keep each row's mask gradients too.
-        probe: also measure the adapter Fisher at freshly drawn adapters (B = 0), which needs no warm-up;
+        taylor_batches: rows of the Taylor cost; None = the first batches, up to 32 rows or so.
+        reduction, mask_scope, head_unit, keep_samples: see ``measure_fisher``.
+        taylor_kind, taylor_aggregate, taylor_tokens: see ``measure_taylor``.
+        probe: also measure the adapter Fisher at fresh adapters (B = 0), which needs no warm-up;
             the adapters are put back bit by bit. seed: of that draw.
-        progress: called as progress(done, in all, what) with what in "fisher", "taylor", "probe".
-
-    Returns:
-        Scores; its meta records rows, tokens, data fingerprints, options and versions.
+        progress: called as progress(done, in all, "fisher", "taylor" or "probe").
 
     Raises:
         ValueError: the model carries no floe adapters, an unknown option, or bad rows or values.
@@ -83,20 +78,14 @@ def score(
         model, taylor_rows, kind=taylor_kind, aggregate=taylor_aggregate, tokens=taylor_tokens,
         head_unit=head_unit, progress=progress,
     )  # fmt: skip
-    meta = _describe(model, fisher, taylor) | {
-        "data": fingerprint(batches), "taylor_data": fingerprint(taylor_rows),
-        "taylor_from_calibration": taylor_batches is None, "seed": seed, "reduction": reduction,
-        "mask_scope": mask_scope, "taylor_aggregate": taylor_aggregate, "taylor_loss": taylor_tokens,
-        "head_unit": head_unit,
+    options = {
+        "reduction": reduction, "mask_scope": mask_scope, "head_unit": head_unit, "seed": seed,
+        "taylor_aggregate": taylor_aggregate, "taylor_loss": taylor_tokens,
+        "taylor_from_calibration": taylor_batches is None,
     }  # fmt: skip
-    assert fisher.adapter is not None
-    scores = Scores(
-        fisher.head, fisher.neuron, taylor.head, taylor.neuron, fisher.adapter, meta,
-        _probe(model, batches, seed, progress) if probe else None,
-        fisher.head_gradient, fisher.neuron_gradient,
-    )  # fmt: skip
-    _warn_if_empty(scores)
-    return scores
+    data = {"data": fingerprint(batches), "taylor_data": fingerprint(taylor_rows)}
+    fresh = _probe(model, batches, seed, progress) if probe else None
+    return _assemble(fisher, taylor, _describe(model, fisher, taylor) | options | data, fresh)
 
 
 def leading(batches: Sequence[Batch], rows: int) -> list[Batch]:
@@ -112,7 +101,7 @@ def leading(batches: Sequence[Batch], rows: int) -> list[Batch]:
 
 
 def fingerprint(batches: Iterable[Batch]) -> str:
-    """SHA-256 over the rows' real tokens and labels in order: independent of batching and padding."""
+    """SHA-256 over the rows' real tokens and labels in order, whatever batching and padding."""
     digest = hashlib.sha256()
     for batch in batches:
         ids, real = batch["input_ids"].cpu(), token_mask(batch).cpu()
@@ -129,7 +118,7 @@ def fingerprint(batches: Iterable[Batch]) -> str:
 
 @contextmanager
 def fresh_adapters(model: nn.Module, seed: int) -> Iterator[None]:
-    """Within it the active adapters hold new initial values (A and router drawn, B zero); then their own again."""
+    """Within it the active adapters hold new initial values (B zero); then their own again."""
     saved: list[tuple[Tensor, Tensor]] = []
     try:
         with torch.no_grad():
@@ -147,9 +136,28 @@ def fresh_adapters(model: nn.Module, seed: int) -> Iterator[None]:
 
 def _draw(module: MoELoRALinear, name: str, generator: torch.Generator) -> None:
     shrink = module.floe_shrink[name]
-    bound = 1.0 / math.sqrt(module.in_features)
+    bound = 1.0 / math.sqrt(shrink.shape[1])
     shrink.copy_(torch.empty(shrink.shape).uniform_(-bound, bound, generator=generator))
     module.floe_expand[name].zero_()
+
+
+def _assemble(
+    fisher: Fisher, taylor: Taylor, meta: dict[str, Any], probe: NDArray[np.float64] | None
+) -> Scores:
+    assert fisher.adapter is not None
+    scores = Scores(
+        fisher.head, fisher.neuron, taylor.head, taylor.neuron, fisher.adapter, meta, probe,
+        fisher.head_gradient, fisher.neuron_gradient,
+    )  # fmt: skip
+    for name in ("head_fisher", "neuron_fisher", "head_taylor", "neuron_taylor", "adapter_fisher"):
+        if not getattr(scores, name).any():
+            warnings.warn(
+                f"{name} is zero for every unit of every layer, so it ranks nothing; "
+                "check the labels and that the adapters were trained",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+    return scores
 
 
 def _probe(
@@ -175,16 +183,6 @@ def _describe(model: nn.Module, fisher: Fisher, taylor: Taylor) -> dict[str, Any
         "taylor_kind": taylor.kind,
         "base_quantised": taylor.quantised,
         "adapter_parameters": counts,
-        "versions": {"floe": floe.__version__} | {name: metadata.version(name) for name in _PACKAGES},
+        "versions": {"floe": floe.__version__}
+        | {name: metadata.version(name) for name in _PACKAGES},
     }
-
-
-def _warn_if_empty(scores: Scores) -> None:
-    for name in ("head_fisher", "neuron_fisher", "head_taylor", "neuron_taylor", "adapter_fisher"):
-        if not getattr(scores, name).any():
-            warnings.warn(
-                f"{name} is zero for every unit of every layer, so it ranks nothing; "
-                "check the labels and that the adapters were trained",
-                RuntimeWarning,
-                stacklevel=3,
-            )

@@ -31,13 +31,14 @@ _EPOCH = (1980, 1, 1, 0, 0, 0)  # the earliest time a zip can hold: equal conten
 class Scores:
     """Fisher information and Taylor cost of every unit of every layer.
 
-    L layers, H heads (or KV groups), I neurons, S samples. Units: Fisher in nats^2 summed over samples, Taylor
-    in nats (mean over samples).
+    L layers, H heads (or KV groups), I neurons, S samples. Units: Fisher in nats^2 summed over
+    samples, Taylor in nats (mean over samples).
 
     Attributes:
         head_fisher: sum_n (d L_n / d m)^2 per head mask, [L, H] float64 >= 0 (Eq. 9-11).
         neuron_fisher: the same per FFN neuron, [L, I].
-        head_taylor: cost |w g| of a head's weights on the base model, [L, H] float64 >= 0 (Eq. 4-5).
+        head_taylor: cost |w g| of a head's weights on the base model, [L, H] float64 >= 0 (Eq.
+            4-5).
         neuron_taylor: the same per neuron, [L, I].
         adapter_fisher: sum_n || d L_n / d phi_k ||^2 of a layer's adapters, [L] float64 >= 0.
         meta: how the scores were measured; whatever json can hold.
@@ -47,7 +48,8 @@ class Scores:
 
     Raises:
         TypeError: an array is not a numpy array of its dtype.
-        ValueError: shapes disagree, or a value is negative or not finite; names field, layer and unit.
+        ValueError: shapes disagree, or a value is negative or not finite; names field, layer and
+            unit.
     """
 
     head_fisher: FloatArray
@@ -71,17 +73,17 @@ class Scores:
     @property
     def layer_count(self) -> int:
         """L, the number of decoder layers."""
-        return self.head_fisher.shape[0]
+        return len(self.head_fisher)
 
     @property
     def head_count(self) -> int:
         """H, mask units of one layer's attention."""
-        return self.head_fisher.shape[1]
+        return int(self.head_fisher.shape[1])
 
     @property
     def neuron_count(self) -> int:
         """I, mask units of one layer's FFN."""
-        return self.neuron_fisher.shape[1]
+        return int(self.neuron_fisher.shape[1])
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write an npz file, whole or not at all; equal scores give equal bytes."""
@@ -115,7 +117,9 @@ class Scores:
         missing = [name for name in _FIELDS if name not in arrays and name not in _OPTIONAL]
         unknown = [name for name in arrays if name not in _FIELDS]
         if missing or unknown:
-            raise FileError(path, f"must hold the arrays of scores, missing {missing}, unknown {unknown}")
+            raise FileError(
+                path, f"must hold the arrays of scores, missing {missing}, unknown {unknown}"
+            )
         try:
             return cls(meta=meta, **arrays)
         except (ValueError, TypeError) as error:
@@ -138,11 +142,15 @@ class Scores:
     def _check_shapes(self) -> None:
         for name, kind in (("head_fisher", "H"), ("neuron_fisher", "I")):
             if getattr(self, name).ndim != 2:
-                raise ValueError(f"{name} must be [L, {kind}], got shape {getattr(self, name).shape}")
+                raise ValueError(
+                    f"{name} must be [L, {kind}], got shape {getattr(self, name).shape}"
+                )
         layers, heads = self.head_fisher.shape
         neurons = self.neuron_fisher.shape[1]
         expected: dict[str, tuple[int, ...]] = dict.fromkeys(_LAYERS, (layers,))
-        expected |= dict.fromkeys(_HEADS, (layers, heads)) | dict.fromkeys(_NEURONS, (layers, neurons))
+        expected |= dict.fromkeys(_HEADS, (layers, heads)) | dict.fromkeys(
+            _NEURONS, (layers, neurons)
+        )
         for name, array in self._arrays().items():
             if name not in _GRADIENTS and array.shape != expected[name]:
                 raise ValueError(f"{name} must have shape {expected[name]}, got {array.shape}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,9 +34,10 @@ _COLUMNS = ("o", "down")  # projections whose columns, not rows, belong to a uni
 
 @dataclass(frozen=True, eq=False)
 class Taylor:
-    """Costs in nats, float64: ``head`` [L, H] (or KV groups), ``neuron`` [L, I]; over ``rows`` rows, ``tokens`` labels.
+    """Costs in nats, float64: ``head`` [L, H] (or KV groups) and ``neuron`` [L, I].
 
-    ``kind`` and ``quantised`` say what was measured: with quantised base weights only "vector" is possible.
+    ``kind`` and ``quantised`` say what was measured: with quantised base weights only "vector" is
+    possible.
     """
 
     head: FloatArray
@@ -56,19 +58,20 @@ def measure_taylor(
     head_unit: str = "head",
     progress: Progress | None = None,
 ) -> Taylor:
-    """``T_u = sum over u's weights of |w * dL/dw|`` on the base model, L the rows' mean next-token loss.
+    """``T_u = sum over u's weights of |w dL/dw|`` on the base model, L the rows' mean loss.
 
-    A neuron's weights are its gate and up rows and its down column; a head's its q rows, its o columns and an
-    equal share of its key/value head's k and v rows. Weight gradients of one block exist at a time: blocks are
-    replayed from last to first, each given the gradient of its output, and its gradients are summed in float32.
+    A neuron's weights are its gate and up rows and its down column; a head's its q rows, its o
+    columns and an equal share of its key/value head's k and v rows. Weight gradients of one block
+    exist at a time: blocks are replayed from last to first, each given the gradient of its output,
+    and its gradients are summed in float32.
 
     Args:
         model: plain, or a PeftModel, whose adapters are then off.
         batches: dicts passed to the model; every block's input is kept for all of them, on the CPU.
-        kind: "element" as above; "vector" = |sum of w g| over a unit, which is its mask gradient (chosen by itself
-            when base weights are quantised and have no gradient).
-        aggregate: "abs_of_mean" = |w * mean_n g_n|; "mean_of_abs" = mean of |w g| over batches weighted by their
-            rows (element) or over rows (vector).
+        kind: "element" as above; "vector" = |sum of w g| over a unit, which is its mask gradient
+            (chosen by itself when base weights are quantised and have no gradient).
+        aggregate: "abs_of_mean" = |w * mean_n g_n|; "mean_of_abs" = mean of |w g| over batches
+            weighted by their rows (element) or over rows (vector).
         tokens: loss over "all" tokens or the "response". head_unit: "head" or "kv_group".
         progress: called as progress(done, in all, "taylor").
 
@@ -76,8 +79,10 @@ def measure_taylor(
         ValueError: an unknown option, no rows, or a value that is not finite.
     """
     for name, value, known in (
-        ("kind", kind, KINDS), ("aggregate", aggregate, AGGREGATES), ("head_unit", head_unit, HEAD_UNITS),
-    ):  # fmt: skip
+        ("kind", kind, KINDS),
+        ("aggregate", aggregate, AGGREGATES),
+        ("head_unit", head_unit, HEAD_UNITS),
+    ):
         if value not in known:
             raise ValueError(f"{name} must be one of {known}, got {value!r}")
     batches = list(batches)
@@ -91,12 +96,13 @@ def measure_taylor(
 
 
 def is_quantised(model: nn.Module) -> bool:
-    """True when a projection's weight is no plain floating-point matrix, so it has no usable gradient."""
+    """True when a projection's weight is no plain floating-point matrix, so has no gradient."""
     for block in find_blocks(model):
         for path in block.linears.values():
-            weight = getattr(linear_at(model, path), "weight", None)
-            plain = isinstance(weight, Tensor) and type(weight.data) is Tensor
-            if not plain or not weight.is_floating_point() or weight.dim() != 2:
+            weight: Any = getattr(linear_at(model, path), "weight", None)
+            if not isinstance(weight, Tensor) or type(weight.data) is not Tensor:
+                return True
+            if not weight.is_floating_point() or weight.dim() != 2:
                 return True
     return False
 
@@ -104,10 +110,11 @@ def is_quantised(model: nn.Module) -> bool:
 def unit_costs(
     parts: dict[str, FloatArray], sizes: Geometry, head_unit: str = "head"
 ) -> tuple[FloatArray, FloatArray]:
-    """Heads' and neurons' costs of one block, ([H], [I]) float64, from its projections' row or column sums.
+    """Heads' and neurons' costs of one block, ([H], [I]) float64, from its projections' sums.
 
     Args:
-        parts: per projection the sum of |w g| of each row (q, k, v or qkv; gate, up or gate_up) or column (o, down).
+        parts: per projection the sum of |w g| of each row (q, k, v or qkv; gate, up or gate_up) or
+            column (o, down).
         sizes: the model's. head_unit: "kv_group" adds up the heads of a key/value head.
     """
     width, kv_width = sizes.heads * sizes.head_dim, sizes.kv_heads * sizes.head_dim
@@ -118,7 +125,9 @@ def unit_costs(
         parts["gate"], parts["up"] = np.split(parts["gate_up"], 2)
     heads = {name: parts[name].reshape(-1, sizes.head_dim).sum(1) for name in ("q", "k", "v", "o")}
     group = sizes.heads // sizes.kv_heads
-    shared = np.repeat(heads["k"] + heads["v"], group) / group  # every head of a group bears an equal share
+    shared = (
+        np.repeat(heads["k"] + heads["v"], group) / group
+    )  # every head of a group bears an equal share
     head = heads["q"] + heads["o"] + shared
     if head_unit == "kv_group":
         head = head.reshape(-1, group).sum(1)
@@ -126,7 +135,7 @@ def unit_costs(
 
 
 def projection_cost(name: str, weight: Tensor, gradient: Tensor) -> Tensor:
-    """``sum |w g|`` of every row of a projection, or of every column of o and down; float64, on weight's device."""
+    """``sum |w g|`` of every row of a projection, or every column of o and down; float64."""
     wide = torch.promote_types(weight.dtype, torch.float32)
     product = (weight.detach().to(wide) * gradient.to(wide)).abs_()
     return product.sum(dim=0 if name in _COLUMNS else 1, dtype=torch.float64)
@@ -148,7 +157,8 @@ def _vector(
     with frozen(model), base_only(model), capture:
         for done, batch in enumerate(batches, 1):
             found = capture.step(batch)
-            assert found.head is not None and found.neuron is not None
+            assert found.head is not None
+            assert found.neuron is not None
             pair = [found.head, found.neuron]
             total = total or [np.zeros(v.shape[1:]) for v in pair]
             for sums, values in zip(total, pair, strict=True):
@@ -164,7 +174,7 @@ def _vector(
 
 @dataclass
 class _Record:
-    """One batch on its way back: its calls, and the loss gradient of the output of the block to replay next."""
+    """One batch on its way back: its calls, and the gradient of the next block's output."""
 
     calls: list[Call]
     gradient: Tensor
@@ -226,9 +236,10 @@ def _record(model: nn.Module, blocks: list[Block], batch: Batch, first_row: int)
 def _block_costs(
     model: nn.Module, block: Block, records: list[_Record], absolute_per_batch: bool
 ) -> dict[str, FloatArray]:
-    """Sum of |w g| per row or column of the block's projections, times the number of rows; float64 [units].
+    """Sums of |w g| per row or column of the block's projections, for the sum of row losses.
 
-    Leaves in every record the gradient of the block's input, which is that of the block before's output.
+    Leaves in every record the gradient of the block's input, which is that of the block before's
+    output.
     """
     paths = {**block.attention, "o": block.o_proj, **block.mlp, "down": block.down_proj}
     weights = {name: linear_at(model, path).weight for name, path in paths.items()}
@@ -254,7 +265,7 @@ def _block_costs(
 
 
 def _replayed(
-    block: Block, record: _Record, weights: dict[str, nn.Parameter]
+    block: Block, record: _Record, weights: dict[str, Tensor]
 ) -> Iterator[tuple[str, Tensor]]:
     """Gradients of the block's weights on one batch, by name, each let go once it has been used."""
     device = device_of_block(block)
@@ -272,7 +283,7 @@ def _replayed(
 
 
 @contextmanager
-def _trainable(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+def _trainable(parameters: Iterable[Tensor]) -> Iterator[None]:
     parameters = list(parameters)
     for parameter in parameters:
         parameter.requires_grad_(True)
@@ -288,5 +299,6 @@ def _check_finite(result: Taylor) -> None:
         if not np.isfinite(values).all():
             layer, unit = (int(i) for i in np.argwhere(~np.isfinite(values))[0])
             raise ValueError(
-                f"Taylor cost of {kind} {unit} in layer {layer} must be finite, got {values[layer, unit]}"
+                f"Taylor cost of {kind} {unit} in layer {layer} must be finite, "
+                f"got {values[layer, unit]}"
             )

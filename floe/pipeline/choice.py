@@ -8,7 +8,8 @@ from typing import Any
 from floe.config import Baseline
 from floe.importance.scores import Scores
 from floe.selection.selection import Selection, select
-from floe.pipeline.workspace import Workspace, taken_off
+from floe.pipeline.workspace import Workspace
+from floe.search import remove_adapter
 
 
 def choose(work: Workspace, run: Path, progress: Any) -> Selection:
@@ -26,7 +27,7 @@ def choose(work: Workspace, run: Path, progress: Any) -> Selection:
         batches = work.batches(work.calibration_rows, work.config.score.batch_size)
         return select(scores, model, batches, tune_tokens=settings.tune_tokens, progress=progress, **arguments)
     finally:
-        taken_off(model)
+        remove_adapter(model)
 
 
 def choose_baseline(work: Workspace, run: Path, chosen: Selection, baseline: Baseline) -> list[int]:

@@ -18,7 +18,8 @@ from floe.evaluate import (
 )
 from floe.routers import router_statistics
 from floe.runs import read_json, write_json
-from floe.pipeline.workspace import Workspace, plain, taken_off
+from floe.pipeline.workspace import Workspace, plain
+from floe.search import remove_adapter
 
 INTERVALS = "95 %: bootstrap over rows for loss, Wilson for accuracy"
 
@@ -56,7 +57,7 @@ def _measure_arm(
                 _write_routers(work, model, folder)
         finally:
             if adapter is not None:
-                taken_off(model)
+                remove_adapter(model)
         write_json(part, _pack(losses, answers))
     return _unpack(read_json(part))
 

@@ -12,7 +12,8 @@ import torch
 from floe.blocks import find_blocks
 from floe.memory import PeakMemory
 from floe.runs import write_json
-from floe.pipeline.workspace import Workspace, taken_off
+from floe.pipeline.workspace import Workspace
+from floe.search import remove_adapter
 
 
 def build(work: Workspace, rank: int, experts: int, folder: Path, progress: Any) -> None:
@@ -53,7 +54,7 @@ def _point(
             for _ in range(work.config.profile.steps + 1):
                 seconds.append(_step(model, optimizer, batches, work.device))
     finally:
-        taken_off(model)
+        remove_adapter(model)
     timed = seconds[1:]  # the first step allocates
     return {
         "layers": len(layers), "seconds_per_step": statistics.median(timed), "low": min(timed),

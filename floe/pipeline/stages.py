@@ -141,7 +141,7 @@ class _Stages:
         """Mask Fisher, adapter Fisher and Taylor cost."""
         from floe.data import fingerprint
         from floe.importance.score import score
-        from floe.pipeline.workspace import taken_off
+        from floe.search import remove_adapter
 
         settings = self.config.score
         inputs = {
@@ -169,7 +169,7 @@ class _Stages:
                     progress=self._announce("score"),
                 )
             finally:
-                taken_off(model)
+                remove_adapter(model)
             scores.save(folder / "scores.npz")
 
         self._stage("score", inputs, build)
@@ -216,7 +216,8 @@ class _Stages:
         from floe.adapters.files import save_adapter
         from floe.checkpoints import remove_checkpoints
         from floe.train import train
-        from floe.pipeline.workspace import plain, taken_off
+        from floe.pipeline.workspace import plain
+        from floe.search import remove_adapter
 
         rank, experts = self.size
         model = self.work.fresh(rank, experts, layers)
@@ -231,7 +232,7 @@ class _Stages:
             )
             save_adapter(model, folder / "adapter")
         finally:
-            taken_off(model)
+            remove_adapter(model)
         remove_checkpoints(folder / "checkpoints")
         metrics = plain(result) | {
             "arm": arm, "policy": policy, "layers": layers, "rank": rank, "num_experts": experts,

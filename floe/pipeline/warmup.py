@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from pathlib import Path
 from typing import Any
 
 from floe.adapters.files import save_adapter
 from floe.checkpoints import remove_checkpoints
-from floe.runs import write_json
+from floe.proposals import SearchSpace
+from floe.runs import copy_folder, write_json
+from floe.search import remove_adapter, search
 from floe.train import train
-from floe.pipeline.workspace import Workspace, taken_off
+from floe.pipeline.workspace import Workspace, plain
 
 
 def build(work: Workspace, folder: Path, on_step: Any, on_trial: Any) -> None:
@@ -35,7 +38,7 @@ def _warm_up(work: Workspace, folder: Path, on_step: Any) -> None:
         )
         save_adapter(model, folder / "adapter")
     finally:
-        taken_off(model)
+        remove_adapter(model)
     remove_checkpoints(folder / "checkpoints")
     loss = result.validation_loss[-1][1] if result.validation_loss else None
     write_json(
@@ -45,3 +48,34 @@ def _warm_up(work: Workspace, folder: Path, on_step: Any) -> None:
             "trials": [], "distinct": 0, "sampler": {"name": "none"}, "seconds": round(time.monotonic() - began, 3),
         },
     )  # fmt: skip
+
+
+def _search(work: Workspace, folder: Path, on_trial: Any) -> None:
+    config = work.config
+    adapter = config.adapter.model_dump(exclude={"r", "num_experts"})
+    found = search(
+        work.base_model,
+        work.warmup_rows,
+        work.validation_rows,
+        directory=folder,
+        space=SearchSpace(config.search.rank, config.search.num_experts),
+        trials=config.search.trials,
+        storage=config.search.storage,
+        sampler=config.search.sampler,
+        startup_trials=config.search.startup_trials,
+        seed=config.search.seed,
+        settings=work.settings(config.warmup.max_steps),
+        adapter=adapter,
+        prune=config.search.prune,
+        on_progress=on_trial,
+    )
+    remove_adapter(found.model)
+    copy_folder(found.adapter_path, folder / "adapter")
+    for leftover in ("trials", "best"):
+        shutil.rmtree(folder / leftover, ignore_errors=True)
+    names = ("rank", "num_experts", "best_trial", "objective", "sampler", "seconds", "distinct")
+    write_json(
+        folder / "result.json",
+        {name: plain(getattr(found, name)) for name in names}
+        | {"trials": [plain(trial) for trial in found.trials], "exhausted": found.exhausted},
+    )

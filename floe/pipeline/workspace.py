@@ -25,7 +25,7 @@ Batch = dict[str, Any]
 
 
 class Workspace:
-    """The loaded inputs of one configuration. The base model is shared: take adapters off after use."""
+    """The loaded inputs of one configuration. The base model is shared: remove adapters after use."""
 
     def __init__(self, config: RunConfig) -> None:
         self.config = config
@@ -206,14 +206,6 @@ def _file_identity(file: Path) -> str:
         head = data.read(piece)
         data.seek(size - piece)
         return hash_of([size, head.hex(), data.read().hex()])
-
-
-def taken_off(model: Any) -> None:
-    """Remove every adapter from the shared base model; its weights were never changed."""
-    model.unload()
-    base = model.get_base_model()
-    if hasattr(base, "peft_config"):
-        del base.peft_config
 
 
 def plain(value: Any) -> Any:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from floe.report.artifacts import Evaluation, Interval, Outcome, Run
 from floe.report.records import Floats
@@ -17,6 +18,7 @@ from floe.report.theme import Theme, new_figure
 
 _MARKERS = ("^", "v", "P", "X", ">", "<", "p", "h")
 _TASKS_WITH_EVERY_ARM = 14
+_MEASURES = ("loss", "loss_minus_main", "accuracy")
 _COLUMNS = ("measure", "value", "low", "high", "rows")
 
 
@@ -49,7 +51,7 @@ def adapts_all(run: Run, arm: str) -> bool:
 
 def looks(run: Run, theme: Theme) -> dict[str, Look]:
     """Colour, marker and line of every arm; the marker differs too, so colour never decides."""
-    found = {}
+    found: dict[str, Look] = {}
     spare = 0
     for arm in arm_names(run):
         text = label(arm)
@@ -61,7 +63,7 @@ def looks(run: Run, theme: Theme) -> dict[str, Look]:
             found[arm] = Look(text, theme.chosen, "o", "-")
         elif adapts_all(run, arm):
             found[arm] = Look(text, theme.ink, "s", "--")
-        elif arm in run.training and run.training[arm].policy == "masks":
+        elif arm == _masks_arm(run):
             found[arm] = Look(text, theme.contrast, "d", "-")
         else:
             color = theme.others[spare % len(theme.others)]
@@ -69,6 +71,13 @@ def looks(run: Run, theme: Theme) -> dict[str, Look]:
             found[arm] = Look(text, color, _MARKERS[spare % len(_MARKERS)], line)
             spare += 1
     return found
+
+
+def _masks_arm(run: Run) -> str | None:
+    """The arm in the paper's colour: the first that adapts the layers the paper's masks chose."""
+    theirs = run.choice.paper.layers
+    arms = (arm for arm in sorted(run.training) if arm != "main")
+    return next((arm for arm in arms if run.training[arm].layers == theirs), None)
 
 
 def smooth(values: Floats) -> Floats:
@@ -140,8 +149,8 @@ def outcomes(run: Run, evaluation: Evaluation) -> Picture:
             one = evaluation.arms[arm]
             rows += [
                 (arm, what, interval.value, interval.low, interval.high, interval.n)
-                for what, interval in (("loss", one.loss), ("accuracy", one.accuracy))
-                if interval is not None
+                for what in _MEASURES
+                if (interval := getattr(one, what)) is not None
             ]
 
     def draw(theme: Theme) -> Figure:
@@ -152,12 +161,10 @@ def outcomes(run: Run, evaluation: Evaluation) -> Picture:
         title="Loss and accuracy of every arm",
         alt=f"Loss and accuracy with 95 % intervals for {len(evaluation.arms)} arms.",
         caption=f"Intervals: {evaluation.intervals or '95 %'}. The band repeats the main arm's "
-        "interval; an arrow gives "
-        "the value of a model beyond the axis. "
-        "Differences whose intervals overlap are not established; and the intervals cover the "
-        "rows that "
-        "were evaluated, not the training seed, so even separate intervals rest on one run per "
-        "arm.",
+        "interval; an arrow gives the value of a model beyond the axis. Differences whose "
+        "intervals overlap are not established; where a paired difference is shown, it is the "
+        "sharper test, and is not established if its interval holds zero. All intervals cover the "
+        "rows that were evaluated, not the training seed: each arm was trained once.",
         tables=(Table("outcomes", ("arm", *_COLUMNS), tuple(rows)),),
         draw=draw,
     )
@@ -165,23 +172,37 @@ def outcomes(run: Run, evaluation: Evaluation) -> Picture:
 
 def _draw_outcomes(run: Run, evaluation: Evaluation, theme: Theme) -> Figure:
     arms = [arm for arm in arm_names(run) if arm in evaluation.arms]
+    panels = {
+        "loss": ("Loss (left is better)", "nats per response token"),
+        "loss_minus_main": ("Loss minus main's, paired", "nats per response token"),
+        "accuracy": ("Accuracy (right is better)", "share of rows answered correctly"),
+    }
+    if all(one.loss_minus_main is None for one in evaluation.arms.values()):
+        del panels["loss_minus_main"]
     figure = new_figure(0.3 * len(arms) + 1.05)
-    axes = figure.subplots(1, 2, sharey=True)
+    axes = figure.subplots(1, len(panels), sharey=True)
     style = looks(run, theme)
-    for ax, what in zip(axes, ("loss", "accuracy"), strict=True):
-        main = getattr(evaluation.arms["main"], what) if "main" in evaluation.arms else None
-        if main is not None and main.low is not None and main.high is not None:
-            ax.axvspan(main.low, main.high, color=theme.chosen, alpha=0.1, linewidth=0)
+    for ax, (what, (title, unit)) in zip(axes, panels.items(), strict=True):
+        _mark_main(ax, evaluation, what, theme)
         for row, arm in enumerate(arms):
-            interval = getattr(evaluation.arms[arm], what)
-            forest_mark(ax, row, interval, style[arm], theme)
+            if (what, arm) != ("loss_minus_main", "main"):
+                forest_mark(ax, row, getattr(evaluation.arms[arm], what), style[arm], theme)
         _finish(ax, evaluation.arms, what, theme)
+        ax.set(title=title, xlabel=unit)
     axes[0].set_yticks(range(len(arms)), [style[arm].text for arm in arms])
     axes[0].set_ylim(len(arms) - 0.4, -0.6)
-    axes[0].set(title="Loss (left is better)", xlabel="nats per response token")
-    axes[1].set(title="Accuracy (right is better)", xlabel="share of rows answered correctly")
-    axes[1].xaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
+    axes[-1].xaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
     return figure
+
+
+def _mark_main(ax: Any, evaluation: Evaluation, what: str, theme: Theme) -> None:
+    """The main arm's interval as a band, or the line at zero of a difference to it."""
+    if what == "loss_minus_main":
+        ax.axvline(0, color=theme.chosen, linewidth=1, linestyle=(0, (4, 3)))
+        return
+    main = getattr(evaluation.arms.get("main"), what, None)
+    if main is not None and main.low is not None and main.high is not None:
+        ax.axvspan(main.low, main.high, color=theme.chosen, alpha=0.1, linewidth=0)
 
 
 def forest_mark(ax: Any, row: float, interval: Interval | None, look: Look, theme: Theme) -> None:
@@ -211,6 +232,7 @@ def _finish(ax: Any, results: dict[str, Outcome], what: str, theme: Theme) -> No
     low, high = min([low, *near]), max([high, *near])
     margin = 0.06 * (high - low) or 0.05
     ax.set_xlim(low - margin, high + margin)
+    ax.xaxis.set_major_locator(MaxNLocator(nbins=5))
     for line in [line for line in ax.lines if line.get_gid() == "value"]:
         _point_beyond(ax, line, percent if what == "accuracy" else decimals)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import PurePath
 
 from floe.importance.scores import Scores
 from floe.report.records import Floats, Record
@@ -20,9 +21,13 @@ class Interval:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one arm reached: loss in nats per token, accuracy in [0, 1]; overall and by task."""
+    """What one arm reached: loss in nats per token, accuracy in [0, 1]; overall and by task.
+
+    ``loss_minus_main`` is the difference to the main arm's loss, paired row by row.
+    """
 
     loss: Interval | None
+    loss_minus_main: Interval | None
     accuracy: Interval | None
     by_task: dict[str, Outcome]
 
@@ -123,7 +128,6 @@ class Search:
     rank: int
     num_experts: int
     best_trial: int | None
-    objective: str
     seconds: float | None
     trials: tuple[Trial, ...]
     distinct: int | None
@@ -144,12 +148,13 @@ class Router:
     @property
     def collapsed(self) -> bool:
         """Almost all tokens go to few experts."""
-        return bool(self.load_entropy < 0.5 or self.usage.max(initial=0.0) > 0.9)
+        several = len(self.usage) > 1  # a single expert has nothing to share
+        return several and bool(self.load_entropy < 0.5 or self.usage.max() > 0.9)
 
     @property
     def unspecialised(self) -> bool:
         """The choice of experts hardly depends on the token."""
-        return self.mutual_information < 0.01
+        return len(self.usage) > 1 and self.mutual_information < 0.01
 
 
 @dataclass(frozen=True)
@@ -206,5 +211,6 @@ class Run:
 
     @property
     def model(self) -> str:
-        """The model's name as the scoring stage recorded it."""
-        return str(self.scores.meta.get("model", "unnamed model"))
+        """The model's name as the scoring stage recorded it; of a local path only the last part."""
+        name = str(self.scores.meta.get("model") or "unnamed model")
+        return PurePath(name).name if PurePath(name).is_absolute() else name

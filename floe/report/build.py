@@ -15,15 +15,15 @@ from floe.errors import FileError
 from floe.report.arms import curves, outcomes, tasks
 from floe.report.artifacts import Run
 from floe.report.cost import cost
-from floe.report.facts import arm_rows, arm_table, facts, verdicts
-from floe.report.maps import saliency, units
+from floe.report.facts import arm_rows, arm_table, facts, training_seeds, verdicts
+from floe.report.maps import adapted, saliency, units
 from floe.report.provenance import certificate_rows, environment_rows, stage_table
 from floe.report.ranks import rankings, tuning
 from floe.report.read import read_run
 from floe.report.router import router
 from floe.report.searching import search_history
 from floe.report.tables import Picture, duration, plain, significant
-from floe.report.theme import DARK, LIGHT, render_png, render_svg
+from floe.report.theme import DARK, LIGHT, render_both, render_svg
 
 _SHOWN_ROWS = 40
 
@@ -72,8 +72,7 @@ def build_report(run_dir: str | os.PathLike[str]) -> Path:
     files["stages.csv"] = stage_table(run).csv().encode("utf-8", "replace")
     shown: dict[str, Shown] = {}
     for picture in (picture for part in parts for picture in part.pictures):
-        shown[picture.key] = _show(picture, number=len(shown) + 1)
-        files[f"{picture.key}.png"] = render_png(picture.draw)
+        shown[picture.key], files[f"{picture.key}.png"] = _show(picture, number=len(shown) + 1)
         for table in picture.tables:
             files[f"{table.name}.csv"] = table.csv().encode("utf-8", "replace")
     page = _page(run, parts, shown)
@@ -156,7 +155,11 @@ def _training(run: Run) -> Section:
         "No baseline was trained: nothing here says whether other layers would have done as well."
     )
     return Section(
-        "training", "Training", lead, (curves(run),), alone if set(run.training) == {"main"} else ""
+        "training",
+        "Training",
+        lead,
+        (adapted(run), curves(run)),
+        alone if set(run.training) == {"main"} else "",
     )
 
 
@@ -190,10 +193,11 @@ def _router(run: Run) -> Section:
     )
 
 
-def _show(picture: Picture, number: int) -> Shown:
-    light, dark = (render_svg(picture.draw, theme) for theme in (LIGHT, DARK))
+def _show(picture: Picture, number: int) -> tuple[Shown, bytes]:
+    light, png = render_both(picture.draw, LIGHT)
+    dark = render_svg(picture.draw, DARK)
     width, height = _pixels(light)
-    return Shown(picture, number, _data_uri(light), _data_uri(dark), width, height)
+    return Shown(picture, number, _data_uri(light), _data_uri(dark), width, height), png
 
 
 def _pixels(svg: str) -> tuple[int, int]:
@@ -224,11 +228,14 @@ def _page(run: Run, parts: tuple[Section, ...], shown: dict[str, Shown]) -> str:
         "plain": plain,
     }
     environment.filters.update(filters)
+    rows = arm_rows(run) if run.training or run.evaluation else []
     return environment.get_template("template.html.j2").render(
         run=run,
         facts=facts(run),
-        arms=arm_rows(run) if run.training or run.evaluation else [],
+        arms=rows,
         verdicts=verdicts(run),
+        paired=any(row.gap for row in rows),
+        seeds=training_seeds(run),
         sections=parts,
         shown=shown,
         environment=environment_rows(run),

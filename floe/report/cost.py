@@ -82,8 +82,13 @@ def _profile_text(run: Run) -> str:
 def _memory_text(run: Run) -> str:
     kinds = {one.memory_kind for one in run.training.values()}
     kinds |= {point.memory_kind for point in run.profile.points} if run.profile else set()
-    known = ", ".join(sorted(kind for kind in kinds if kind))
-    return f"Memory: {known}." if known else "Memory was not measured."
+    known = sorted(kind for kind in kinds if kind)
+    if not known:
+        return "Memory was not measured."
+    text = f"Memory: {', '.join(known)}."
+    if any("since process start" in kind for kind in known):
+        text += " A peak since process start never falls: later points repeat earlier ones."
+    return text
 
 
 def _draw_cost(run: Run, theme: Theme) -> Figure:

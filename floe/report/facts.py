@@ -41,11 +41,12 @@ class ArmRow:
     parameters: str
     loss: str
     loss_interval: str
+    gap: str
+    gap_interval: str
     accuracy: str
     accuracy_interval: str
     step_time: str
     memory: str
-    seed: str
 
 
 def facts(run: Run) -> list[Fact]:
@@ -96,6 +97,7 @@ def arm_rows(run: Run) -> list[ArmRow]:
     for arm in arm_names(run):
         one, outcome = run.training.get(arm), _outcome(run, arm)
         loss = outcome.loss if outcome else None
+        gap = outcome.loss_minus_main if outcome else None
         accuracy = outcome.accuracy if outcome else None
         role = arm if arm in ("base", "main") else "all" if adapts_all(run, arm) else "other"
         rows.append(
@@ -110,11 +112,12 @@ def arm_rows(run: Run) -> list[ArmRow]:
                 else "–",
                 loss=decimals(loss.value if loss else None),
                 loss_interval=spread(loss, decimals),
+                gap=_signed(gap.value) if gap and arm != "main" else "",
+                gap_interval=spread(gap, _signed) if arm != "main" else "",
                 accuracy=percent(accuracy.value if accuracy else None),
                 accuracy_interval=spread(accuracy, lambda v: f"{100 * v:.1f}"),
                 step_time=seconds(one.seconds_per_step if one else None),
                 memory=size(one.peak_memory_bytes if one else None),
-                seed="–" if one is None or one.seed is None else str(one.seed),
             )
         )
     return rows
@@ -131,6 +134,7 @@ def arm_table(run: Run) -> Table:
                 " ".join(map(str, one.layers)) if one else "",
                 one.trainable_parameters if one else None,
                 *_flat(outcome.loss if outcome else None),
+                *_flat(outcome.loss_minus_main if outcome else None)[:3],
                 *_flat(outcome.accuracy if outcome else None),
                 one.seconds_per_step if one else None,
                 one.peak_memory_bytes if one else None,
@@ -139,37 +143,68 @@ def arm_table(run: Run) -> Table:
         )
     columns = ("arm", "layers", "trainable parameters",
                "loss", "loss low", "loss high", "loss rows",
+               "loss minus main", "loss minus main low", "loss minus main high",
                "accuracy", "accuracy low", "accuracy high", "accuracy rows", "seconds per step",
                "peak memory bytes", "seed")  # fmt: skip
     return Table("arms", columns, tuple(rows))
 
 
 def verdicts(run: Run) -> list[str]:
-    """What the main arm's intervals say against each other arm, in one sentence per measure."""
+    """What the main arm's intervals say against each other arm, in one sentence per measure.
+
+    Loss is compared by the paired difference where every arm has one, else, as accuracy always is,
+    by whether the two arms' own intervals overlap.
+    """
     sentences = []
-    for what, better in (("loss", -1), ("accuracy", 1)):
+    for what in ("loss", "accuracy"):
         groups: dict[str, list[str]] = {"better": [], "worse": [], "open": []}
-        mine = getattr(_outcome(run, "main"), what, None)
+        paired = what == "loss" and _is_paired(run)
         for arm in arm_names(run):
-            other = getattr(_outcome(run, arm), what, None)
-            together = overlaps(mine, other)
-            if arm == "main" or together is None or mine is None or other is None:
-                continue
-            sign = better * (mine.value - other.value)
-            groups["open" if together else "better" if sign > 0 else "worse"].append(label(arm))
+            sign = None if arm == "main" else _sign(run, arm, what, paired)
+            if sign is not None:
+                groups["open" if sign == 0 else "better" if sign > 0 else "worse"].append(
+                    label(arm)
+                )
         if any(groups.values()):
-            sentences.append(_sentence(what, groups))
+            sentences.append(_sentence(what, groups, paired))
     return sentences
 
 
-def _sentence(what: str, groups: dict[str, list[str]]) -> str:
+def _is_paired(run: Run) -> bool:
+    others = (
+        [one for arm, one in run.evaluation.arms.items() if arm != "main"] if run.evaluation else []
+    )
+    return bool(others) and all(one.loss_minus_main is not None for one in others)
+
+
+def _sign(run: Run, arm: str, what: str, paired: bool) -> int | None:
+    """1 where main is better than ``arm``, -1 worse, 0 not separated, None unknown."""
+    one, main = _outcome(run, arm), _outcome(run, "main")
+    if one is None or main is None:
+        return None
+    if paired:
+        gap = one.loss_minus_main
+        if gap is None or gap.low is None or gap.high is None:
+            return None
+        return 1 if gap.low > 0 else -1 if gap.high < 0 else 0
+    mine, other = getattr(main, what), getattr(one, what)
+    together = overlaps(mine, other)
+    if together is None:
+        return None
+    lower = mine.value < other.value
+    return 0 if together else 1 if lower == (what == "loss") else -1
+
+
+def _sentence(what: str, groups: dict[str, list[str]], paired: bool) -> str:
+    how = "the paired interval excludes zero" if paired else "separate intervals"
+    still_open = "the paired interval holds zero" if paired else "the intervals overlap"
     parts = []
     if groups["better"]:
-        parts.append(f"better than {_join(groups['better'])} with separate intervals")
+        parts.append(f"better than {_join(groups['better'])} ({how})")
     if groups["worse"]:
-        parts.append(f"worse than {_join(groups['worse'])} with separate intervals")
+        parts.append(f"worse than {_join(groups['worse'])} ({how})")
     if groups["open"]:
-        parts.append(f"not separated from {_join(groups['open'])} (the intervals overlap)")
+        parts.append(f"not separated from {_join(groups['open'])} ({still_open})")
     return f"On {what}, main is {'; '.join(parts)}."
 
 
@@ -189,3 +224,13 @@ def _flat(interval: Interval | None) -> tuple[Cell, ...]:
     if interval is None:
         return (None, None, None, None)
     return (interval.value, interval.low, interval.high, interval.n)
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.3f}"
+
+
+def training_seeds(run: Run) -> str:
+    """The seeds the arms were trained with, joined; a word where none was recorded."""
+    seeds = sorted({one.seed for one in run.training.values() if one.seed is not None})
+    return ", ".join(map(str, seeds)) or "not recorded"

@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
+from floe.report.arms import arm_names, looks
 from floe.report.artifacts import Run
 from floe.report.records import Floats
-from floe.report.tables import Picture, Table, label, percent, significant
+from floe.report.tables import Picture, Table, label, percent, plural, significant
 from floe.report.theme import Theme, new_figure
 
 _LOG_FACTOR = 20.0
@@ -230,6 +231,41 @@ def _draw_units(run: Run, neurons: Floats, theme: Theme) -> Figure:
     axes[1].set_yticks([-0.5, neurons.shape[1] - 0.5], ["largest", "smallest"])
     mark_layers(axes[0], run, theme, labels=False)
     return figure
+
+
+def adapted(run: Run) -> Picture:
+    """Which layers each trained arm adapts."""
+    arms = [arm for arm in arm_names(run) if arm in run.training]
+    rows = tuple(
+        (arm, k, int(k in run.training[arm].layers)) for arm in arms for k in range(run.layer_count)
+    )
+
+    def draw(theme: Theme) -> Figure:
+        figure = new_figure(0.27 * len(arms) + 0.75)
+        ax = figure.subplots()
+        style = looks(run, theme)
+        for row, arm in enumerate(arms):
+            every, mine = range(run.layer_count), run.training[arm].layers
+            ax.plot(every, [row] * len(every), "s", color=theme.grid, markersize=8)
+            ax.plot(mine, [row] * len(mine), "s", color=style[arm].color, markersize=11)
+        layer_axis(ax, run, theme, name="layer")
+        ax.set_yticks(range(len(arms)), [style[arm].text for arm in arms])
+        ax.tick_params(axis="y", labelcolor=theme.ink)
+        ax.set_ylim(len(arms) - 0.4, -0.6)
+        for spine in ax.spines.values():
+            spine.set_visible(False)
+        return figure
+
+    return Picture(
+        key="layers",
+        title="Which layers each arm adapts",
+        alt=f"{len(arms)} arms by {run.layer_count} layers; a filled square is an adapted layer.",
+        caption="A filled square is a layer with an adapter; the number in brackets counts them. "
+        f"{plural(len(arms), 'arm')}: a sample of the possible sets, too small to say which layers "
+        "matter on their own.",
+        tables=(Table("layers", ("arm", "layer", "adapted"), rows),),
+        draw=draw,
+    )
 
 
 def _sample(run: Run) -> str:

@@ -68,7 +68,7 @@ def _ranking_caption(run: Run, odds: list[float], shared: int) -> str:
     text += "average, "
     text += f"and at least as many with probability {sum(odds[shared:]):.2f}. "
     if choice.spearman is not None:
-        text += f"Spearman correlation of the rankings: {choice.spearman:+.2f} over n = "
+        text += f"Spearman correlation of the two scores: {choice.spearman:+.2f} over n = "
         text += f"{run.layer_count} "
         text += "layers. "
     return (
@@ -179,7 +179,8 @@ def tuning(run: Run) -> Picture:
         alt=f"Residual before and after tuning for {len(entries)} components; {accepted} accepted.",
         caption="The least-squares fit rescales the units a mask retains so that each component's "
         "output "
-        "comes back to what it was without a mask; the residual is what remains. "
+        "comes back to what it was without a mask; the residual is what remains, relative to that "
+        "output. "
         f"{accepted} of {len(entries)} fits were accepted, {len(entries) - accepted} rejected "
         "(their masks "
         f"stay binary). {_gain(entries)} A small residual says that the masks are well fitted, "

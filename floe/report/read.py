@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 
 from floe.errors import FileError
@@ -25,6 +26,8 @@ from floe.report.artifacts import (
 )
 from floe.report.records import Record, read_json, read_text
 
+# A page is passed around more freely than a run folder: what a URL hides stays hidden.
+_PASSWORD = re.compile(r"(\w://[^\s:/@]*:)[^\s@]+@")
 _STAGES = ("search", "score", "select", "train", "profile", "eval")
 
 
@@ -47,7 +50,7 @@ def read_run(run_dir: Path) -> Run:
     layers = scores.layer_count
     return Run(
         name=run_dir.resolve().name,
-        config=config,
+        config=_PASSWORD.sub(r"\1***@", config),
         env=env,
         scores=scores,
         choice=_choice(read_json(run_dir / "select" / "selection.json"), layers),
@@ -131,7 +134,6 @@ def _search(data: Record | None) -> Search | None:
         rank=data.integer("rank"),
         num_experts=data.integer("num_experts"),
         best_trial=data.maybe_integer("best_trial"),
-        objective=data.text("objective"),
         seconds=data.maybe_number("seconds"),
         trials=tuple(sorted(trials, key=lambda trial: trial.number)),
         distinct=data.maybe_integer("distinct"),
@@ -180,6 +182,7 @@ def _outcome(data: Record) -> Outcome:
     tasks = data.record("by_task").items() if data.has("by_task") else ()
     return Outcome(
         loss=_interval(data, "loss"),
+        loss_minus_main=_interval(data, "loss_minus_main"),
         accuracy=_interval(data, "accuracy"),
         by_task={task: _outcome(one) for task, one in tasks},
     )
@@ -246,13 +249,15 @@ def _profile(data: Record | None) -> Profile | None:
 
 def _stages(run_dir: Path) -> tuple[Stage, ...]:
     """Finished stages in pipeline order; the report's own record would change what it reports."""
-    found = {}
-    for path in sorted(run_dir.glob("*/DONE.json")):
-        data = read_json(path)
-        name = path.parent.name
-        if name != "report":
-            found[name] = Stage(
-                name, data.maybe_number("seconds"), data.text("finished", default="")
-            )
-    known = [found.pop(name) for name in _STAGES if name in found]
-    return tuple(known + [found[name] for name in sorted(found)])
+    found = []
+    for path in (*run_dir.glob("*/DONE.json"), *run_dir.glob("*/*/DONE.json")):
+        name = path.parent.relative_to(run_dir).as_posix()
+        if name.split("/")[0] in _STAGES:
+            data = read_json(path)
+            seconds = data.maybe_number("seconds")
+            found.append(Stage(name, seconds, data.text("finished", default="")))
+    return tuple(sorted(found, key=_stage_order))
+
+
+def _stage_order(stage: Stage) -> tuple[int, bool, str]:
+    return _STAGES.index(stage.name.split("/")[0]), stage.name != "train/main", stage.name

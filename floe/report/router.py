@@ -41,7 +41,7 @@ def router(run: Run) -> Picture | None:
         title="How the experts share the tokens",
         alt=f"Usage of {experts} experts by {len(found)} routers, with load entropy and mutual "
         "information.",
-        caption=f"Usage is the mean gate of an expert over the evaluated tokens (even use is 1/M). "
+        caption=f"Usage is the mean gate of an expert over the tokens measured (even use is 1/M). "
         f"Entropies are divided by ln M. {collapsed} of {len(found)} routers are flagged as "
         "collapsed (load "
         f"entropy below 0.5 or an expert above 0.9), {flat} as unspecialised (mutual information "

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from floe.report.artifacts import Run, Search, Trial
-from floe.report.tables import Picture, Table, decimals, duration, label, plural
+from floe.report.tables import Picture, Table, decimals, duration, plural
 from floe.report.theme import Theme, new_figure
 
 
@@ -42,7 +42,8 @@ def search_history(run: Run, search: Search) -> Picture:
         f"{states['complete']} complete, "
         f"{states['pruned']} pruned, {states['failed']} failed, "
         f"{plural(states['repeat'], 'repeat')} answered from "
-        f"memory{_took(search)}. Objective: {search.objective}, lower is better. Chosen: rank "
+        f"memory{_took(search)}. Value: validation loss in nats per token, lower is better. "
+        "Chosen: rank "
         f"{search.rank} "
         f"with {search.num_experts} experts. {_runner_up(search)} Each setting was trained once, "
         "so small "
@@ -126,7 +127,8 @@ def _draw_history(ax: Any, search: Search, theme: Theme) -> None:
             linewidth=1.3,
             label="best so far",
         )
-    ax.set_title(f"Trial by trial: {label(search.objective)}")
+    ax.set_title("Trial by trial")
+    ax.set_ylabel("validation loss")
     ax.set_xlabel("trial (marks on the bottom edge have no value)")
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.grid(axis="y")

@@ -17,7 +17,7 @@ from matplotlib.colors import Colormap, LinearSegmentedColormap
 from matplotlib.figure import Figure
 
 WIDTH = 10.4  # inches; 998 CSS pixels, the width of the page's figure column
-PNG_DPI = 180
+PNG_DPI = 144
 
 # The page's own fonts: the browser sets the text of an SVG, so it matches the page.
 FONTS = (
@@ -117,7 +117,6 @@ def themed(theme: Theme) -> Iterator[None]:
         "grid.color": theme.grid,
         "figure.facecolor": theme.paper,
         "savefig.facecolor": theme.paper,
-        "savefig.dpi": PNG_DPI,
         "svg.fonttype": "none",
         "svg.hashsalt": "floe",
         "axes.formatter.useoffset": False,
@@ -131,20 +130,28 @@ def themed(theme: Theme) -> Iterator[None]:
 def render_svg(draw: Draw, theme: Theme) -> str:
     """The picture as an SVG document with no metadata, no DTD and no outside reference."""
     with themed(theme):
-        buffer = io.StringIO()
-        nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-        FigureCanvasSVG(draw(theme)).print_svg(buffer, metadata=nothing)
+        return _svg(draw(theme))
+
+
+def render_both(draw: Draw, theme: Theme) -> tuple[str, bytes]:
+    """The picture as SVG, and as PNG at ``PNG_DPI`` without software or date fields."""
+    with themed(theme):
+        figure = draw(theme)
+        svg = _svg(figure)
+        figure.set_layout_engine("none")  # keep the layout just computed
+        buffer = io.BytesIO()
+        figure.set_dpi(PNG_DPI)
+        FigureCanvasAgg(figure).print_png(buffer, metadata={"Software": None})
+    return svg, buffer.getvalue()
+
+
+def _svg(figure: Figure) -> str:
+    buffer = io.StringIO()
+    nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    FigureCanvasSVG(figure).print_svg(buffer, metadata=nothing)
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(
         r"font-family: (?:&quot;|')?DejaVu Sans(?:&quot;|')?", f"font-family: {FONTS}", text
     )
     return re.sub(r"\n\s*", "\n", text)
-
-
-def render_png(draw: Draw, theme: Theme = LIGHT) -> bytes:
-    """The same picture as PNG at ``PNG_DPI``, without software or date fields."""
-    with themed(theme):
-        buffer = io.BytesIO()
-        FigureCanvasAgg(draw(theme)).print_png(buffer, metadata={"Software": None})
-    return buffer.getvalue()

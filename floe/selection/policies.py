@@ -57,8 +57,9 @@ def masks(situation: Situation) -> Floats:
 def adapter_fisher(situation: Situation) -> Floats:
     """The default: sensitivity of the loss to a layer's warmed-up adapters, descending.
 
-    sum_n || dL_n / d phi_k ||^2 over rows n and the adapter parameters phi_k of layer k. Source: the second sensitivity the paper names (adapter high, pre-trained weights low) but does
-    not compute. Assumes that layers whose adapters the data pull hardest gain most. Stable under
+    sum_n || dL_n / d phi_k ||^2 over rows n and the adapter parameters phi_k of layer k. Source:
+    the second sensitivity the paper names (adapter high, pre-trained weights low) but does not
+    compute. Assumes that layers whose adapters the data pull hardest gain most. Stable under
     resampling of rows and the fastest learner at equal steps in our runs, level with random layers
     after longer training.
     """
@@ -103,7 +104,7 @@ def first(situation: Situation) -> Floats:
 
 
 def last(situation: Situation) -> Floats:
-    """The layers next to the output first. A baseline; the shortest backward pass, poor losses."""
+    """The layers next to the output first. A baseline with the shortest backward pass."""
     return np.arange(situation.total, dtype=np.float64)
 
 

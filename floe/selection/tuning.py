@@ -1,4 +1,14 @@
-"""Real-valued masks by least squares, layer by layer (FLoE Eq. 16-21)."""
+"""Real-valued masks by least squares, layer by layer (FLoE Eq. 16-21).
+
+In order of layers, attention before FFN: the teacher is the unmasked adapted model on its own
+stream, the student the masked one with the masks tuned so far. ``min || A m - b ||`` is solved
+around m = 1, with ``b = x + l(x; 1) - x'`` less what the masks do not touch, and column u of A the
+output of unit u on the student's input x'. (The paper prints b with the opposite sign, whose
+solution is -m.) Masks act on the inputs of the frozen weights (base scope), so the student's
+adapter output and the bias are what is subtracted. Where a norm follows the sublayer (Gemma 2 and
+3), the norm's input is reconstructed, and ``x - x'``, which is outside the norm, is left out.
+Attention gets an intercept that is fitted and dropped.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +23,12 @@ from torch import Tensor, nn
 
 from floe.adapters.moe_lora import MoELoRALinear, separate_base
 from floe.blocks import Block, base_of, find_blocks, geometry, linear_at
+from floe.data import accepts_logits_to_keep
 from floe.importance.adapter import adapter_output
 from floe.importance.frozen import Batch, device_of, frozen, on_device, token_mask
+from floe.importance.least_squares import SOLVERS, UnitSystem
 from floe.importance.replay import Call, CallRecorder, call_block, device_of_block
 from floe.importance.taylor import is_quantised
-from floe.importance.least_squares import SOLVERS, UnitSystem
 
 FloatArray = NDArray[np.float64]
 ON_REJECT = ("skip", "stop")
@@ -28,8 +39,9 @@ _ADDITIVE = 0.05  # relative error below which a block counts as residual + atte
 class TuningResult:
     """Tuned masks, [L, H] and [L, I] float64, and one record per solve.
 
-    A record holds layer, component ("attention" or "ffn"), accepted, and residual_before and residual_after:
-    ``|| A m - b ||`` over tokens and channels (Eq. 18) relative to the norm of the sublayer's unmasked output.
+    A record holds layer, component ("attention" or "ffn"), accepted, and residual_before and
+    residual_after: ``|| A m - b ||`` over tokens and channels (Eq. 18) relative to the norm of the
+    sublayer's unmasked output.
     """
 
     head_mask: FloatArray
@@ -50,29 +62,28 @@ def tune_masks(
     max_tokens: int = 4096,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> TuningResult:
-    """Scale the retained units so that each layer's masked output comes closest to the unmasked one.
+    """Scale the retained units so that each masked sublayer comes closest to the unmasked one.
 
-    In order of layers, attention before FFN: the teacher is the unmasked adapted model on its own stream, the
-    student the masked one with the masks tuned so far. Solves ``min || A m - b ||`` around m = 1 with
-    ``b = x + l(x; 1) - x' - (what masks do not touch)`` and column u of A unit u's output on the student's input.
-    (The paper prints b with the opposite sign, whose solution is -m.) Masks act on the frozen weights' inputs
-    (base scope), so the student's adapter output and the bias are subtracted from b. Where a norm follows the
-    sublayer (Gemma 2 and 3) its input is reconstructed, and the streams' difference, which is outside the norm,
-    is left out. Attention gets an intercept that is fitted and dropped. Zeros stay zero.
+    Zeros stay zero; nothing of the model changes. See the module's text for what is solved.
 
     Args:
-        model: plain or adapted causal language model with unquantised weights; nothing of it changes.
-        batches: calibration rows; whole rows are used up to ``max_tokens`` real tokens (at least one row).
-        head_mask, neuron_mask: [L, H] (or [L, KV groups]) and [L, I]; nonzero = retained. Kept times the scale.
-        ridge: >= 0, times the mean of the Gram matrix's diagonal. bound: a scale beyond +-bound is rejected.
-        solver: "ridge", or "lsmr_normal" = damped least squares on the normal equations, as retraining-free
-            pruning (Kwon et al. 2022) does it.
-        on_reject: "skip" leaves only the rejected masks as they were; "stop" leaves all that follow, too.
+        model: plain or adapted causal language model with unquantised weights.
+        batches: calibration rows; whole rows are used up to ``max_tokens`` real tokens (at least
+            one row).
+        head_mask, neuron_mask: [L, H] (or [L, KV groups]) and [L, I]; nonzero = retained. Kept
+            times the scale.
+        ridge: >= 0, times the mean of the Gram matrix's diagonal. bound: a scale beyond +-bound is
+            rejected.
+        solver: "ridge", or "lsmr_normal" = damped least squares on the normal equations, as
+            retraining-free pruning (Kwon et al. 2022) does it.
+        on_reject: "skip" leaves only the rejected masks as they were; "stop" leaves all that
+            follow, too.
         progress: called as progress(layers done, layers, "tune").
 
     Raises:
-        TypeError, ValueError: a mask that is no array or of a wrong shape or value, an unknown option, no rows, quantised
-            weights, or a block that is not residual plus attention plus FFN.
+        TypeError, ValueError: a mask that is no array or of a wrong shape or value, an unknown
+            option, no rows, quantised weights, or a block that is not residual plus attention plus
+            FFN.
     """
     _check_options(ridge, bound, solver, on_reject, max_tokens)
     blocks = find_blocks(model)
@@ -140,13 +151,21 @@ class _Stop(Exception):
 
 
 class _Layer:
-    """One block's turn: the teacher's outputs, the student's masks, and the step to the next block."""
+    """One block's turn: the teacher's outputs, the student's masks, the step to the next."""
 
     def __init__(
-        self, model: nn.Module, block: Block, streams: list[_Stream], head: FloatArray, neuron: FloatArray
+        self,
+        model: nn.Module,
+        block: Block,
+        streams: list[_Stream],
+        head: FloatArray,
+        neuron: FloatArray,
     ) -> None:
         self.block, self.streams = block, streams
-        self.masks = {"attention": head, "ffn": neuron}  # views: tuning writes into the caller's copy
+        self.masks = {
+            "attention": head,
+            "ffn": neuron,
+        }  # views: tuning writes into the caller's copy
         paths = {"attention": block.o_proj, "ffn": block.down_proj}
         self.linears = {name: linear_at(model, path) for name, path in paths.items()}
         self.modules = {name: base_of(model).get_submodule(path) for name, path in paths.items()}
@@ -154,21 +173,24 @@ class _Layer:
         self.traces: list[_Trace] = []
 
     def run_teacher(self) -> None:
-        """The unmasked block on the teacher's stream; checks that a block without post-norms adds up."""
+        """The unmasked block on the teacher's stream; a block without post-norms must add up."""
         for stream in self.streams:
             trace = self._call(stream, stream.teacher, masked=())
             assert trace.hidden is not None
             sublayers = trace.outputs["attention"] + trace.outputs["ffn"]
             error = (trace.hidden - stream.teacher - sublayers)[stream.real].float().norm()
-            if not self.normed and error > _ADDITIVE * sublayers[stream.real].float().norm():
+            # a stream with huge entries rounds by more than a small sublayer adds
+            rounding = torch.finfo(trace.hidden.dtype).eps * trace.hidden[stream.real].float().norm()
+            allowed = _ADDITIVE * sublayers[stream.real].float().norm() + rounding
+            if not self.normed and error > allowed:
                 raise ValueError(
-                    f"block {self.block.path} must output its input plus o_proj's and down_proj's outputs for its "
-                    "masks to be tuned, got something else"
+                    f"block {self.block.path} must output its input plus o_proj's and down_proj's "
+                    "outputs for its masks to be tuned, got something else"
                 )
             self.traces.append(trace)
 
     def tune(self, component: str, ridge: float, bound: float, solver: str) -> dict[str, Any]:
-        """Solve one component's scales and write the tuned mask if it is acceptable; returns the record."""
+        """Solve one component's scales, write the tuned mask if acceptable, return the record."""
         mask = self.masks[component]
         kept = np.flatnonzero(mask)
         system = self._system(component, kept)
@@ -187,7 +209,8 @@ class _Layer:
         """Both streams past this block."""
         for stream, trace in zip(self.streams, self.traces, strict=True):
             student = self._call(stream, stream.student, masked=("attention", "ffn"))
-            assert trace.hidden is not None and student.hidden is not None
+            assert trace.hidden is not None
+            assert student.hidden is not None
             stream.teacher, stream.student = trace.hidden, student.hidden
 
     def _system(self, component: str, kept: NDArray[np.int64]) -> UnitSystem:
@@ -234,12 +257,14 @@ class _Layer:
     def _call(
         self, stream: _Stream, hidden: Tensor, masked: tuple[str, ...], stop: str | None = None
     ) -> _Trace:
-        """The block on ``hidden`` with the masks of ``masked`` in place, up to the input of ``stop``."""
+        """The block on ``hidden`` with the masks of ``masked``, up to the input of ``stop``."""
         trace = _Trace()
         hooks = []
         for name in ("attention", "ffn"):
             mask = self._expanded(name) if name in masked else None
-            hooks.append(self.linears[name].register_forward_pre_hook(_enter(trace, name, mask, stop)))
+            hooks.append(
+                self.linears[name].register_forward_pre_hook(_enter(trace, name, mask, stop))
+            )
             hooks.append(self.modules[name].register_forward_hook(_leave(trace, name)))
         try:
             trace.hidden = call_block(self.block, stream.calls[self.block.index], hidden)
@@ -278,8 +303,10 @@ def _streams(model: nn.Module, blocks: list[Block], batches: list[Batch]) -> lis
     """Run the model once per batch to learn how its blocks are called."""
     streams = []
     device = device_of_block(blocks[0])
+    fewest = {"logits_to_keep": 1} if accepts_logits_to_keep(model) else {}
     for batch in batches:
-        inputs = {k: v for k, v in on_device(batch, device_of(model)).items() if k != "labels"}
+        inputs = on_device(batch, device_of(model)) | fewest
+        inputs.pop("labels", None)
         with CallRecorder(blocks, keep={0}) as recorder:
             model(**inputs, use_cache=False)
         calls = recorder.take()

@@ -72,15 +72,16 @@ def backward(
     [T, N] product per expert; dx starts as the adapter's part and the frozen product ``G W`` adds to it.
     """
     rank, dtype = expand_weight.shape[2], x.dtype
-    empty = x.new_empty(0)
-    grad_expand = torch.mm(grad_y.T, z).view(expand_weight.shape).to(expand_weight.dtype) if needs_expand else empty
+    # three tensors, not one three times: an op's outputs may not share memory
+    grad_x, grad_shrink, grad_expand = x.new_empty(0), x.new_empty(0), x.new_empty(0)
+    if needs_expand:
+        grad_expand = torch.mm(grad_y.T, z).view(expand_weight.shape).to(expand_weight.dtype)
     if not (needs_x or needs_shrink):
-        return empty, empty, grad_expand
+        return grad_x, grad_shrink, grad_expand
     grad_hidden, grad_logits = shrink_gradients(grad_y, expand_weight, hidden, gate, scaling)
     shrink = shrink_weight.to(dtype)
     grads = torch.cat([grad_hidden, grad_logits], dim=1).to(dtype)  # [T, r + M]
     dropping = dropout_p > 0.0 and seed is not None
-    grad_x = grad_shrink = empty
     if needs_shrink and not dropping:
         grad_shrink = torch.mm(grads.T, x)
     elif needs_shrink and seed is not None:
@@ -94,7 +95,7 @@ def backward(
             grad_x = torch.mm(grads, shrink)
         if weight is not None:
             grad_x.addmm_(grad_y, weight)
-    return grad_x, grad_shrink.to(shrink_weight.dtype) if needs_shrink else empty, grad_expand
+    return grad_x, grad_shrink.to(shrink_weight.dtype) if needs_shrink else grad_shrink, grad_expand
 
 
 def shrink_gradients(

@@ -186,7 +186,8 @@ def _apply(
     return y.view(*x.shape[:-1], y.shape[-1])
 
 def _autocast(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    if not torch.is_autocast_enabled(x.device.type):
+    # float64 stays as it is, as in torch's own autocast
+    if not torch.is_autocast_enabled(x.device.type) or x.dtype == torch.float64:
         return x, weight, bias
     dtype = torch.get_autocast_dtype(x.device.type)
     return x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
@@ -252,8 +253,9 @@ def _check_tensors(
             raise TypeError(f"{name} must have x's dtype {x.dtype}, got {tensor.dtype}")
     if expand_weight.dim() != 3:
         raise ValueError(f"expand_weight must be [N, M, r], got {tuple(expand_weight.shape)}")
-    if weight is not None and weight.requires_grad:
-        raise ValueError("weight must be frozen (requires_grad=False): moe_lora gives it no gradient")
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None and tensor.requires_grad:
+            raise ValueError(f"{name} must be frozen (requires_grad=False): moe_lora gives it no gradient")
 
 def _check_seed(seed: Tensor | None, x: Tensor) -> None:
     if not isinstance(seed, Tensor):

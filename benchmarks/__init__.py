@@ -1,0 +1,1 @@
+"""Measurements of floe against what else could be used; each refuses to time a wrong result."""

@@ -1,0 +1,360 @@
+import dataclasses
+import gc
+import random
+
+import killing
+import optuna
+import pytest
+import torch
+from tiny import tiny_model, tiny_rows
+
+import floe.search
+from floe import proposals, studies
+from floe.adapters import FloeConfig, get_model
+from floe.data import make_batches
+from floe.evaluate import validation_loss
+from floe.proposals import SearchSpace, propose, sampler_settings
+from floe.search import base_fingerprint, remove_adapter, search
+from floe.studies import Owner, mask
+from floe.train import TrainSettings, train
+
+SMALL = SearchSpace(rank=(1, 3, 1), num_experts=(1, 2, 1))
+FAST = TrainSettings(
+    learning_rate=1e-2, warmup_ratio=0.0, grad_accum=4, max_steps=2, save_steps=None
+)
+
+
+def run(directory, **changes):
+    rows = tiny_rows(24)
+    arguments = {"space": SMALL, "trials": 3, "settings": FAST, "adapter": {"dropout": 0.0}}
+    base = changes.pop("base", None) or tiny_model(layers=1)
+    return search(base, rows[:16], rows[16:], directory=directory, **{**arguments, **changes})
+
+
+def made_up(point):
+    return (point[0] - 20) ** 2 / 100 + abs(point[1] - 3)
+
+
+def simulate(settings, space, count, seed=41, drop=()):
+    """Points of a search on a made-up objective; ``drop`` = indices killed once before they end."""
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    me, points, killed = Owner.current(), [], set()
+    while len(points) < count:
+        index = len(studies.finished(study))
+        point, redraws = propose(study, space, settings, seed, index)
+        trial = studies.begin_trial(study, space, point, me, index, redraws)
+        if index in drop and index not in killed:
+            killed.add(index)
+            studies.fail_orphans(study, me, alone=True)
+            continue
+        trial.set_user_attr("seconds", 0.0)
+        study.tell(trial, made_up(point))
+        points.append(point)
+    return points
+
+
+@pytest.fixture(autouse=True)
+def _quiet():
+    gc.freeze()  # each Trainer collects all garbage; with all that is imported that takes a second
+    with studies.quiet_optuna():
+        yield
+    gc.unfreeze()
+
+
+@pytest.mark.parametrize("name", proposals.SAMPLERS)
+def test_no_point_twice_and_an_interrupted_search_is_the_unbroken_one(name):
+    settings, space = sampler_settings(name, 10), SearchSpace()
+    points = simulate(settings, space, 30)
+    assert len(set(points)) == 30
+    assert set(points) <= set(space.points())
+    assert simulate(settings, space, 30, drop={0, 4, 11, 12, 29}) == points
+    assert simulate(settings, space, 30, seed=7) != points
+
+
+def test_tpe_finds_the_optimum_of_a_smooth_function_and_differs_from_the_paper_setting():
+    space, best = SearchSpace(), (20, 3)
+    found = {
+        name: simulate(sampler_settings(name, 10), space, 24) for name in ("tpe", "paper", "random")
+    }
+    assert best in found["tpe"]
+    assert len({tuple(points) for points in found.values()}) == 3
+    assert found["tpe"][:3] == found["tpe"][:3]
+
+
+def test_an_exhausted_space_is_covered_exactly():
+    points = simulate(sampler_settings("tpe", 4), SMALL, 6)
+    assert sorted(points) == SMALL.points()
+    study = optuna.create_study()
+    for point in SMALL.points():
+        trial = studies.begin_trial(study, SMALL, point, Owner.current(), 0, 0)
+        study.tell(trial, 1.0)
+    with pytest.raises(ValueError, match="all 6 are tried"):
+        propose(study, SMALL, sampler_settings("tpe", 4), 41, 6)
+
+
+def test_after_bounded_redraws_the_nearest_untried_point_is_taken(monkeypatch):
+    study = optuna.create_study()
+    space = SearchSpace(rank=(2, 8, 2), num_experts=(2, 4, 1))
+    for point in ((4, 3), (4, 2)):
+        study.tell(studies.begin_trial(study, space, point, Owner.current(), 0, 0), 1.0)
+    monkeypatch.setattr(proposals, "_suggest", lambda *_: (4, 3))
+    assert propose(study, space, sampler_settings("random", 1), 0, 2) == (
+        (2, 3),
+        proposals.REDRAWS + 1,
+    )
+
+
+def test_space():
+    assert len(SearchSpace().points()) == 48
+    assert len(SearchSpace(rank=(4, 64, 4), num_experts=(2, 10, 1)).points()) == 144
+    assert SearchSpace(rank=(2, 2, 1), num_experts=(1, 1, 1)).points() == [(2, 1)]
+    for bad in ((0, 4, 1), (4, 2, 1), (2, 5, 2), (2, 4, 0)):
+        with pytest.raises(ValueError, match=r"rank must be \(low, high, step\)"):
+            SearchSpace(rank=bad)
+    with pytest.raises(TypeError, match="num_experts must be three ints"):
+        SearchSpace(num_experts=(2, 4))
+
+
+def test_search_keeps_the_best_model_and_leaves_the_base_alone(tmp_path):
+    base, rows = tiny_model(layers=1), tiny_rows(24)
+    before, notes = {n: p.clone() for n, p in base.named_parameters()}, []
+    result = run(tmp_path, base=base, trials=4, on_progress=lambda *v: notes.append(v))
+    values = {t.number: t.value for t in result.trials}
+    assert sorted(values) == [0, 1, 2, 3]
+    assert result.distinct == 4
+    assert result.objective == min(values.values())
+    assert values[result.best_trial] == result.objective
+    best = result.trials[result.best_trial]
+    assert (best.rank, best.num_experts) == (result.rank, result.num_experts)
+    assert result.seconds == sum(t.seconds for t in result.trials) > 0
+    assert not result.exhausted
+    assert result.sampler["multivariate"] is True
+    assert result.sampler["constant_liar"] is False
+    assert [n[:2] for n in notes] == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    # the model returned is the best trial's: its loss is the objective
+    again = validation_loss(result.model, make_batches(rows[16:], 16))
+    assert again == pytest.approx(result.objective, abs=1e-7)
+    remove_adapter(result.model)
+    after = dict(base.named_parameters())
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[n], after[n]) for n in before)
+    # and the same as training that point by hand
+    config = FloeConfig(r=result.rank, num_experts=result.num_experts, dropout=0.0)
+    model = get_model(base, config, seed=41)
+    train(model, rows[:16], settings=dataclasses.replace(FAST, validation_points=()),
+          output_dir=tmp_path / "hand")  # fmt: skip
+    assert validation_loss(model, make_batches(rows[16:], 16)) == result.objective
+    left = [p.name for p in (tmp_path / "trials").iterdir()]
+    assert left == [f"{result.best_trial:04d}-r{result.rank}-m{result.num_experts}"]
+
+
+def test_a_small_space_is_searched_whole_and_says_so(tmp_path):
+    notes = []
+    result = run(tmp_path, trials=50, sampler="grid", on_progress=lambda *v: notes.append(v[2]))
+    assert result.exhausted
+    assert sorted((t.rank, t.num_experts) for t in result.trials) == SMALL.points()
+    assert notes[-1] == "the space has 6 points, fewer than 50 trials: all are trained"
+    assert {t.redraws for t in result.trials} == {0}
+
+
+def test_a_finished_search_returns_at_once_and_can_be_extended(tmp_path, monkeypatch):
+    first = run(tmp_path, trials=2)
+    with monkeypatch.context() as patch:
+        patch.setattr(floe.search, "train", None)
+        again = run(tmp_path, trials=2)
+    assert again.trials == first.trials
+    longer = run(tmp_path, trials=4)
+    assert longer.trials[:2] == first.trials
+    assert longer.distinct == 4
+
+
+def test_other_arguments_are_refused_by_name(tmp_path):
+    run(tmp_path, trials=1)
+    with pytest.raises(ValueError, match=r"same arguments, got other seed; use another directory"):
+        run(tmp_path, trials=2, seed=3)
+    with pytest.raises(ValueError, match="got other adapter, settings"):
+        run(tmp_path, adapter={}, settings=dataclasses.replace(FAST, learning_rate=1e-3))
+    with pytest.raises(ValueError, match="got other base_model"):
+        run(tmp_path, base=tiny_model(layers=1, seed=5))
+
+
+def test_failed_trials_are_counted_and_the_search_goes_on(tmp_path, monkeypatch):
+    real = floe.search.train
+
+    def sometimes(model, rows, **keywords):
+        rank = model.peft_config["default"].r
+        if rank == 1:
+            raise FloatingPointError("the loss must be finite, got nan")
+        if rank == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
+        return real(model, rows, **keywords)
+
+    monkeypatch.setattr(floe.search, "train", sometimes)
+    result = run(tmp_path, trials=6)
+    states = {(t.rank, t.state) for t in result.trials}
+    assert states == {(1, "failed"), (2, "failed"), (3, "complete")}
+    reasons = {t.rank: t.reason for t in result.trials}
+    assert reasons[1] == "failed: the loss must be finite, got nan"
+    assert reasons[2] == "failed: out of memory (CUDA out of memory.)"
+    assert result.rank == 3
+    with pytest.raises(
+        RuntimeError, match="at least one trial must succeed, none of 2: failed: the loss"
+    ):
+        run(tmp_path / "b", trials=2, space=SearchSpace(rank=(1, 1, 1), num_experts=(1, 2, 1)))
+
+
+def test_other_errors_stop_the_search_and_free_the_base(tmp_path, monkeypatch):
+    base = tiny_model(layers=1)
+
+    def broken(*args, **keywords):
+        raise OSError("disk full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(floe.search, "train", broken)
+        with pytest.raises(OSError, match="disk full"):
+            run(tmp_path, base=base)
+    result = run(tmp_path, base=base)  # the trial it left behind is given up and trained again
+    assert [t.number for t in result.trials] == [0, 1, 2]
+
+
+def test_a_trial_that_changes_the_base_is_an_error(tmp_path, monkeypatch):
+    real = floe.search.train
+
+    def careless(model, rows, **keywords):
+        with torch.no_grad():
+            model.get_base_model().lm_head.weight[0] += 1
+        return real(model, rows, **keywords)
+
+    monkeypatch.setattr(floe.search, "train", careless)
+    with pytest.raises(RuntimeError, match="must leave the base model as it is"):
+        run(tmp_path)
+
+
+def test_pruning_reports_at_quarters(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        optuna.trial.Trial, "should_prune", lambda self: bool(seen) and self.number == 1
+    )
+    report = optuna.trial.Trial.report
+    monkeypatch.setattr(
+        optuna.trial.Trial, "report", lambda *a: (seen.append((a[0].number, a[2])), report(*a))
+    )
+    result = run(tmp_path, prune=True, settings=dataclasses.replace(FAST, max_steps=4))
+    assert seen == [(0, 1), (0, 2), (0, 3), (1, 1), (2, 1), (2, 2), (2, 3)]
+    assert [t.state for t in result.trials] == ["complete", "pruned", "complete"]
+    assert result.trials[1].reason == "stopped early: above the median"
+    assert result.trials[1].value is None
+
+
+def test_bad_arguments(tmp_path):
+    with pytest.raises(ValueError, match="trials must be at least 1, got 0"):
+        run(tmp_path, trials=0)
+    with pytest.raises(TypeError, match="trials must be an int, got float"):
+        run(tmp_path, trials=2.0)
+    with pytest.raises(
+        ValueError, match="sampler must be one of tpe, paper, random, grid, got 'gp'"
+    ):
+        run(tmp_path, sampler="gp")
+    with pytest.raises(ValueError, match="startup_trials must be at least 1, got 0"):
+        run(tmp_path, startup_trials=0)
+    with pytest.raises(ValueError, match="adapter must not set r, the search does"):
+        run(tmp_path, adapter={"r": 4})
+    with pytest.raises(ValueError, match="validation_rows must not be empty"):
+        search(tiny_model(), tiny_rows(4), [], directory=tmp_path)
+    adapted = get_model(tiny_model(), FloeConfig())
+    with pytest.raises(ValueError, match="must not be adapted already"):
+        run(tmp_path, base=adapted.get_base_model())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_passwords_are_never_shown(tmp_path):
+    url = f"nosuchdb://me:geheim@{'host'}/db"
+    with pytest.raises(ValueError, match="storage must be a database that opens") as caught:
+        run(tmp_path, storage=url)
+    assert "geheim" not in str(caught.value)
+    assert caught.value.__suppress_context__
+    assert (
+        mask("postgresql://me:geheim@host/db?sslpassword=auch")
+        == "postgresql://me:***@host/db?sslpassword=hidden"
+    )
+    assert mask("geheim") == "an unreadable URL"
+    path = tmp_path / "own.db"
+    result = run(tmp_path / "s", trials=1, storage=f"sqlite:///{path}")
+    assert path.is_file()
+    assert result.sampler["storage"] == f"sqlite:///{path}"
+
+
+def test_one_process_at_a_time(tmp_path):
+    with (
+        studies.one_process(tmp_path / "search.lock"),
+        pytest.raises(RuntimeError, match="one at a time"),
+    ):
+        run(tmp_path)
+
+
+def test_orphans_of_a_shared_storage():
+    me = Owner.current()
+    for owner, told in [
+        (dataclasses.replace(me, pid=2**22 + 1), True),
+        (dataclasses.replace(me, started="0"), True),
+        (dataclasses.replace(me, boot="another"), True),
+        (me, True),
+        (dataclasses.replace(me, pid=1, started=studies._started(1)), False),
+        (dataclasses.replace(me, host="elsewhere"), False),
+    ]:
+        study = optuna.create_study()
+        studies.begin_trial(study, SMALL, (1, 1), owner, 0, 0)
+        if told:
+            assert studies.fail_orphans(study, me, alone=False) == [0]
+        else:
+            with pytest.raises(RuntimeError, match="trial 0 of this study is running in process"):
+                studies.fail_orphans(study, me, alone=False)
+            assert studies.fail_orphans(study, me, alone=True) == [0]
+        assert study.trials[0].state == optuna.trial.TrialState.FAIL
+
+
+def test_fingerprint_and_removal():
+    base = tiny_model(layers=1)
+    before = base_fingerprint(base)
+    for _ in range(2):
+        base = remove_adapter(get_model(base, FloeConfig(r=2)))
+    assert base_fingerprint(base) == before
+    with torch.no_grad():
+        base.lm_head.weight.view(-1)[0] += 1
+    assert base_fingerprint(base) != before
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("unbroken")
+    killing.run("searching", folder)
+    return torch.load(folder / "out.pt")
+
+
+def kill_and_resume(folder, unbroken, seed, kills):
+    rng = random.Random(seed)
+    for _ in range(kills):
+        process = killing.start("searching", folder)
+        grown = rng.randrange(0, 3)
+        assert killing.kill_after(
+            process, folder / "progress", grown, 0.3 * rng.random() + 0.3 * (grown == 0)
+        )
+    killing.run("searching", folder)
+    values, trials, best = torch.load(folder / "out.pt")
+    assert trials == unbroken[1]
+    assert best == unbroken[2]
+    assert all(torch.equal(a, b) for a, b in zip(values, unbroken[0], strict=True))
+    study = optuna.load_study(
+        study_name="floe", storage=f"sqlite:///{folder / 'search' / 'study.db'}"
+    )
+    assert optuna.trial.TrialState.RUNNING not in {t.state for t in study.trials}
+
+
+def test_killed_at_random_instants_it_ends_with_the_same_trials(tmp_path, unbroken):
+    kill_and_resume(tmp_path, unbroken, seed=0, kills=3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(1, 11))
+def test_killed_many_times_it_ends_with_the_same_trials(tmp_path, unbroken, seed):
+    kill_and_resume(tmp_path, unbroken, seed, kills=4)
