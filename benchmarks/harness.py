@@ -40,6 +40,7 @@ class Check:
     actual: Tensor
     exact: Tensor
     torchs: Tensor
+    slack: float = SLACK
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class Candidate:
 def gate(candidate: Candidate) -> float:
     """The candidate's largest relative RMS error; WrongResult if it computes something else.
 
-    Allowed: four times the error of plain torch in the same dtype, plus the dtype's epsilon.
+    Allowed: `slack` times the error of plain torch in the same dtype, plus the dtype's epsilon.
     """
     worst = 0.0
     for check in candidate.checks():
@@ -63,7 +64,7 @@ def gate(candidate: Candidate) -> float:
             raise WrongResult(f"{candidate.name}: {check.output} has shape {shapes}; not timed")
         error = _relative(check.actual, check.exact)
         epsilon = torch.finfo(check.torchs.dtype).eps
-        allowed = SLACK * _relative(check.torchs, check.exact) + epsilon
+        allowed = check.slack * _relative(check.torchs, check.exact) + epsilon
         if not error <= allowed:
             raise WrongResult(
                 f"{candidate.name}: {check.output} has relative error {error:.3g} against float64, "

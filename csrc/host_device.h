@@ -12,11 +12,12 @@
 #endif
 
 // One copy of a hot CPU loop per instruction set, chosen by the dynamic linker: wheels carry no
-// -march flag. Needs ifunc, hence glibc; elsewhere the default copy is the only one.
+// -march flag. Levels, not CPU names: a name is matched by maker, and leaves the others the default
+// copy. Needs ifunc, hence glibc; elsewhere the default copy is the only one.
 #if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__CUDACC__) && \
     !defined(__clang__)
 #define FLOE_VECTOR_CLONES \
-  __attribute__((target_clones("arch=skylake-avx512", "arch=haswell", "default")))
+  __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
 #define FLOE_VECTOR_CLONES
 #endif

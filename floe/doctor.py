@@ -6,7 +6,7 @@ import importlib
 import math
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from floe.runs import environment
 __all__ = [
     "Result",
     "auto_dtype",
+    "describe",
     "diagnose",
     "error_budget",
     "relative_error",
@@ -46,6 +47,11 @@ class Result:
     def passed(self) -> bool:
         """Whether the error is a number and within the budget."""
         return self.error <= self.budget
+
+    def as_dict(self) -> dict[str, Any]:
+        """Ready for JSON: an infinite error, of an operator that raised or gave NaN, is None."""
+        error = self.error if math.isfinite(self.error) else None
+        return {**asdict(self), "error": error, "passed": self.passed}
 
     def __str__(self) -> str:
         verdict = "ok" if self.passed else "WRONG"
@@ -116,6 +122,29 @@ def diagnose() -> dict[str, Any]:
         "native_cuda": _has_kernel("mask_gradients", "CUDA"),
         "ops": [path for name in devices for path in _paths(name, native)],
     }
+
+
+def describe(facts: dict[str, Any]) -> str:
+    """What `diagnose` found, as lines for a reader."""
+    versions = ("floe", "torch", "triton", "transformers", "peft", "optuna")
+    memory, bf16 = facts["memory_bytes"], ", ".join(facts["cpu_bfloat16"]) or "none"
+    lines = [
+        f"python {facts['python']} on {facts['platform']}",
+        ", ".join(f"{name} {facts[name] or 'not installed'}" for name in versions),
+        f"cpu: {facts['cpu']}, {facts['threads']} cores, {facts['torch_threads']} torch threads, "
+        f"{memory['total'] / 2**30:.1f} GiB, {facts['cpu_capability']}, bfloat16 products: {bf16}",
+    ]
+    lines += [
+        f"gpu: {gpu['name']}, capability {gpu['capability']}, {gpu['memory_bytes'] / 2**30:.1f} GiB"
+        for gpu in facts["gpus"]
+    ]
+    lines += [f"dtype auto on {name}: {dtype}" for name, dtype in facts["auto_dtype"].items()]
+    for name, module in facts["native"].items():
+        lines.append(f"floe.{name}: {'loads' if module['loads'] else module['error']}")
+    lines.append(f"floe._ops has CUDA kernels: {'yes' if facts['native_cuda'] else 'no'}")
+    for entry in facts["ops"]:
+        lines.append(f"{entry['op']} on {entry['device']}: {entry['path']} ({entry['why']})")
+    return "\n".join(lines)
 
 
 def selftest(

@@ -247,7 +247,7 @@ class _Site:
             padding = torch.full_like(a, float("nan"))  # may hold anything
             a = a.where(mask[:, :, None], padding)
         exact, plain = (
-            (kept.to(wide) * g.to(wide)).unflatten(2, (-1, group)).sum((1, 3))
+            (kept.to(wide) * g.to(wide)).view(samples, tokens, columns // group, group).sum((1, 3))
             for wide in (torch.float64, torch.float32)
         )
         return (a, g, group, mask), exact, plain

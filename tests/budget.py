@@ -1,10 +1,10 @@
-"""The error a kernel may have: at most twice torch's own in the same dtype, both measured against float64."""
+"""The error a kernel may have: twice torch's own in the same dtype, both against float64."""
 
 import torch
 
 
 def relative_error(actual, exact):
-    """Root-mean-square error over the root-mean-square of ``exact``; NaN anywhere in ``actual`` gives NaN."""
+    """RMS of the error over RMS of ``exact``; a NaN anywhere in ``actual`` gives NaN."""
     difference = (actual.detach().double() - exact.detach().double()).norm()
     return float(difference / exact.detach().double().norm().clamp_min(1e-300))
 
@@ -12,7 +12,7 @@ def relative_error(actual, exact):
 def assert_within_budget(actual, torchs, exact, name="result", rounded_to=None):
     """``actual`` may be off by twice what ``torchs`` is, or by one last rounding of its own dtype.
 
-    ``exact`` is float64. ``rounded_to``: the coarsest dtype of the computation, when it is not ``actual``'s.
+    ``exact`` is float64. ``rounded_to``: the computation's coarsest dtype, if not ``actual``'s.
     """
     assert actual.shape == exact.shape, f"{name}: {tuple(actual.shape)} != {tuple(exact.shape)}"
     assert actual.dtype == torchs.dtype, f"{name}: {actual.dtype} != {torchs.dtype}"

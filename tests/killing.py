@@ -51,9 +51,10 @@ def kill_after(process, progress, count, delay):
     time.sleep(delay)
     process.kill()
     process.join(60)
-    killed = process.exitcode == -9
+    code = process.exitcode
     process.close()
-    return killed
+    assert code in (0, -9)
+    return code == -9
 
 
 def lines(path):

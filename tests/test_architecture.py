@@ -1,4 +1,4 @@
-"""Who may import whom, read from the source: layers point downwards and each library has its place."""
+"""Who may import whom, read from the source: layers point downwards, libraries have places."""
 
 import ast
 import re
@@ -23,9 +23,26 @@ LAZY = {  # loaded inside a function, by a caller that asked for it
     ("selection.selection", "selection.tuning"),
 }
 PLACES = {  # library -> the only modules (and packages) that may import it
-    "torch": ["ops", "blocks", "losses", "memory", "adapters", "importance", "selection.tuning", "selection.selection",
-              "data", "train", "trainer", "evaluate", "routers", "search", "doctor", "selfcheck",
-              "pipeline.workspace", "pipeline.profiling"],
+    "torch": [
+        "ops",
+        "blocks",
+        "losses",
+        "memory",
+        "adapters",
+        "importance",
+        "selection.tuning",
+        "selection.selection",
+        "data",
+        "train",
+        "trainer",
+        "evaluate",
+        "routers",
+        "search",
+        "doctor",
+        "selfcheck",
+        "pipeline.workspace",
+        "pipeline.profiling",
+    ],
     "floe_triton": ["ops", "selfcheck"],  # the self-test compares each op with its definition
     "transformers": ["train", "trainer", "evaluate", "pipeline.workspace"],
     "peft": ["adapters"],
@@ -40,7 +57,7 @@ PLACES = {  # library -> the only modules (and packages) that may import it
     "jinja2": ["report"],
     "tests": [],
     "benchmarks": [],
-}  # fmt: skip
+}
 
 
 def name_of(path):
@@ -54,7 +71,10 @@ TRITON = sorted((ROOT / "triton_kernels").rglob("*.py"))
 
 
 def is_typing_only(node):
-    return isinstance(node, ast.If) and ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING")
+    return isinstance(node, ast.If) and ast.unparse(node.test) in (
+        "TYPE_CHECKING",
+        "typing.TYPE_CHECKING",
+    )
 
 
 def imports(path, inside_functions=True):
@@ -101,13 +121,18 @@ def test_imports_point_downwards(name):
 @pytest.mark.parametrize("library", PLACES)
 def test_each_library_is_imported_in_its_place_only(library):
     importers = {
-        name for name, path in FILES.items() if any(full.split(".")[0] == library for full in imports(path))
+        name
+        for name, path in FILES.items()
+        if any(full.split(".")[0] == library for full in imports(path))
     }
     stray = {name for name in importers if innermost(name, PLACES[library]) is None}
     assert not stray
 
 
-@pytest.mark.parametrize("name", [n for n in FILES if re.match("selection|report|config|runs|errors|importance.scores", n)])
+@pytest.mark.parametrize(
+    "name",
+    [n for n in FILES if re.match("selection|report|config|runs|errors|importance.scores", n)],
+)
 def test_what_runs_on_a_laptop_without_torch(name):
     """At import time; the mask tuning and the functions that hand over to it need torch."""
     if name != "selection.tuning":
@@ -116,19 +141,44 @@ def test_what_runs_on_a_laptop_without_torch(name):
 
 
 def test_the_report_reads_artifacts_only():
-    used = {full for name, path in FILES.items() if name.split(".")[0] == "report" for full in imports(path)}
+    used = {
+        full
+        for name, path in FILES.items()
+        if name.split(".")[0] == "report"
+        for full in imports(path)
+    }
     used = {full for full in used if full.startswith("floe") and not full.startswith("floe.report")}
     assert all(full.startswith(("floe.errors.", "floe.importance.scores.")) for full in used), used
 
 
 def test_the_registered_ops_are_called_in_one_place():
-    users = {name for name, path in FILES.items() if "torch.ops.floe" in path.read_text() and name != "ops"}
+    users = {
+        name
+        for name, path in FILES.items()
+        if "torch.ops.floe" in path.read_text() and name != "ops"
+    }
     assert not users
 
 
 def test_the_kernels_need_torch_and_triton_alone():
-    allowed = {"torch", "triton", "floe_triton", "__future__", "typing", "dataclasses", "pathlib", "functools",
-               "collections", "contextlib", "math", "os", "json", "re", "subprocess", "sys"}  # fmt: skip
+    allowed = {
+        "torch",
+        "triton",
+        "floe_triton",
+        "__future__",
+        "typing",
+        "dataclasses",
+        "pathlib",
+        "functools",
+        "collections",
+        "contextlib",
+        "math",
+        "os",
+        "json",
+        "re",
+        "subprocess",
+        "sys",
+    }
     for path in TRITON:
         assert {full.split(".")[0] for full in imports(path)} <= allowed, path
 
@@ -152,9 +202,12 @@ def test_nothing_but_the_command_line_prints(path):
 
 
 def public(node, prefix=""):
-    """(dotted name, node) of the public classes, functions and methods below ``node``, private classes left out."""
+    """(dotted name, node) of the public classes, functions and methods below ``node``."""
     for child in ast.iter_child_nodes(node):
-        if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) and child.name[0] != "_":
+        if (
+            isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
+            and child.name[0] != "_"
+        ):
             yield prefix + child.name, child
             if isinstance(child, ast.ClassDef):
                 yield from public(child, f"{prefix}{child.name}.")

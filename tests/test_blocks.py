@@ -1,4 +1,4 @@
-"""Finding the decoder blocks of real architectures, and counting an adapter's parameters from shapes alone."""
+"""Finding the decoder blocks of real architectures, and counting parameters from shapes."""
 
 import pytest
 import torch
@@ -17,7 +17,9 @@ FUSED = {"phi3"}
 @pytest.mark.parametrize("adapt", [False, True], ids=["plain", "adapted"])
 def test_blocks_of_every_known_layout(kind, adapt):
     model = plain(kind)
-    names = ["gate_up_proj", "down_proj"] if kind in FUSED else ["gate_proj", "up_proj", "down_proj"]
+    names = (
+        ["gate_up_proj", "down_proj"] if kind in FUSED else ["gate_proj", "up_proj", "down_proj"]
+    )
     if adapt:
         model = get_model(model, FloeConfig(r=2, num_experts=2, target_modules=names, layers=[1]))
     blocks, base = find_blocks(model), base_of(model)
@@ -49,7 +51,9 @@ def test_blocks_of_every_known_layout(kind, adapt):
 def test_other_architectures_are_refused_untouched(config, model):
     base = model(config)
     before = {name: type(module) for name, module in base.named_modules()}
-    with pytest.raises(ValueError, match=r"has no decoder blocks floe knows: .*pass names=floe.blocks.BlockNames"):
+    with pytest.raises(
+        ValueError, match=r"has no decoder blocks floe knows: .*pass names=floe.blocks.BlockNames"
+    ):
         get_model(base, FloeConfig())
     assert {name: type(module) for name, module in base.named_modules()} == before
     assert not hasattr(base, "peft_config")
@@ -87,7 +91,9 @@ def test_blocks_named_by_hand():
 def test_blocks_of_unequal_size_are_refused():
     model = plain("llama")
     model.model.layers[1].mlp.down_proj = nn.Linear(44, 32, bias=False)
-    with pytest.raises(ValueError, match=r"all blocks must have one size, got .*\(32, 40\), \(32, 44\)"):
+    with pytest.raises(
+        ValueError, match=r"all blocks must have one size, got .*\(32, 40\), \(32, 44\)"
+    ):
         geometry(model)
 
 
@@ -167,6 +173,9 @@ def test_counts_follow_patterns_and_layers_of_a_real_adapter():
     counts = parameter_counts(plain("llama"), config)
     model = get_model(plain("llama"), config)
     for index, modules in adapted_layers(model).items():
-        assert sum(p.numel() for m in modules.values() for p in m.parameters() if p.requires_grad) == counts[index]
+        assert (
+            sum(p.numel() for m in modules.values() for p in m.parameters() if p.requires_grad)
+            == counts[index]
+        )
     assert list(adapted_layers(model)) == [0, 2]
     assert counts[1] == 2 * ((4 + 2) * 32 + 2 * 40 * 4) + (4 + 2) * 40 + 2 * 32 * 4

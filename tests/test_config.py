@@ -31,9 +31,18 @@ def test_defaults_are_the_paper_s(tmp_path):
     assert config.adapter.target_modules == ["gate_proj", "up_proj", "down_proj"]
     train = config.train
     assert (train.learning_rate, train.batch_size, train.grad_accum, train.seed) == (2e-4, 1, 8, 41)
-    assert (train.warmup_ratio, train.schedule, train.epochs, train.weight_decay) == (0.03, "cosine", 1.0, 0.0)
+    assert (train.warmup_ratio, train.schedule, train.epochs, train.weight_decay) == (
+        0.03,
+        "cosine",
+        1.0,
+        0.0,
+    )
     assert config.data.max_length == 1024
-    assert (config.search.trials, config.search.rank, config.search.num_experts) == (30, (2, 32, 2), (2, 4, 1))
+    assert (config.search.trials, config.search.rank, config.search.num_experts) == (
+        30,
+        (2, 32, 2),
+        (2, 4, 1),
+    )
 
 
 @pytest.mark.parametrize("layers", [7, 1, 0.25, 1.0, {"params": 10_000_000}], ids=str)
@@ -62,33 +71,72 @@ def test_the_schema_is_generated_and_closed():
 
 BAD = {
     "unknown section": (change(trian={}), "trian: unknown setting; did you mean 'train'?"),
-    "unknown key": (change(adapter={"num_expert": 2}), "adapter.num_expert: unknown setting; did you mean 'num_experts'?"),
-    "unknown nested key": (change(data={"train": {"hub": "x", "spilt": "a"}}), "data.train.spilt: unknown setting; did you mean 'split'?"),
-    "nothing near": (change(adapter={"zzzz": 2}), "adapter.zzzz: unknown setting; known: adapter_dtype, alpha"),
+    "unknown key": (
+        change(adapter={"num_expert": 2}),
+        "adapter.num_expert: unknown setting; did you mean 'num_experts'?",
+    ),
+    "unknown nested key": (
+        change(data={"train": {"hub": "x", "spilt": "a"}}),
+        "data.train.spilt: unknown setting; did you mean 'split'?",
+    ),
+    "nothing near": (
+        change(adapter={"zzzz": 2}),
+        "adapter.zzzz: unknown setting; known: adapter_dtype, alpha",
+    ),
     "missing section": ({"model": {"path": "x"}}, "data: Field required"),
-    "rank 0": (change(adapter={"r": 0}), "adapter.r: Input should be greater than or equal to 1, got 0"),
+    "rank 0": (
+        change(adapter={"r": 0}),
+        "adapter.r: Input should be greater than or equal to 1, got 0",
+    ),
     "rank text": (change(adapter={"r": "many"}), "adapter.r: Input should be a valid integer"),
     "nan alpha": (change(adapter={"alpha": float("nan")}), "adapter.alpha: .*, got nan"),
-    "dropout 1": (change(adapter={"dropout": 1}), "adapter.dropout: Input should be less than 1, got 1"),
+    "dropout 1": (
+        change(adapter={"dropout": 1}),
+        "adapter.dropout: Input should be less than 1, got 1",
+    ),
     "nan dropout": (change(adapter={"dropout": float("nan")}), "adapter.dropout: .*, got nan"),
-    "infinite rate": (change(train={"learning_rate": float("inf")}), "train.learning_rate: .*, got inf"),
+    "infinite rate": (
+        change(train={"learning_rate": float("inf")}),
+        "train.learning_rate: .*, got inf",
+    ),
     "nan decay": (change(train={"weight_decay": float("nan")}), "train.weight_decay: .*, got nan"),
-    "fraction 0": (change(warmup={"fraction": 0}), "warmup.fraction: Input should be greater than 0, got 0"),
-    "budget": (change(select={"budget": 1.5}), "select.budget: Input should be less than or equal to 1, got 1.5"),
+    "fraction 0": (
+        change(warmup={"fraction": 0}),
+        "warmup.fraction: Input should be greater than 0, got 0",
+    ),
+    "budget": (
+        change(select={"budget": 1.5}),
+        "select.budget: Input should be less than or equal to 1, got 1.5",
+    ),
     "preset": (change(select={"preset": "globl"}), "select.preset: .*'global'.*got 'globl'"),
     "layers 0": (change(select={"layers": 0}), "select.layers"),
     "layers 1.5": (change(select={"layers": 1.5}), "select.layers"),
     "layers key": (change(select={"layers": {"parms": 3}}), "select.layers"),
-    "two sources": (change(data={"train": {"hub": "x", "path": "y"}}), "data.train: .*exactly one of path and hub"),
+    "two sources": (
+        change(data={"train": {"hub": "x", "path": "y"}}),
+        "data.train: .*exactly one of path and hub",
+    ),
     "no source": (change(data={"train": {}}), "data.train: .*exactly one of path and hub"),
     "name is a path": (change(name="../up"), "name: String should match pattern"),
     "name is absolute": (change(name="/etc"), "name: String should match pattern"),
-    "arm main": (change(baselines=[{"name": "main", "policy": "even"}]), "names must differ and not be 'main' or 'base', got .'main'."),
-    "two arms": (change(baselines=[{"name": "a", "policy": "even"}] * 2), "names must differ .*got .'a'."),
-    "arm is a path": (change(baselines=[{"name": "a/b", "policy": "even"}]), "baselines.0.name: String should match pattern"),
-    "range": (change(search={"rank": [8, 2, 2]}), "search: .*rank must be .low, high, step. with low <= high, got .8, 2."),
+    "arm main": (
+        change(baselines=[{"name": "main", "policy": "even"}]),
+        "names must differ and not be 'main' or 'base', got .'main'.",
+    ),
+    "two arms": (
+        change(baselines=[{"name": "a", "policy": "even"}] * 2),
+        "names must differ .*got .'a'.",
+    ),
+    "arm is a path": (
+        change(baselines=[{"name": "a/b", "policy": "even"}]),
+        "baselines.0.name: String should match pattern",
+    ),
+    "range": (
+        change(search={"rank": [8, 2, 2]}),
+        "search: .*rank must be .low, high, step. with low <= high, got .8, 2.",
+    ),
     "step 0": (change(search={"num_experts": [2, 4, 0]}), "search.num_experts.2: .*, got 0"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", BAD)
@@ -108,9 +156,18 @@ def test_every_problem_is_listed_at_once():
 def test_overrides_are_yaml_values_at_dotted_places(tmp_path):
     path = write(tmp_path, MINIMAL)
     config = load_config(
-        path, ["adapter.r=3", "select.layers={params: 50}", "train.learning_rate=1e-3", "name=other",
-               "data.train.limit=7", "adapter.target_modules=[up_proj]", "data.template=", "model.revision='1.0'"],
-    )  # fmt: skip
+        path,
+        [
+            "adapter.r=3",
+            "select.layers={params: 50}",
+            "train.learning_rate=1e-3",
+            "name=other",
+            "data.train.limit=7",
+            "adapter.target_modules=[up_proj]",
+            "data.template=",
+            "model.revision='1.0'",
+        ],
+    )
     assert config.adapter.r == 3
     assert config.select.layers == {"params": 50}
     assert config.train.learning_rate == 1e-3
@@ -142,22 +199,31 @@ def test_bad_overrides_are_named(override, text, tmp_path):
 @pytest.mark.parametrize(
     "text",
     [
-        "model: !!python/object/apply:os.system ['touch ran']", "model: !!python/name:os.system", "a: [", "[" * 1200,
-        "a: b: c", "\0", "- a", "text", "",
+        "model: !!python/object/apply:os.system ['touch ran']",
+        "model: !!python/name:os.system",
+        "a: [",
+        "[" * 1200,
+        "a: b: c",
+        "\0",
+        "- a",
+        "text",
+        "",
     ],
     ids=lambda t: t[:12] or "empty",
-)  # fmt: skip
+)
 def test_files_that_are_no_settings_are_refused(text, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     path = write(tmp_path, text)
-    with pytest.raises(FileError, match="cannot be read as YAML|must hold a mapping of settings") as caught:
+    with pytest.raises(
+        FileError, match=r"cannot be read as YAML|must hold a mapping of settings"
+    ) as caught:
         load_config(path)
     assert caught.value.path == str(path)
     assert not (tmp_path / "ran").exists()
 
 
 def test_unreadable_files_are_named(tmp_path):
-    with pytest.raises(FileError, match="cannot be read as YAML: .*No such file"):
+    with pytest.raises(FileError, match=r"cannot be read as YAML: .*No such file"):
         load_config(tmp_path / "none.yaml")
     (tmp_path / "bytes.yaml").write_bytes(b"\xff\xfe\xfa")
     with pytest.raises(FileError, match="cannot be read as YAML"):
@@ -170,9 +236,13 @@ def test_relative_files_are_found_beside_the_config(tmp_path, monkeypatch):
     (tmp_path / "weights").mkdir()
     data = {
         "model": {"path": "weights"},
-        "data": {"train": {"path": "train.jsonl"}, "test": {"path": "./test.jsonl"}, "validation": {"path": "missing.jsonl"}},
+        "data": {
+            "train": {"path": "train.jsonl"},
+            "test": {"path": "./test.jsonl"},
+            "validation": {"path": "missing.jsonl"},
+        },
         "score": {"taylor_data": {"path": "general.jsonl"}},
-    }  # fmt: skip
+    }
     path = write(tmp_path, data)
     monkeypatch.chdir("/")
     config = load_config(path)

@@ -88,6 +88,31 @@ def test_diagnose_is_json_and_names_every_operator():
     assert all(entry["why"] for entry in facts["ops"])
 
 
+def test_describe_says_what_diagnose_found():
+    facts = diagnose()
+    text = doctor.describe(facts)
+    for entry in facts["ops"]:
+        assert f"{entry['op']} on {entry['device']}: {entry['path']} ({entry['why']})" in text
+    assert f"torch {torch.__version__}" in text
+    assert f"dtype auto on cpu: {facts['auto_dtype']['cpu']}" in text
+    facts["native"]["_native"] = {"loads": False, "error": "undefined symbol: xyz"}
+    facts["gpus"] = [{"name": "H200", "capability": "9.0", "memory_bytes": 2**30}]
+    text = doctor.describe(facts)
+    assert "floe._native: undefined symbol: xyz" in text
+    assert "gpu: H200, capability 9.0, 1.0 GiB" in text
+
+
+def test_results_are_json_whatever_the_error():
+    fields = ("moe_lora", "y", "cpu", "torch.float32", "T=1")
+    good, bad = (
+        doctor.Result(*fields, 0.5, 1.0),
+        doctor.Result(*fields, float("inf"), 0.0, "raised"),
+    )
+    found = json.loads(json.dumps([good.as_dict(), bad.as_dict()], allow_nan=False))
+    assert [(one["error"], one["passed"]) for one in found] == [(0.5, True), (None, False)]
+    assert found[1]["note"] == "raised"
+
+
 def test_diagnose_reports_a_native_module_that_does_not_load(monkeypatch):
     real = doctor.importlib.import_module
 

@@ -27,6 +27,7 @@ KNOWN_ANSWERS = [
 ]
 
 SHIM = """
+#include "number.h"
 #include "philox.h"
 extern "C" void philox(const std::uint32_t* counter, const std::uint32_t* key, int rounds,
                        std::uint32_t* out) {
@@ -39,6 +40,13 @@ extern "C" void draw(std::int64_t seed, std::int64_t row, std::int64_t block,
   using namespace floe::philox;
   const auto words = philox_4x32(counter_of(row, block), key_of(seed));
   for (int j = 0; j < 16; ++j) bytes[j] = byte_of(words, j);
+}
+extern "C" void narrow(const float* in, std::int64_t count, floe::BFloat16* brain,
+                       floe::Float16* half) {
+  for (std::int64_t i = 0; i < count; ++i) {
+    brain[i] = floe::narrow<floe::BFloat16>(in[i]);
+    half[i] = floe::narrow<floe::Float16>(in[i]);
+  }
 }
 extern "C" std::uint32_t threshold(double p) { return floe::philox::threshold(p); }
 """
@@ -119,6 +127,22 @@ def test_threshold_rounds_like_python(header):
     header.threshold.argtypes = [ctypes.c_double]
     for p in [i / 1024 for i in range(1024)] + [0.05, 0.999, 1 - 2**-53]:
         assert header.threshold(p) == min(255, round(256 * p))
+
+
+def test_narrowing_rounds_to_nearest_even(header):
+    bits = torch.arange(-(2**15), 2**15, dtype=torch.int16)
+    grids = [bits.view(dtype).double() for dtype in (torch.bfloat16, torch.float16)]
+    ties = torch.cat([(g[1:] + g[:-1]).div(2).float() for g in grids])
+    beside = [torch.nextafter(ties, torch.tensor(side)) for side in (-torch.inf, torch.inf)]
+    values = torch.cat([ties, *beside, *(g.float() for g in grids)])
+    brain, half = (torch.empty_like(values, dtype=dtype) for dtype in (torch.bfloat16, torch.half))
+    pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in (values, brain, half)]
+    header.narrow(pointers[0], ctypes.c_int64(values.numel()), *pointers[1:])
+    for out in (brain, half):
+        expected = values.to(out.dtype)
+        assert torch.equal(out.isnan(), expected.isnan())
+        numbers = ~expected.isnan()
+        assert torch.equal(out[numbers].view(torch.int16), expected[numbers].view(torch.int16))
 
 
 @pytest.mark.parametrize("p", [0.0, 0.05, 0.5, 0.999])

@@ -1,4 +1,4 @@
-"""A routed adapter as plain LoRA: exact where the router is constant, with an honest error elsewhere."""
+"""A routed adapter as plain LoRA: exact for a constant router, with an honest error elsewhere."""
 
 import json
 import os
@@ -9,7 +9,7 @@ import peft
 import pytest
 import torch
 from importance_models import batches, plain
-from test_peft_tuner import IDS, adapted, logits
+from small_adapters import IDS, adapted, logits
 
 import floe
 from floe import FileError, export_lora
@@ -38,7 +38,9 @@ def test_a_constant_router_is_exported_exactly(kind, tmp_path):
     torch.testing.assert_close(logits(as_lora(report.path, kind)), logits(model), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("settings", [{}, dict(scaling="alpha/sqrt(r)", alpha=3.0, rank_pattern={"1": 2})], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{}, {"scaling": "alpha/sqrt(r)", "alpha": 3.0, "rank_pattern": {"1": 2}}], ids=str
+)
 def test_the_reported_error_is_the_one_found_by_hand(settings, tmp_path):
     """For each module: difference of both adapters' outputs on its own inputs, real tokens only."""
     model = adapted(layers=[0, 1], **settings)
@@ -63,7 +65,10 @@ def test_the_reported_error_is_the_one_found_by_hand(settings, tmp_path):
         x = torch.cat([x[keep] for x, keep in zip(inputs[path], real, strict=True)])
         with torch.no_grad():
             base = module.base_layer(x).double()
-            routed, plain_lora = module(x).double() - base, lora.get_submodule(path)(x).double() - base
+            routed, plain_lora = (
+                module(x).double() - base,
+                lora.get_submodule(path)(x).double() - base,
+            )
         error = float((plain_lora - routed).norm() / routed.norm())
         assert report.module_error[path] == pytest.approx(error, rel=1e-3)
     assert report.worst == max(report.module_error.values()) > 0.02
@@ -72,8 +77,12 @@ def test_the_reported_error_is_the_one_found_by_hand(settings, tmp_path):
 def test_padding_does_not_count(tmp_path):
     model = adapted(layers=[0])
     clean = export_lora(model, tmp_path / "a", BATCHES)
-    spoiled = [b | {"input_ids": b["input_ids"].masked_fill(b["attention_mask"] == 0, 60)} for b in BATCHES]
-    assert export_lora(model, tmp_path / "b", spoiled).module_error == pytest.approx(clean.module_error, rel=1e-4)
+    spoiled = [
+        b | {"input_ids": b["input_ids"].masked_fill(b["attention_mask"] == 0, 60)} for b in BATCHES
+    ]
+    assert export_lora(model, tmp_path / "b", spoiled).module_error == pytest.approx(
+        clean.module_error, rel=1e-4
+    )
 
 
 STOCK = """
@@ -97,7 +106,12 @@ def test_a_process_without_floe_loads_and_merges_it(tmp_path):
     model = constant_routers(adapted(layers=[1]))
     export_lora(model, tmp_path / "lora", BATCHES)
     script = STOCK.format(ids=IDS.tolist())
-    command = [sys.executable, "-c", script, *(str(tmp_path / n) for n in ("base", "lora", "out.pt"))]
+    command = [
+        sys.executable,
+        "-c",
+        script,
+        *(str(tmp_path / n) for n in ("base", "lora", "out.pt")),
+    ]
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     subprocess.run(command, check=True, env=environment, cwd=tmp_path)
     loaded, merged = torch.load(tmp_path / "out.pt")
@@ -119,7 +133,9 @@ def test_exporting_leaves_the_model_as_it_was(tmp_path):
 def test_only_the_named_adapter_is_exported(tmp_path):
     model = adapted(layers=[0])
     model.add_adapter("second", FloeConfig(r=2, num_experts=2, layers=[1]))
-    with pytest.raises(ValueError, match=r"adapter 'second' must be active to be measured, got \['default'\]"):
+    with pytest.raises(
+        ValueError, match=r"adapter 'second' must be active to be measured, got \['default'\]"
+    ):
         export_lora(model, tmp_path / "lora", BATCHES, adapter_name="second")
     model.set_adapter("second")
     report = export_lora(model, tmp_path / "lora", BATCHES, adapter_name="second")
@@ -129,8 +145,12 @@ def test_only_the_named_adapter_is_exported(tmp_path):
 def test_what_cannot_be_exported_is_refused(tmp_path):
     with pytest.raises(ValueError, match="model must hold a floe adapter named 'x', got NoneType"):
         export_lora(adapted(layers=[0]), tmp_path / "lora", BATCHES, adapter_name="x")
-    lora = peft.get_peft_model(plain(), peft.LoraConfig(target_modules=["up_proj"], task_type="CAUSAL_LM"))
-    with pytest.raises(ValueError, match="model must hold a floe adapter named 'default', got LoraConfig"):
+    lora = peft.get_peft_model(
+        plain(), peft.LoraConfig(target_modules=["up_proj"], task_type="CAUSAL_LM")
+    )
+    with pytest.raises(
+        ValueError, match="model must hold a floe adapter named 'default', got LoraConfig"
+    ):
         export_lora(lora, tmp_path / "lora", BATCHES)
     with pytest.raises(ValueError, match="batches must hold at least one token, got none"):
         export_lora(adapted(layers=[0]), tmp_path / "lora", [])

@@ -15,7 +15,9 @@ def loaded_by(*modules):
         f"import sys, importlib\nfor m in {modules!r}: importlib.import_module(m)\n"
         "print(*{name.partition('.')[0] for name in sys.modules})"
     )
-    ended = subprocess.run([sys.executable, "-W", "error", "-c", script], capture_output=True, text=True)
+    ended = subprocess.run(
+        [sys.executable, "-W", "error", "-c", script], capture_output=True, text=True
+    )
     assert ended.returncode == 0, ended.stderr
     return set(ended.stdout.split())
 

@@ -1,4 +1,4 @@
-"""The plain-torch definitions against numbers worked out by hand, and the dropout mask against its published generator."""
+"""The plain-torch definitions against numbers worked out by hand, and the mask's generator."""
 
 import math
 
@@ -8,35 +8,37 @@ from floe_triton import draw_seed, eager, keyed_dropout, reference
 
 SEED = torch.tensor(1234567890123456789)
 
-# One worked example: X, frozen W = I, A, two experts B_i, router R = I, scaling 2, gradient of ones.
+# One example: X, frozen W = I, A, two experts B_i, router R = I, scaling 2, gradient of ones.
 X = [[1.0, 0.0], [2.0, 1.0]]
 SHRINK = [[1.0, -1.0], [1.0, 0.0], [0.0, 1.0]]
 EXPERTS = [[[1.0], [0.0]], [[0.0], [2.0]]]
 GATE = [[0.73105858, 0.26894142]] * 2
-KEEP = torch.tensor([[True, False], [True, True]])  # times 1 / (1 - 0.5): the multiplier [[2, 0], [2, 2]]
+KEEP = torch.tensor(
+    [[True, False], [True, True]]
+)  # times 1 / (1 - 0.5): the multiplier [[2, 0], [2, 2]]
 
-PLAIN = dict(
-    hidden=[[1.0], [1.0]],
-    y=[[2.46211716, 1.07576569], [3.46211716, 2.07576569]],
-    gate_grad=[[2.0, 4.0]] * 2,
-    logit_grad=[[-0.39322387, 0.39322387]] * 2,
-    expert_1=[[2.92423431], [2.92423431]],
-    expert_2=[[1.07576569], [1.07576569]],
-    a=[7.61364853, 2.53788284],
-    router=[-1.17967160, -0.39322387],
-    x=[[3.14465898, -1.14465898]] * 2,
-)
-DROPPED = dict(
-    hidden=[[2.0], [2.0]],
-    y=[[3.92423431, 2.15153137], [4.92423431, 3.15153137]],
-    gate_grad=[[4.0, 8.0]] * 2,
-    logit_grad=[[-0.78644773, 0.78644773]] * 2,
-    expert_1=[[5.84846863], [5.84846863]],
-    expert_2=[[2.15153137], [2.15153137]],
-    a=[15.22729706, 5.07576569],
-    router=[-2.35934320, -0.78644773],
-    x=[[5.28931795, 1.78644773], [5.28931795, -3.28931795]],
-)
+PLAIN = {
+    "hidden": [[1.0], [1.0]],
+    "y": [[2.46211716, 1.07576569], [3.46211716, 2.07576569]],
+    "gate_grad": [[2.0, 4.0]] * 2,
+    "logit_grad": [[-0.39322387, 0.39322387]] * 2,
+    "expert_1": [[2.92423431], [2.92423431]],
+    "expert_2": [[1.07576569], [1.07576569]],
+    "a": [7.61364853, 2.53788284],
+    "router": [-1.17967160, -0.39322387],
+    "x": [[3.14465898, -1.14465898]] * 2,
+}
+DROPPED = {
+    "hidden": [[2.0], [2.0]],
+    "y": [[3.92423431, 2.15153137], [4.92423431, 3.15153137]],
+    "gate_grad": [[4.0, 8.0]] * 2,
+    "logit_grad": [[-0.78644773, 0.78644773]] * 2,
+    "expert_1": [[5.84846863], [5.84846863]],
+    "expert_2": [[2.15153137], [2.15153137]],
+    "a": [15.22729706, 5.07576569],
+    "router": [-2.35934320, -0.78644773],
+    "x": [[5.28931795, 1.78644773], [5.28931795, -3.28931795]],
+}
 CASES = pytest.mark.parametrize(
     ("wanted", "dropout_p"), [(PLAIN, 0.0), (DROPPED, 0.5)], ids=["plain", "dropout"]
 )
@@ -104,7 +106,9 @@ def test_the_product_form_gives_the_worked_example_step_by_step(wanted, dropout_
 
 
 @CASES
-def test_the_gate_s_own_gradient_is_that_of_the_worked_example(wanted, dropout_p, fixed_mask, monkeypatch):
+def test_the_gate_s_own_gradient_is_that_of_the_worked_example(
+    wanted, dropout_p, fixed_mask, monkeypatch
+):
     kept = []
     define = reference.gate
 
@@ -115,7 +119,9 @@ def test_the_gate_s_own_gradient_is_that_of_the_worked_example(wanted, dropout_p
 
     monkeypatch.setattr(reference, "gate", watched)
     x, shrink, expand = example()
-    reference.moe_lora_delta(x, shrink, expand, scaling=2.0, dropout_p=dropout_p, seed=SEED).sum().backward()
+    reference.moe_lora_delta(
+        x, shrink, expand, scaling=2.0, dropout_p=dropout_p, seed=SEED
+    ).sum().backward()
     equal(kept[0].grad, wanted["gate_grad"])
 
 
@@ -138,13 +144,18 @@ def test_only_a_random_router_ever_tells_experts_apart(router):
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
     x, target, weight = draw(64, 6), draw(64, 5), draw(5, 6)
-    shrink, expand = draw(2 + 4, 6), torch.zeros(5, 4, 2, dtype=torch.float64)  # gates of exactly 1/4
+    shrink, expand = (
+        draw(2 + 4, 6),
+        torch.zeros(5, 4, 2, dtype=torch.float64),
+    )  # gates of exactly 1/4
     if router == "zero":
         shrink[2:] = 0
     parameters = [shrink.requires_grad_(), expand.requires_grad_()]
     optimizer = torch.optim.AdamW(parameters, lr=0.05, weight_decay=0.0)
     for _ in range(50):
-        loss = (reference.moe_lora(x, weight, None, *parameters, scaling=1.0) - target).square().mean()
+        loss = (
+            (reference.moe_lora(x, weight, None, *parameters, scaling=1.0) - target).square().mean()
+        )
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -156,7 +167,9 @@ def test_only_a_random_router_ever_tells_experts_apart(router):
 
 def test_bias_is_added_once():
     x, shrink, expand = example()
-    y = reference.moe_lora(x, torch.eye(2).double(), tensor([10.0, 20.0]), shrink, expand, scaling=2.0)
+    y = reference.moe_lora(
+        x, torch.eye(2).double(), tensor([10.0, 20.0]), shrink, expand, scaling=2.0
+    )
     equal(y, [[a + b for a, b in zip(row, (10.0, 20.0), strict=True)] for row in PLAIN["y"]])
 
 
@@ -174,7 +187,7 @@ def test_philox_gives_the_known_answers_of_random123(counter, key, words):
 
 
 def philox_by_hand(counter, key, rounds):
-    """Philox-4x32 in Python's unbounded integers: an implementation that shares nothing with the one tested."""
+    """Philox-4x32 in Python's unbounded integers: shares nothing with the one tested."""
     c, k = list(counter), list(key)
     for _ in range(rounds):
         even, odd = c[0] * 0xD2511F53, c[2] * 0xCD9E8D57
@@ -200,7 +213,7 @@ def test_a_block_of_the_mask_is_the_mask_of_the_block():
 
 @pytest.mark.parametrize("p", [0.05, 0.5, 0.9])
 def test_the_mask_looks_independent(p):
-    """Rate, spread over rows and columns, and correlation with shifted and reseeded copies, each within 4.5 sigma."""
+    """Rate, spread, correlation with shifted and reseeded copies: each within 4.5 sigma."""
     rows, cols = 512, 512
     keep = reference.dropout_keep(rows, cols, p, SEED).double()
     rate = 1 - reference.dropout_threshold(p) / 256
@@ -234,7 +247,9 @@ def test_dropout_writes_zero_where_the_input_is_not_finite():
     assert (dropped[~keep] == 0).all()
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str
+)
 def test_every_implementation_of_dropout_gives_the_same_bits(dtype):
     import floe.ops  # registers the native one
 
@@ -253,7 +268,9 @@ def test_dropout_rates_out_of_range_are_refused(p):
 
 def test_dropout_without_a_seed_is_refused():
     x, shrink, expand = example()
-    with pytest.raises(ValueError, match="seed must be a 0-dim int64 tensor when dropout_p > 0, got None"):
+    with pytest.raises(
+        ValueError, match="seed must be a 0-dim int64 tensor when dropout_p > 0, got None"
+    ):
         reference.moe_lora_delta(x, shrink, expand, scaling=1.0, dropout_p=0.5)
 
 

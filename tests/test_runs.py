@@ -1,4 +1,4 @@
-"""The run folder: done stays done, interrupted resumes, and nothing half-written is ever seen under its name."""
+"""The run folder: done stays done, interrupted resumes, nothing half-written is ever seen."""
 
 import errno
 import json
@@ -47,15 +47,24 @@ def names(run):
 def test_a_stage_is_built_once_and_recorded(run):
     build, heard = Build(), []
     first = run.stage("score", {"a": 1}, build, lambda *event: heard.append(event))
-    assert run.stage("score", {"a": 1}, build, lambda *event: heard.append(event)) == first == hash_of({"a": 1})
+    assert (
+        run.stage("score", {"a": 1}, build, lambda *event: heard.append(event))
+        == first
+        == hash_of({"a": 1})
+    )
     assert build.found == [[]]
     assert heard == [("score", "started"), ("score", "finished"), ("score", "unchanged")]
     done = run.done("score")
     assert done["inputs"] == {"a": 1}
-    assert done["outputs"] == {"sub/out.txt": {"size": 6, "sha256": sha256(run.path / "score/sub/out.txt")}}
+    assert done["outputs"] == {
+        "sub/out.txt": {"size": 6, "sha256": sha256(run.path / "score/sub/out.txt")}
+    }
     assert (done["format"], done["stage"]) == (1, "score")
     events = [json.loads(line) for line in (run.path / "events.jsonl").read_text().splitlines()]
-    assert [(e["stage"], e["what"]) for e in events] == [("score", "started"), ("score", "finished")]
+    assert [(e["stage"], e["what"]) for e in events] == [
+        ("score", "started"),
+        ("score", "finished"),
+    ]
     assert names(run) == ["events.jsonl", "score"]
 
 
@@ -134,7 +143,9 @@ def test_a_second_process_is_refused_at_once(run):
         "try:\n    RunFolder(sys.argv[1]).locked().__enter__()\n"
         "except FileError as error:\n    sys.exit(f'refused: {error}')"
     )
-    ended = subprocess.run([sys.executable, "-c", script, str(run.path)], capture_output=True, text=True)
+    ended = subprocess.run(
+        [sys.executable, "-c", script, str(run.path)], capture_output=True, text=True
+    )
     assert ended.returncode == 1
     assert "another process is working in this run folder" in ended.stderr
 
@@ -221,14 +232,18 @@ def test_json_is_written_the_same_whatever_the_order(tmp_path):
 
 @pytest.mark.parametrize(
     ("content", "text"),
-    [("{", "cannot be read as JSON"), ("[]", "must hold a JSON object, got list"), ("[" * 100_000, "cannot be read as JSON")],
+    [
+        ("{", "cannot be read as JSON"),
+        ("[]", "must hold a JSON object, got list"),
+        ("[" * 100_000, "cannot be read as JSON"),
+    ],
     ids=["cut", "list", "deep"],
-)  # fmt: skip
+)
 def test_a_bad_json_file_is_named(tmp_path, content, text):
     (tmp_path / "x.json").write_text(content)
     with pytest.raises(FileError, match=text):
         read_json(tmp_path / "x.json")
-    with pytest.raises(FileError, match="none.json: cannot be read as JSON"):
+    with pytest.raises(FileError, match=r"none\.json: cannot be read as JSON"):
         read_json(tmp_path / "none.json")
 
 
@@ -247,7 +262,9 @@ def test_the_environment_names_versions_without_loading_them():
         "import json, sys; from floe.runs import environment; found = environment()\n"
         "assert 'torch' not in sys.modules; print(json.dumps(found))"
     )
-    printed = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+    printed = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    ).stdout
     found = json.loads(printed)
     assert found == json.loads(json.dumps(environment()))
     assert {"python", "platform", "cpu", "threads", "torch", "peft", "floe", "commit"} <= set(found)

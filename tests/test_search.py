@@ -92,6 +92,13 @@ def test_an_exhausted_space_is_covered_exactly():
         propose(study, SMALL, sampler_settings("tpe", 4), 41, 6)
 
 
+def test_each_trial_draws_from_a_generator_of_its_own():
+    study, space = optuna.create_study(), SearchSpace()
+    drawn = [propose(study, space, sampler_settings("random", 1), 41, index) for index in range(30)]
+    assert len({point for point, _ in drawn}) > 15
+    assert all(redraws == 0 for _, redraws in drawn)
+
+
 def test_after_bounded_redraws_the_nearest_untried_point_is_taken(monkeypatch):
     study = optuna.create_study()
     space = SearchSpace(rank=(2, 8, 2), num_experts=(2, 4, 1))
@@ -193,6 +200,7 @@ def test_failed_trials_are_counted_and_the_search_goes_on(tmp_path, monkeypatch)
     result = run(tmp_path, trials=6)
     states = {(t.rank, t.state) for t in result.trials}
     assert states == {(1, "failed"), (2, "failed"), (3, "complete")}
+    assert result.distinct == 6  # a failed point is not tried again
     reasons = {t.rank: t.reason for t in result.trials}
     assert reasons[1] == "failed: the loss must be finite, got nan"
     assert reasons[2] == "failed: out of memory (CUDA out of memory.)"
@@ -332,13 +340,13 @@ def unbroken(tmp_path_factory):
 
 
 def kill_and_resume(folder, unbroken, seed, kills):
-    rng = random.Random(seed)
+    rng, killed = random.Random(seed), 0
     for _ in range(kills):
         process = killing.start("searching", folder)
         grown = rng.randrange(0, 3)
-        assert killing.kill_after(
-            process, folder / "progress", grown, 0.3 * rng.random() + 0.3 * (grown == 0)
-        )
+        delay = 0.3 * rng.random() + 0.3 * (grown == 0)
+        killed += killing.kill_after(process, folder / "progress", grown, delay)
+    assert killed >= 2  # the last may find nothing left to do
     killing.run("searching", folder)
     values, trials, best = torch.load(folder / "out.pt")
     assert trials == unbroken[1]

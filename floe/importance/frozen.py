@@ -88,9 +88,7 @@ def all_token_labels(batch: Batch) -> Tensor:
     """Each real token that follows a real token as its own label, int64 [S, T]; else -100."""
     real = token_mask(batch)
     labels: Tensor = batch["input_ids"].masked_fill(~real, -100)
-    labels[:, 1:].masked_fill_(
-        ~real[:, :-1], -100
-    )  # a first token has nothing to be predicted from
+    labels[:, 1:].masked_fill_(~real[:, :-1], -100)  # a first token is predicted from nothing
     labels[:, 0] = -100
     return labels
 

@@ -1,6 +1,4 @@
-"""Which layers get adapters: masks, layer scores, policies. Everything but ``tuning`` works
-without torch.
-"""
+"""Which layers get adapters: masks, layer scores, policies. Only ``tuning`` needs torch."""
 
 from floe.selection.masks import (
     MaskSolution,

@@ -1,6 +1,4 @@
-"""selection.json and masks.npz: writing a Selection whole or not at all, and reading it
-strictly.
-"""
+"""selection.json and masks.npz: a Selection written whole or not at all, and read strictly."""
 
 from __future__ import annotations
 
@@ -38,9 +36,7 @@ _PAPER = {"preset", "layers", "layer_scores", "ranking", *_FRACTIONS}
 
 
 def save(selection: Selection, path: str | os.PathLike[str]) -> None:
-    """Write the two files; the json names the masks' digest, so that files of two selections are
-    never mixed up.
-    """
+    """Write the two files; the json holds the masks' digest, so that no two selections mix."""
     target, masks_path = _places(path)
     buffer = io.BytesIO()
     np.savez(buffer, **selection.masks._asdict())

@@ -1,5 +1,4 @@
-"""Masks of a whole model: the FLoE paper's determination (Algorithm 1) and refinement (Algorithm
-2).
+"""Masks of a model: the FLoE paper's determination (Algorithm 1) and refinement (Algorithm 2).
 
 L layers of H heads and I neurons; a unit is one of either, True means retained. Needs no torch.
 """
@@ -47,9 +46,7 @@ __all__ = [
 
 @dataclass(frozen=True, eq=False)
 class Refinement:
-    """Refined masks [L, H] and [L, I] (True = retained), their totals, and the moves that led
-    there.
-    """
+    """Refined masks [L, H] and [L, I] (True = retained), their totals, and the moves made."""
 
     head_mask: Flags
     neuron_mask: Flags
@@ -131,8 +128,7 @@ def refine_masks(
         units: values and costs, L layers.
         budget: >= 0; infinity means no limit. Not used if ``literal``.
         head_mask: [L, H], neuron_mask: [L, I]; nonzero = retained. Not changed.
-        pairs: units that may swap: a head and a neuron of one layer (Eq. 14), any of one layer, or
-            any.
+        pairs: what may swap: a head and a neuron of one layer (Eq. 14), any two of one layer, any.
         literal: Algorithm 2 as printed: a masked unit is retained for a retained one of less value
             and no more cost. It never spends what is left of a budget.
         max_moves: where to stop at the latest; see ``converged``.

@@ -1,5 +1,4 @@
-"""From masks to layers: scores of layers, rankings, how many layers, and how far two rankings
-agree.
+"""From masks to layers: scores, rankings, how many layers, and how far two rankings agree.
 
 Layers are 0-based indices. Everywhere ties go to the lower index and NaN is an error. Needs no
 torch.
@@ -18,16 +17,13 @@ from numpy.typing import ArrayLike, NDArray
 from floe.selection.solvers import Floats
 
 LayerCount = int | float | Mapping[str, int]
-"""How many layers: a count, a fraction of all (float in (0, 1]), or {"params": the adapter's
-parameter budget}.
-"""
+"""A count of layers, a fraction of all (float in (0, 1]), or {"params": adapter parameters}."""
 
 How = Literal["soft", "sparsity", "deviation", "unclipped", "pooled"]
 
 
 def layer_score(head_mask: ArrayLike, neuron_mask: ArrayLike, how: str = "soft") -> Floats:
-    """How strongly each layer is masked, [L] float64: more masked = less needed as it is = adapt
-    it.
+    """How strongly each layer is masked, [L] float64; the more, the sooner it is adapted.
 
     The FLoE paper ranks layers by a score s_k that it does not define; these are readings of it.
     All but "pooled" average a layer's mean over heads and its mean over neurons, so that the few
@@ -179,9 +175,7 @@ def expected_overlap(first: int, second: int, total: int) -> float:
 
 
 def _mean_ranks(scores: Floats) -> Floats:
-    """Ranks minus their mean; a run of equal scores gets the mean of its ranks. Twice the rank is
-    an exact int.
-    """
+    """Ranks minus their mean; equal scores share their mean rank. Exact, in halves."""
     _, group, sizes = np.unique(scores, return_inverse=True, return_counts=True)
     last = np.cumsum(sizes)
     doubled = 2 * last - sizes + 1

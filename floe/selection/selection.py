@@ -1,6 +1,4 @@
-"""Choosing the layers that get adapters: one policy decides, the FLoE paper's masks are always
-computed beside it.
-"""
+"""Which layers get adapters: one policy decides, the FLoE paper's masks are computed beside it."""
 
 from __future__ import annotations
 
@@ -29,20 +27,19 @@ from floe.selection.ranking import (
     rank_layers,
     spearman,
 )
-from floe.selection.solvers import Floats
+from floe.selection.solvers import Floats, number
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from floe.importance.scores import Scores
+    from floe.selection.tuning import TuningResult
 
 Progress = Callable[[int, int, str], None]
 
 
 class Masks(NamedTuple):
-    """head_mask [L, H] and neuron_mask [L, I], float64: 0 = masked, 1 = retained, real-valued
-    after tuning.
-    """
+    """[L, H] and [L, I] float64: 0 = masked, 1 = retained, real-valued after tuning."""
 
     head_mask: Floats
     neuron_mask: Floats
@@ -148,10 +145,8 @@ def select(
     Args:
         scores: of the model, from floe.score.
         model: the scored model. batches: calibration rows. Both or none; they load torch.
-        policy: a name in floe.selection.policies.POLICIES. "all" chooses every layer whatever
-            ``layers`` says.
-        preset: the reading of the paper: "global", "exact", "paper_layer", "alg1_literal", or a
-            Preset.
+        policy: a name in POLICIES; "all" chooses every layer whatever ``layers`` says.
+        preset: a reading of the paper: a name in PRESETS, or a Preset.
         budget: fraction of the Taylor mass, in (0, 1].
         layers: how many: an int is a count, a float in (0, 1] a fraction (rounded up; 1 is one
             layer, 1.0 all), and {"params": n} the most layers in order of the ranking that fit n
@@ -163,44 +158,82 @@ def select(
         progress: called as progress(done, in all, "tune").
 
     Raises:
-        ValueError: an unknown name, a number out of range, invalid scores, or one of model and
-            batches alone.
+        ValueError: an unknown name, a number out of range, invalid scores, model without batches.
         TypeError: an argument of a wrong type.
 
     Warns:
         RuntimeWarning: a score is zero everywhere, so that what depends on it is decided by ties.
     """
-    rule = _policy(policy)
-    reading = preset_of(preset)
+    share = number("budget", budget)
+    options = _Options(policy, preset_of(preset), share, layers, seed, score)
     if tune and (model is None) != (batches is None):
         missing = "model" if model is None else "batches"
         raise ValueError(f"model and batches must be given together, got no {missing}")
     _warn_degenerate(scores, policy)
-    found = determine(scores, reading, budget)
-    masks = _float_masks(found)
-    records: list[dict[str, Any]] = []
-    tuned = tune and model is not None and batches is not None
-    if tuned:
-        masks, records = _tune(model, batches, masks, reading, tune_tokens, progress)
-    parameters = scores.meta.get("adapter_parameters") if isinstance(layers, Mapping) else None
-    paper = _paper(reading, masks, layer_score(*masks, how=score), layers, parameters)
-    layer_scores, chosen = _apply(rule, scores, paper.layer_scores, layers, parameters, seed)
-    if policy == "all":
-        chosen = tuple(range(len(layer_scores)))
+    found = determine(scores, options.preset, share)
+    binary = _assemble(scores, options, found, None)  # also checks the rest before long work
+    if not tune or model is None or batches is None:
+        return binary
+    tuning = _tune(model, batches, binary.masks, options.preset, tune_tokens, progress)
+    return _assemble(scores, options, found, tuning)
+
+
+def _tune(
+    model: nn.Module,
+    batches: Iterable[Mapping[str, Tensor]],
+    masks: Masks,
+    preset: Preset,
+    max_tokens: int,
+    progress: Progress | None,
+) -> TuningResult:
+    from floe.selection.tuning import tune_masks  # the only part that needs torch
+
+    rows = (dict(batch) for batch in batches)
+    return tune_masks(
+        model,
+        rows,
+        *masks,
+        ridge=preset.ridge,
+        bound=preset.bound,
+        max_tokens=max_tokens,
+        progress=progress,
+    )
+
+
+@dataclass(frozen=True)
+class _Options:
+    """What select was asked for."""
+
+    policy: str
+    preset: Preset
+    budget: float
+    layers: LayerCount
+    seed: int
+    score: str
+
+
+def _assemble(
+    scores: Scores, options: _Options, found: Determination, tuning: TuningResult | None
+) -> Selection:
+    """The selection from binary masks, or from tuned ones."""
+    rule = _policy(options.policy)
+    masks = _masks(found if tuning is None else tuning)
+    paper = _paper(options, masks, scores)
+    layer_scores, chosen = _apply(rule, options, scores, paper.layer_scores)
     return Selection(
-        policy=policy,
-        preset=reading.name,
-        budget=float(budget),
-        score=score,
-        seed=seed,
+        policy=options.policy,
+        preset=options.preset.name,
+        budget=options.budget,
+        score=options.score,
+        seed=options.seed,
         layers=chosen,
         layer_scores=layer_scores,
         ranking=_order(layer_scores),
         masks=masks,
         certificate=found.certificate,
         moves=found.moves,
-        tuned=tuned,
-        tuning=records,
+        tuned=tuning is not None,
+        tuning=[] if tuning is None else _records(tuning),
         paper=paper,
         agreement=_agreement(layer_scores, chosen, paper),
         versions=_versions(),
@@ -213,46 +246,30 @@ def _policy(name: str) -> Policy:
     return POLICIES[name]
 
 
-def _float_masks(found: Determination) -> Masks:
+def _masks(found: Determination | TuningResult) -> Masks:
     return Masks(found.head_mask.astype(np.float64), found.neuron_mask.astype(np.float64))
 
 
-def _tune(
-    model: Any,
-    batches: Any,
-    masks: Masks,
-    preset: Preset,
-    max_tokens: int,
-    progress: Progress | None,
-) -> tuple[Masks, list[dict[str, Any]]]:
-    from floe.selection.tuning import tune_masks  # the only part of the selection that needs torch
-
-    result = tune_masks(
-        model,
-        batches,
-        masks.head_mask,
-        masks.neuron_mask,
-        ridge=preset.ridge,
-        bound=preset.bound,
-        max_tokens=max_tokens,
-        progress=progress,
-    )
+def _records(tuning: TuningResult) -> list[dict[str, Any]]:
     keys = ("layer", "component", "accepted", "residual_before", "residual_after")
-    records = [{key: record[key] for key in keys} for record in result.records]
-    return Masks(result.head_mask, result.neuron_mask), records
+    return [{key: record[key] for key in keys} for record in tuning.records]
+
+
+def _parameters(options: _Options, scores: Scores) -> Any:
+    """Adapter parameters of each layer, where the number of layers depends on them."""
+    return scores.meta.get("adapter_parameters") if isinstance(options.layers, Mapping) else None
 
 
 def _order(layer_scores: Floats) -> tuple[int, ...]:
     return tuple(rank_layers(layer_scores).tolist())
 
 
-def _paper(
-    preset: Preset, masks: Masks, layer_scores: Floats, layers: LayerCount, parameters: Any
-) -> PaperSelection:
+def _paper(options: _Options, masks: Masks, scores: Scores) -> PaperSelection:
+    layer_scores = layer_score(*masks, how=options.score)
     ranking = _order(layer_scores)
     return PaperSelection(
-        preset=preset.name,
-        layers=choose_layers(ranking, layers, parameters),
+        preset=options.preset.name,
+        layers=choose_layers(ranking, options.layers, _parameters(options, scores)),
         layer_scores=layer_scores,
         ranking=ranking,
         masked_head_fraction=_masked_fraction(masks.head_mask),
@@ -267,12 +284,7 @@ def _masked_fraction(mask: Floats) -> Floats:
 
 
 def _apply(
-    rule: Policy,
-    scores: Scores,
-    mask_scores: Floats,
-    layers: LayerCount,
-    parameters: Any,
-    seed: int,
+    rule: Policy, options: _Options, scores: Scores, mask_scores: Floats
 ) -> tuple[Floats, tuple[int, ...]]:
     """The policy's layer scores and its chosen layers.
 
@@ -280,17 +292,23 @@ def _apply(
     count whose own choice fits.
     """
     total = len(mask_scores)
-    if not isinstance(layers, Mapping):
-        count = count_layers(layers, total)
-        found = rule(Situation(scores, count, total, seed, mask_scores))
+
+    def chosen(count: int) -> tuple[Floats, tuple[int, ...]]:
+        found = rule(Situation(scores, count, total, options.seed, mask_scores))
         return found, choose_layers(rank_layers(found), count)
-    budget = parameter_budget(layers)
+
+    if not isinstance(options.layers, Mapping):
+        count = total if options.policy == "all" else count_layers(options.layers, total)
+        return chosen(count)
+    if options.policy == "all":
+        return chosen(total)
+    budget, parameters = parameter_budget(options.layers), _parameters(options, scores)
     for count in range(total, 0, -1):
-        found = rule(Situation(scores, count, total, seed, mask_scores))
-        chosen = choose_layers(rank_layers(found), count)
-        if sum(int(parameters[layer]) for layer in chosen) <= budget:
-            return found, chosen
-    return found, choose_layers(rank_layers(found), layers, parameters)  # says what does not fit
+        found, layers = chosen(count)
+        if sum(int(parameters[layer]) for layer in layers) <= budget:
+            return found, layers
+    # Not even one layer fits; this says so.
+    return found, choose_layers(rank_layers(found), options.layers, parameters)
 
 
 def _agreement(

@@ -1,5 +1,4 @@
-"""Which units to retain under a cost budget: exact solvers with certificates (FLoE paper, Eq. 12
-and Algorithm 1).
+"""Which units to retain under a cost budget: exact solvers (FLoE paper, Eq. 12 and Algorithm 1).
 
 A unit is a head or a neuron. Its value is its Fisher score, what is lost when it is masked; its
 cost is its Taylor score, what retaining it takes from the budget. True always means retained.
@@ -68,8 +67,9 @@ def solve_mask(
     max_nodes: int = DEFAULT_NODES,
     time_limit: float | None = None,
 ) -> MaskSolution:
-    """Retain the most value at a total cost of at most ``budget`` (Eq. 12 in the reading of Eq. 3,
-    5 and 11).
+    """Retain the most value at a total cost of at most ``budget``.
+
+    Eq. 12 of the FLoE paper, read with Eq. 3, 5 and 11: a 0/1 knapsack problem.
 
     Greedy by value / cost, the linear-programming bound, then an exact search among the units
     whose reduced cost is below the gap. Ties: zero costs first, then larger value, then lower

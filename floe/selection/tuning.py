@@ -162,10 +162,7 @@ class _Layer:
         neuron: FloatArray,
     ) -> None:
         self.block, self.streams = block, streams
-        self.masks = {
-            "attention": head,
-            "ffn": neuron,
-        }  # views: tuning writes into the caller's copy
+        self.masks = {"attention": head, "ffn": neuron}  # views: tuning writes into the result
         paths = {"attention": block.o_proj, "ffn": block.down_proj}
         self.linears = {name: linear_at(model, path) for name, path in paths.items()}
         self.modules = {name: base_of(model).get_submodule(path) for name, path in paths.items()}
@@ -177,11 +174,11 @@ class _Layer:
         for stream in self.streams:
             trace = self._call(stream, stream.teacher, masked=())
             assert trace.hidden is not None
-            sublayers = trace.outputs["attention"] + trace.outputs["ffn"]
-            error = (trace.hidden - stream.teacher - sublayers)[stream.real].float().norm()
+            total, real = trace.hidden, stream.real
+            added = (trace.outputs["attention"] + trace.outputs["ffn"])[real].float()
+            error = ((total - stream.teacher)[real].float() - added).norm()
             # a stream with huge entries rounds by more than a small sublayer adds
-            rounding = torch.finfo(trace.hidden.dtype).eps * trace.hidden[stream.real].float().norm()
-            allowed = _ADDITIVE * sublayers[stream.real].float().norm() + rounding
+            allowed = _ADDITIVE * added.norm() + torch.finfo(total.dtype).eps * total[real].norm()
             if not self.normed and error > allowed:
                 raise ValueError(
                     f"block {self.block.path} must output its input plus o_proj's and down_proj's "

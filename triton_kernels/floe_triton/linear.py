@@ -253,8 +253,8 @@ def _check_tensors(
             raise TypeError(f"{name} must have x's dtype {x.dtype}, got {tensor.dtype}")
     if expand_weight.dim() != 3:
         raise ValueError(f"expand_weight must be [N, M, r], got {tuple(expand_weight.shape)}")
-    for name, tensor in (("weight", weight), ("bias", bias)):
-        if tensor is not None and tensor.requires_grad:
+    for name, frozen in (("weight", weight), ("bias", bias)):
+        if frozen is not None and frozen.requires_grad:
             raise ValueError(f"{name} must be frozen (requires_grad=False): moe_lora gives it no gradient")
 
 def _check_seed(seed: Tensor | None, x: Tensor) -> None:

@@ -1,0 +1,161 @@
+"""The MoE-LoRA ops inside torch's machinery: opcheck, compile, checkpointing, autocast, threads."""
+
+import functools
+import threading
+
+import pytest
+import torch
+from budget import assert_within_budget
+from floe_triton import draw_seed, moe_lora, reference
+from lora_cases import NAMES, OPS, SEED, added, assert_equal_runs, case, draw, run
+from torch.utils.checkpoint import checkpoint
+
+import floe.ops  # noqa: F401  (the native dropout, which the ops then use)
+
+
+def test_a_second_derivative_is_refused():
+    x, weight, bias, shrink, expand, _ = case()
+    y = moe_lora(x.requires_grad_(), weight, bias, shrink, expand, scaling=1.0)
+    (grad,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+OP_CASES = [
+    {"leading": (5,), "dropout_p": 0.0},
+    {"leading": (5,), "dropout_p": 0.3},
+    {"leading": (1,), "rank": 1, "experts": 1, "dropout_p": 0.0, "bias": False},
+    {"leading": (0,), "dropout_p": 0.0},
+    {"leading": (0,), "dropout_p": 0.3, "bias": False},
+    {"leading": (3,), "rank": 7, "experts": 2, "dropout_p": 0.3, "base": True},
+]
+
+
+def op_arguments(
+    leading, dropout_p, base=False, dtype=torch.float32, adapter=torch.float32, **sizes
+):
+    x, weight, bias, shrink, expand, grad = case(leading, **sizes)
+    x, weight, grad, bias = (None if t is None else t.to(dtype) for t in (x, weight, grad, bias))
+    seed = SEED if dropout_p else None
+    base_output = draw(*grad.shape).to(dtype) if base else None
+    weight, bias = (None, None) if base else (weight, bias)
+    parameters = (shrink.to(adapter), expand.to(adapter))
+    forward = (x, weight, bias, base_output, *parameters, 1.5, dropout_p, seed)
+    _, hidden, gate, z = torch.ops.floe.moe_lora_forward(*forward)
+    backward = (grad, x, weight, *parameters, hidden, gate, z, 1.5, dropout_p, seed)
+    return forward, backward
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("arguments", OP_CASES, ids=str)
+def test_opcheck_forward(arguments, dtype):
+    forward, _ = op_arguments(**arguments, dtype=dtype)
+    torch.library.opcheck(torch.ops.floe.moe_lora_forward, forward)
+
+
+@pytest.mark.parametrize(
+    "needs", [(True, True, True), (True, False, False), (False, False, True)], ids=str
+)
+@pytest.mark.parametrize("arguments", OP_CASES, ids=str)
+def test_opcheck_backward(arguments, needs):
+    _, backward = op_arguments(**arguments)
+    torch.library.opcheck(torch.ops.floe.moe_lora_backward, (*backward, *needs))
+
+
+@pytest.mark.filterwarnings(
+    "ignore:.*should not be instantiated:DeprecationWarning"
+)  # dynamo's own
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+def test_compiled_in_one_graph_it_gives_the_same_gradients(dynamic):
+    settings = {"scaling": 2.0, "dropout_p": 0.4, "seed": SEED}
+    torch._dynamo.reset()
+
+    def layer(op, x, weight, bias, shrink, expand, **settings):
+        return torch.tanh(op(x, weight, bias, shrink, expand, **settings))
+
+    for op in (moe_lora, added):
+        compiled = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+        for leading in [(4, 5), (4, 7)] if dynamic else [(4, 5)]:
+            inputs = case(leading)
+            actual = run(functools.partial(compiled, op), inputs, **settings)
+            assert_equal_runs(actual, run(functools.partial(layer, op), inputs, **settings))
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_activation_checkpointing_draws_the_same_mask_again(use_reentrant):
+    inputs = case((9,))
+
+    def fresh(x, weight, bias, shrink, expand):
+        seed = draw_seed(x.device)
+        return moe_lora(x, weight, bias, shrink, expand, scaling=1.0, dropout_p=0.5, seed=seed)
+
+    torch.manual_seed(4)
+    expected = run(fresh, inputs)
+    torch.manual_seed(4)
+    actual = run(lambda *a: checkpoint(fresh, *a, use_reentrant=use_reentrant), inputs)
+    assert_equal_runs(actual, expected, 0.0)
+
+
+@OPS
+def test_autocast_computes_in_its_dtype_and_leaves_gradients_in_the_leaves(op):
+    inputs = [t.float() for t in case((16,), 32, 24)]
+
+    def cast(*args, **settings):
+        with torch.autocast("cpu", torch.bfloat16):
+            return op(*args, **settings)
+
+    actual = run(cast, inputs, torch.float32, scaling=1.0)
+    assert [t.dtype for t in actual] == [torch.bfloat16, *[torch.float32] * 3]
+    halved = [t.bfloat16() for t in inputs]
+    exact = run(reference.moe_lora, [t.double() for t in inputs], scaling=1.0)
+    torchs = run(reference.moe_lora, halved, torch.bfloat16, scaling=1.0)
+    for name, a, t, e in zip(NAMES, actual, torchs, exact, strict=True):
+        assert_within_budget(a.bfloat16(), t, e, name=name)
+
+
+def test_autocast_leaves_float64_alone_as_torch_does():
+    inputs = case((4,))
+    with torch.autocast("cpu", torch.bfloat16):
+        y = moe_lora(*inputs[:5], scaling=1.0)
+        assert torch.nn.functional.linear(*inputs[:3]).dtype == torch.float64
+    assert y.dtype == torch.float64
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_backward_keeps_a_few_numbers_a_token_beside_its_inputs(dtype):
+    """hidden and gate in float32, z in x's dtype: no mask, no dropped copy, no expert's output."""
+    tokens, rank, experts = 256, 8, 4
+    x, weight, bias, shrink, expand, _ = (
+        t.to(dtype) for t in case((tokens,), 64, 48, rank, experts)
+    )
+    inputs = [x, weight, shrink.requires_grad_(), expand.requires_grad_()]
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        moe_lora(*inputs[:2], bias, *inputs[2:], scaling=1.0, dropout_p=0.05, seed=SEED)
+    known = {t.data_ptr() for t in inputs}
+    extra = sum(t.nbytes for t in saved if t.data_ptr() not in known)
+    assert extra == tokens * (4 * rank + 4 * experts + dtype.itemsize * rank * experts) + 8
+    assert len(saved) == 8
+
+
+def test_threads_get_what_one_thread_gets():
+    inputs = [case((5 + i,), seed=i) for i in range(8)]
+    settings = {"scaling": 1.0, "dropout_p": 0.3, "seed": SEED}
+    expected = [run(moe_lora, one, **settings) for one in inputs]
+    failures = []
+
+    def work(index):
+        for _ in range(20):
+            for actual, wanted in zip(
+                run(moe_lora, inputs[index], **settings), expected[index], strict=True
+            ):
+                if not torch.equal(actual, wanted):
+                    failures.append(index)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert not failures
+    assert not any(thread.is_alive() for thread in threads)
