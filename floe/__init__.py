@@ -20,7 +20,7 @@ _HOMES = {
     "floe.importance.scores": ("Scores",),
     "floe.ops": ("accumulate_fisher_", "mask_gradients", "moe_lora"),
     "floe.pipeline": ("RunResult", "run"),
-    "floe.search": ("SearchResult", "search"),
+    "floe.rank_search.search": ("SearchResult", "search"),
     "floe.selection.masks": (
         "MaskSolution",
         "solve_mask",

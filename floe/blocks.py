@@ -1,23 +1,28 @@
 """The decoder blocks of a model and where masks and adapters sit in them, by exact module path.
 
-A block's index is its place in the model's own list of blocks; no pattern is ever matched against a name to
-find a number. Known layouts: Llama 2/3, SmolLM, Mistral, Qwen2/3, Gemma 1/2/3, Phi-3 and whatever names its
-projections alike; another model's blocks can be described by hand with :class:`BlockNames`.
+A block's index is its place in the model's own list of blocks; no pattern is ever matched against a
+name to find a number. Known layouts: Llama 2/3, SmolLM, Mistral, Qwen2/3, Gemma 1/2/3, Phi-3 and
+whatever names its projections alike; another model's blocks can be described by hand with
+:class:`BlockNames`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
 
 @dataclass(frozen=True)
 class BlockNames:
-    """Names inside one block, relative to it. Each entry lists the alternatives, first match wins."""
+    """Names inside one block, relative to it: each entry lists alternatives, first match wins."""
 
-    attention_output: tuple[str, ...] = ("self_attn.o_proj", "attention.o_proj", "self_attn.out_proj")
+    attention_output: tuple[str, ...] = (
+        "self_attn.o_proj",
+        "attention.o_proj",
+        "self_attn.out_proj",
+    )
     attention_inputs: tuple[dict[str, str], ...] = (
         {"q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj"},
         {"qkv": "self_attn.qkv_proj"},
@@ -50,7 +55,10 @@ class Block:
 
 @dataclass(frozen=True)
 class Geometry:
-    """Sizes the masks need: ``neurons`` is the FFN width, ``head_dim`` times ``heads`` o_proj's input."""
+    """Sizes the masks need.
+
+    ``neurons`` is the FFN width, ``head_dim`` times ``heads`` o_proj's input.
+    """
 
     layers: int
     heads: int
@@ -61,7 +69,10 @@ class Geometry:
 
 
 def base_of(model: nn.Module) -> nn.Module:
-    """The plain model inside a PeftModel, or the model itself. Its module paths are what blocks speak of."""
+    """The plain model inside a PeftModel, or the model itself.
+
+    Its module paths are what blocks speak of.
+    """
     get_base_model = getattr(model, "get_base_model", None)
     return get_base_model() if callable(get_base_model) else model
 
@@ -84,8 +95,8 @@ def find_blocks(model: nn.Module, names: BlockNames | None = None) -> list[Block
             return [block for block in found if block is not None]
     raise ValueError(
         f"model {type(base).__name__} has no decoder blocks floe knows: looked for a list of "
-        f"{expected or 'equal'} blocks holding one of {names.attention_output} and one of {names.mlp_output} "
-        f"with their inputs {names.attention_inputs} and {names.mlp_inputs}; "
+        f"{expected or 'equal'} blocks holding one of {names.attention_output} and one of "
+        f"{names.mlp_output} with their inputs {names.attention_inputs} and {names.mlp_inputs}; "
         "pass names=floe.blocks.BlockNames(...) to name them by hand"
     )
 
@@ -102,9 +113,14 @@ def geometry(model: nn.Module, blocks: list[Block] | None = None) -> Geometry:
     heads = config.get("num_attention_heads")
     if not isinstance(heads, int) or heads < 1:
         raise ValueError(f"model.config must give num_attention_heads >= 1, got {heads!r}")
-    widths = {(linear_at(base, b.o_proj).in_features, linear_at(base, b.down_proj).in_features) for b in blocks}
+    widths = {
+        (linear_at(base, b.o_proj).in_features, linear_at(base, b.down_proj).in_features)
+        for b in blocks
+    }
     if len(widths) != 1:
-        raise ValueError(f"all blocks must have one size, got (attention, FFN) widths {sorted(widths)}")
+        raise ValueError(
+            f"all blocks must have one size, got (attention, FFN) widths {sorted(widths)}"
+        )
     attention, neurons = widths.pop()
     if attention % heads:
         raise ValueError(f"o_proj's width must be a multiple of {heads} heads, got {attention}")
@@ -116,7 +132,7 @@ def geometry(model: nn.Module, blocks: list[Block] | None = None) -> Geometry:
 def linear_at(model: nn.Module, path: str) -> nn.Linear:
     """The projection at ``path``, seen through an adapter's wrapper when one is attached."""
     module = base_of(model).get_submodule(path)
-    return getattr(module, "base_layer", module)  # type: ignore[return-value]
+    return cast(nn.Linear, getattr(module, "base_layer", module))
 
 
 def _describe(path: str, index: int, block: nn.Module, names: BlockNames) -> Block | None:

@@ -1,4 +1,7 @@
-"""The command line: ``floe run CONFIG.yaml`` and one command a stage. The only module that prints."""
+"""The command line: ``floe run CONFIG.yaml``, and one command a stage.
+
+The only module that prints.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,9 @@ FAILED, USAGE, BAD_INPUT, OUT_OF_MEMORY, INTERRUPTED = 1, 2, 3, 4, 130
 
 Config = Annotated[Path, typer.Argument(help="YAML file of the run; `floe init` writes one.")]
 Overrides = Annotated[list[str] | None, typer.Option("--set", help="Change a setting: a.b=value.")]
-AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, the rest on stderr.")]
+AsJson = Annotated[
+    bool, typer.Option("--json", help="One JSON object on stdout, the rest on stderr.")
+]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
 
 
@@ -58,7 +63,10 @@ def _exit_codes() -> Iterator[None]:
 
 
 def _code_of(error: Exception) -> int | None:
-    """Exit code of an error a user can act on; None for a fault of floe itself, which keeps its traceback."""
+    """Exit code of an error a user can act on.
+
+    None for a fault of floe itself, which keeps its traceback.
+    """
     from floe.errors import DataError, FileError
 
     if isinstance(error, (FileError, DataError)):
@@ -77,7 +85,9 @@ def _say(text: str) -> None:
 
 
 def _run_until(last: str) -> Callable[..., None]:
-    def command(config: Config, override: Overrides = None, as_json: AsJson = False, quiet: Quiet = False) -> None:
+    def command(
+        config: Config, override: Overrides = None, as_json: AsJson = False, quiet: Quiet = False
+    ) -> None:
         from floe.config import load_config
         from floe.pipeline import run
         from floe.progress import open_progress
@@ -109,7 +119,9 @@ for _name, _help in {
 
 @app.command()
 def doctor(
-    selftest: Annotated[bool, typer.Option(help="Check every op on this machine against float64.")] = False,
+    selftest: Annotated[
+        bool, typer.Option(help="Check every op on this machine against float64.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """What this machine can do, which path each op takes, and why."""
@@ -144,7 +156,10 @@ def export(
     from floe.pipeline import export_run
 
     report = export_run(load_config(config, override), output, rows)
-    print(f"{report.path}: plain LoRA; worst module is off by {report.worst:.1%} of the adapter's effect")
+    print(
+        f"{report.path}: plain LoRA; worst module is off by {report.worst:.1%} "
+        "of the adapter's effect"
+    )
 
 
 @app.command()

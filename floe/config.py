@@ -1,7 +1,8 @@
 """A run, described: the YAML file of ``floe run`` as typed models. Unknown keys are errors.
 
-Defaults are those of the FLoE paper (Table 6) and of the launch scripts it builds on; where the paper is silent
-the choice is the module's named default. ``floe schema`` prints all of it as JSON schema.
+Defaults are those of the FLoE paper (Table 6) and of the launch scripts it builds on; where the
+paper is silent the choice is the module's named default. ``floe schema`` prints all of it as JSON
+schema.
 """
 
 from __future__ import annotations
@@ -29,12 +30,17 @@ class ModelConfig(_Section):
 
     path: str = Field(description="Hub name or folder of a causal language model.")
     revision: str | None = None
-    gguf_file: str | None = Field(None, description="File inside `path` when the weights are GGUF; dequantised.")
+    gguf_file: str | None = Field(
+        None, description="File inside `path` when the weights are GGUF; dequantised."
+    )
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
-        "auto", description="auto: bfloat16 where the machine has fast bfloat16 products, else float32."
+        "auto",
+        description="auto: bfloat16 where the machine has fast bfloat16 products, else float32.",
     )
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    attention: str | None = Field(None, description="attn_implementation of transformers; None = its choice.")
+    attention: str | None = Field(
+        None, description="attn_implementation of transformers; None = its choice."
+    )
 
 
 class DataSource(_Section):
@@ -50,7 +56,9 @@ class DataSource(_Section):
     @model_validator(mode="after")
     def _one_source(self) -> DataSource:
         if (self.path is None) == (self.hub is None):
-            raise ValueError(f"give exactly one of path and hub, got path={self.path!r} and hub={self.hub!r}")
+            raise ValueError(
+                f"give exactly one of path and hub, got path={self.path!r} and hub={self.hub!r}"
+            )
         return self
 
 
@@ -68,10 +76,14 @@ class DataConfig(_Section):
     """Rows to train on, to choose on and to test on."""
 
     train: DataSource
-    validation: DataSource | None = Field(None, description="None: val_fraction of the training rows.")
+    validation: DataSource | None = Field(
+        None, description="None: val_fraction of the training rows."
+    )
     test: DataSource | None = None
     columns: Columns = Columns()
-    template: str | None = Field(None, description="None: prompt + completion; 'chat': the tokenizer's template.")
+    template: str | None = Field(
+        None, description="None: prompt + completion; 'chat': the tokenizer's template."
+    )
     max_length: Count = 1024
     val_fraction: Fraction = 0.05
     seed: int = 41
@@ -90,7 +102,7 @@ class AdapterConfig(_Section):
 
 
 class TrainConfig(_Section):
-    """One training. Table 6, with the cosine schedule and accumulation of 8 of its ancestors' scripts."""
+    """One training: Table 6, with its ancestors' cosine schedule and accumulation of 8."""
 
     learning_rate: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] = 2e-4
     batch_size: Count = 1
@@ -103,7 +115,9 @@ class TrainConfig(_Section):
     max_grad_norm: Annotated[float, Field(gt=0.0)] = 1.0
     group_by_length: bool = False
     gradient_checkpointing: bool = False
-    validations: Annotated[int, Field(ge=0)] = Field(4, description="How often to measure validation loss.")
+    validations: Annotated[int, Field(ge=0)] = Field(
+        4, description="How often to measure validation loss."
+    )
     save_steps: Count = 50
     seed: int = 41
 
@@ -117,7 +131,7 @@ class WarmupConfig(_Section):
 
 
 class SearchConfig(_Section):
-    """Rank and expert search on validation loss. `trials: 0` skips it: the warm-up uses `adapter`."""
+    """Rank and expert search on validation loss; `trials: 0` skips it: warm-up uses `adapter`."""
 
     trials: Annotated[int, Field(ge=0)] = 30
     rank: tuple[Count, Count, Count] = Field((2, 32, 2), description="low, high, step")
@@ -125,14 +139,18 @@ class SearchConfig(_Section):
     sampler: Literal["tpe", "paper", "random", "grid"] = "tpe"
     startup_trials: Count = 10
     prune: bool = False
-    storage: str | None = Field(None, description="Optuna storage URL; None: SQLite in the run folder.")
+    storage: str | None = Field(
+        None, description="Optuna storage URL; None: SQLite in the run folder."
+    )
     seed: int = 41
 
     @model_validator(mode="after")
     def _ordered_ranges(self) -> SearchConfig:
         for name, (low, high, _) in (("rank", self.rank), ("num_experts", self.num_experts)):
             if low > high:
-                raise ValueError(f"{name} must be [low, high, step] with low <= high, got {[low, high]}")
+                raise ValueError(
+                    f"{name} must be [low, high, step] with low <= high, got {[low, high]}"
+                )
         return self
 
 
@@ -147,7 +165,9 @@ class ScoreConfig(_Section):
     taylor_kind: Literal["element", "vector"] = "element"
     taylor_aggregate: Literal["abs_of_mean", "mean_of_abs"] = "abs_of_mean"
     taylor_tokens: Literal["all", "response"] = "all"
-    taylor_data: DataSource | None = Field(None, description="General text; None: the first warm-up rows.")
+    taylor_data: DataSource | None = Field(
+        None, description="General text; None: the first warm-up rows."
+    )
     seed: int = 41
 
 
@@ -180,14 +200,16 @@ class EvalConfig(_Section):
 
     batch_size: Count = 16
     accuracy: Literal["auto", "choices", "generation", "none"] = "auto"
-    choice_score: Literal["mean", "sum"] = Field("mean", description="Per-token or total log-likelihood.")
+    choice_score: Literal["mean", "sum"] = Field(
+        "mean", description="Per-token or total log-likelihood."
+    )
     max_new_tokens: Count = 32
     limit: Count | None = None
     seed: int = 41
 
 
 class ProfileConfig(_Section):
-    """Step time and memory against the number of adapted layers (paper Fig. 1b). `steps: 0` skips it."""
+    """Step time and memory against the number of adapted layers (Fig. 1b); `steps: 0` skips it."""
 
     steps: Annotated[int, Field(ge=0)] = 3
     points: Annotated[int, Field(ge=2)] = 4
@@ -220,11 +242,14 @@ class RunConfig(_Section):
 
 
 def load_config(path: str | os.PathLike[str], overrides: list[str] | None = None) -> RunConfig:
-    """Read a YAML file, apply ``a.b=c`` overrides, validate. Relative data and model paths are the file's.
+    """Read a YAML file, apply ``a.b=c`` overrides, validate.
+
+    Relative data and model paths are the file's.
 
     Raises:
         FileError: missing or unreadable file, or text that is not a mapping.
-        ValueError: an unknown key (with the nearest known one) or a value out of range, every one listed.
+        ValueError: an unknown key (with the nearest known one) or a value out of range, every one
+            listed.
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
@@ -245,8 +270,9 @@ def parse_config(data: dict[str, Any]) -> RunConfig:
         return RunConfig.model_validate(data)
     except ValidationError as error:
         lines = [_explain(item) for item in error.errors()]
-        raise ValueError("the configuration has {} problem{}:\n{}".format(
-            len(lines), "s" if len(lines) > 1 else "", "\n".join(f"  {line}" for line in lines))) from error  # fmt: skip
+        problems = f"{len(lines)} problem{'s' if len(lines) > 1 else ''}"
+        listed = "\n".join(f"  {line}" for line in lines)
+        raise ValueError(f"the configuration has {problems}:\n{listed}") from error
 
 
 def dump_config(config: RunConfig) -> str:
@@ -267,20 +293,27 @@ def _apply(data: dict[str, Any], override: str) -> None:
     try:
         data[last] = yaml.safe_load(value)
     except (ValueError, RecursionError, yaml.YAMLError) as error:
-        raise ValueError(f"override {override!r}: the value cannot be read as YAML: {error}") from error
+        raise ValueError(
+            f"override {override!r}: the value cannot be read as YAML: {error}"
+        ) from error
 
 
 def _resolve_paths(data: dict[str, Any], folder: Path) -> None:
     """Relative files are found beside the configuration, wherever the command runs."""
-    sections = data.get("data") if isinstance(data.get("data"), dict) else {}
-    score = data.get("score") if isinstance(data.get("score"), dict) else {}
-    sources = [sections.get(name) for name in ("train", "validation", "test")] + [score.get("taylor_data")]
+    sections, score = _mapping(data.get("data")), _mapping(data.get("score"))
+    sources = [sections.get(name) for name in ("train", "validation", "test")] + [
+        score.get("taylor_data")
+    ]
     sources += [data.get("model")]
     for source in sources:
         if isinstance(source, dict) and isinstance(source.get("path"), str):
             beside = folder / source["path"]
             if not Path(source["path"]).is_absolute() and beside.exists():
                 source["path"] = str(beside)
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
 
 
 def _explain(item: Any) -> str:
@@ -300,7 +333,9 @@ def _fields_at(location: tuple[Any, ...]) -> list[str]:
         if field is None:
             break
         options = [field.annotation, *getattr(field.annotation, "__args__", ())]
-        model = next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), model)
+        model = next(
+            (o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), model
+        )
     return sorted(model.model_fields)
 
 

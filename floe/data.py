@@ -189,8 +189,10 @@ class Collator:
 
     ``input_ids``, ``attention_mask`` and ``position_ids`` are int64 ``[S, T]``, padded on the left;
     positions count real tokens, so padding changes no answer, and ``pad_id`` is never read as a
-    target. With ``keep_logits`` the batch has ``logits_to_keep`` = T' = longest response + 1, and
-    its ``labels`` are int64 ``[S, T']``, the last T' positions; otherwise they are ``[S, T]``.
+    target. With ``keep_logits`` the batch has ``logits_to_keep``, the last T' = longest response
+    + 1 positions, int64 ``[T']``, and its ``labels`` are int64 ``[S, T']``; otherwise ``[S, T]``.
+    (Positions, not a number: a model slices by a number, and on the CPU the product of a sliced
+    tensor with the vocabulary copies the whole weight once a row.)
     """
 
     pad_id: int = 0
@@ -221,7 +223,8 @@ class Collator:
         }
         if self.keep_logits:
             kept = min(width, 1 + max(len(row.response) for row in rows))
-            batch |= {"labels": labels[:, width - kept :].contiguous(), "logits_to_keep": kept}
+            batch |= {"labels": labels[:, width - kept :].contiguous(),
+                      "logits_to_keep": torch.arange(width - kept, width)}  # fmt: skip
         return batch
 
 

@@ -1,4 +1,7 @@
-"""The errors floe raises beside ValueError and TypeError. Each names the thing, the rule and what came."""
+"""The errors floe raises beside ValueError and TypeError.
+
+Each names the thing, the rule and what came.
+"""
 
 from __future__ import annotations
 

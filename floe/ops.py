@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 from floe_triton import draw_seed, keyed_dropout, moe_lora, moe_lora_add
+from floe_triton.dropout import check_dropout
 from torch import Tensor
 
 __all__ = [
     "accumulate_fisher_",
     "draw_seed",
-    "dropout",
     "keyed_dropout",
     "mask_gradients",
     "moe_lora",
@@ -117,32 +117,6 @@ def accumulate_fisher_(
     return fisher
 
 
-def dropout(x: Tensor, p: float, seed: Tensor) -> Tensor:
-    """Dropout whose mask is a pure function of the seed and of each element's row and column.
-
-    ``x`` counts as ``[T, K]`` rows of its last dimension. Eight random bits decide an element, so
-    the rate that is drawn is ``min(255, round(256 * p)) / 256`` (0.05 becomes 0.0508), and kept
-    values are divided by exactly one minus it. Dropped values are 0, also where ``x`` is not
-    finite. Differentiable: the gradient meets the same mask.
-
-    Args:
-        x: ``[..., K]``, bfloat16, float16, float32 or float64.
-        p: Rate of dropped elements, in [0, 1).
-        seed: 0-dimensional int64 tensor on ``x``'s device.
-
-    Returns:
-        A new tensor of ``x``'s shape and dtype.
-
-    Raises:
-        TypeError: an argument has another type or dtype.
-        ValueError: ``p`` is outside [0, 1), ``x`` has no dimension, or ``seed`` has one or is on
-            another device.
-    """
-    _check_dropout(x, p, seed)
-    out: Tensor = torch.ops.floe.dropout(x, p, seed)
-    return out
-
-
 def _check_site(
     activation: Tensor, gradient: Tensor, group_size: int, token_mask: Tensor | None
 ) -> None:
@@ -205,22 +179,6 @@ def _check_accumulate(
     _check_device("sample_scale", sample_scale, activation)
 
 
-def _check_dropout(x: Tensor, p: float, seed: Tensor) -> None:
-    _check_float("x", x)
-    if x.dim() < 1:
-        raise ValueError("x must be [..., K], got a 0-dimensional tensor")
-    if isinstance(p, bool) or not isinstance(p, (int, float)):
-        raise TypeError(f"p must be a number, got {type(p).__name__}")
-    if not 0.0 <= p < 1.0:
-        raise ValueError(f"p must be in [0, 1), got {p}")
-    _check_tensor("seed", seed)
-    if seed.dtype != torch.int64:
-        raise TypeError(f"seed must be int64, got {seed.dtype}")
-    if seed.dim():
-        raise ValueError(f"seed must be 0-dimensional, got shape {tuple(seed.shape)}")
-    _check_device("seed", seed, x, owner="x")
-
-
 def _check_tensor(name: str, value: Any) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
@@ -232,10 +190,10 @@ def _check_float(name: str, value: Any) -> None:
         raise TypeError(f"{name} must be bfloat16, float16, float32 or float64, got {value.dtype}")
 
 
-def _check_device(name: str, value: Tensor, owner_value: Tensor, owner: str = "activation") -> None:
-    if value.device != owner_value.device:
+def _check_device(name: str, value: Tensor, activation: Tensor) -> None:
+    if value.device != activation.device:
         raise ValueError(
-            f"{name} must be on {owner}'s device {owner_value.device}, got {value.device}"
+            f"{name} must be on activation's device {activation.device}, got {value.device}"
         )
 
 
@@ -266,7 +224,7 @@ def _fake_accumulate_fisher(
 
 @torch.library.register_fake("floe::dropout")
 def _fake_dropout(x: Tensor, p: float, seed: Tensor) -> Tensor:
-    _check_dropout(x, p, seed)
+    check_dropout(x, p, seed)
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 

@@ -16,7 +16,10 @@ class Progress:
         """A stage ``started``, ``finished`` or was ``unchanged``."""
 
     def step(self, name: str, done: int, total: int, note: str = "") -> None:
-        """``done`` of ``total`` parts of stage ``name``; ``note`` holds the loss or what is being done."""
+        """``done`` of ``total`` parts of stage ``name``.
+
+        ``note`` holds the loss or what is being done.
+        """
 
 
 class TerminalProgress(Progress):

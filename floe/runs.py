@@ -1,8 +1,9 @@
-"""The run folder: stages that are done stay done, unfinished ones resume, nothing half-written is ever seen.
+"""The run folder: stages that are done stay done, unfinished ones resume.
 
-A stage works in ``<stage>.work``, which survives a kill; its result appears under ``<stage>`` by one rename,
-together with ``DONE.json``: a hash of everything the stage read, and size and sha256 of every file it wrote.
-A stage whose inputs hash to the same value and whose files verify is skipped.
+Nothing half-written is ever seen: a stage works in ``<stage>.work``, which survives a kill; its
+result appears under ``<stage>`` by one rename, together with ``DONE.json``: a hash of everything
+the stage read, and size and sha256 of every file it wrote. A stage whose inputs hash to the same
+value and whose files verify is skipped.
 """
 
 from __future__ import annotations
@@ -60,10 +61,11 @@ class RunFolder:
         build: Callable[[Path], None],
         announce: Callable[[str, str], None] = lambda stage, what: None,
     ) -> str:
-        """Run ``build(work_folder)`` unless the stage is done with the same inputs; returns its hash.
+        """Run ``build(work_folder)`` unless the stage is done with the same inputs.
 
-        ``build`` writes its files into the folder it is given and finds there what an interrupted attempt with
-        the same inputs left. An exception leaves that folder for the next attempt.
+        ``build`` writes its files into the folder it is given and finds there what an interrupted
+        attempt with the same inputs left. An exception leaves that folder for the next attempt.
+        Returns the inputs' hash.
         """
         digest = hash_of(inputs)
         final = self.path / name
@@ -131,7 +133,10 @@ class RunFolder:
 
 
 def replace_folder(new: Path, final: Path) -> None:
-    """Put ``new`` in the place of ``final``; a kill between leaves the old one gone, never a mixture."""
+    """Put ``new`` in the place of ``final``.
+
+    A kill between leaves the old one gone, never a mixture.
+    """
     if final.exists():
         old = final.with_name(f"{final.name}.old")
         shutil.rmtree(old, ignore_errors=True)
@@ -221,14 +226,16 @@ def _cpu_name() -> str:
 
 
 def _commit() -> str | None:
-    """Commit of the source tree floe runs from, if it is one."""
+    """Commit of the source tree floe runs from; None where it is none, or git cannot tell."""
     folder = Path(__file__).resolve().parent.parent
     if not (folder / ".git").exists():
         return None
-    found = subprocess.run(
-        ["git", "-C", str(folder), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-    )
-    return found.stdout.strip() or None
+    command = ["git", "-C", str(folder), "rev-parse", "HEAD"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError:  # no git on this machine
+        return None
+    return found.stdout.strip() if found.returncode == 0 else None
 
 
 def _sync(path: Path) -> None:

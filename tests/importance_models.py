@@ -90,7 +90,7 @@ def _batch(rows, responses, side, keep):
     batch = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, "labels": labels}
     if keep:
         kept = min(width, 1 + max(responses))
-        batch |= {"labels": labels[:, -kept:], "logits_to_keep": kept}
+        batch |= {"labels": labels[:, -kept:], "logits_to_keep": torch.arange(width - kept, width)}
     return batch
 
 

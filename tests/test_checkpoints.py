@@ -2,8 +2,8 @@ import os
 
 import pytest
 
-from floe import checkpoints
 from floe.errors import FileError
+from floe.training import checkpoints
 
 ME = {"rows": "abc", "learning_rate": 0.1, "points": (1, 2)}
 

@@ -19,7 +19,9 @@ def test_labels_come_from_structure_though_pad_is_eos():
     rows = encode([ROW, {"prompt": "a longer question: ", "completion": "no"}], tokenizer).rows
     assert rows[0].response == (*tokenizer("yes")["input_ids"], 0)
     batch = Collator(tokenizer.pad_token_id)(rows)
-    assert batch["logits_to_keep"] == 5
+    assert batch["logits_to_keep"].tolist() == list(
+        range(batch["input_ids"].shape[1] - 5, batch["input_ids"].shape[1])
+    )
     assert batch["labels"][0].tolist() == [-100, *rows[0].response]
     assert batch["labels"][1].tolist() == [-100, -100, *rows[1].response]
     assert (batch["labels"][:, -1] == 0).all()  # the stop token is learnt
@@ -40,7 +42,7 @@ def test_row_without_prompt_does_not_count_its_first_token():
     assert row.labels == (-100, 5, 0)
     assert row.targets == 2
     batch = Collator()([row])
-    assert batch["logits_to_keep"] == 3
+    assert batch["logits_to_keep"].tolist() == [0, 1, 2]
     assert batch["labels"].tolist() == [[-100, 5, 0]]
 
 

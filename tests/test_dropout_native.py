@@ -149,7 +149,7 @@ def test_narrowing_rounds_to_nearest_even(header):
 @pytest.mark.parametrize("shape", [(1, 1), (3, 16), (2, 255), (2, 256), (5, 523)], ids=str)
 @pytest.mark.parametrize("seed", [0, 41, -7, 2**40 + 3])
 def test_mask_is_the_pure_function(shape, p, seed):
-    kept = ops.dropout(torch.ones(shape), p, seed_of(seed)) != 0
+    kept = ops.keyed_dropout(torch.ones(shape), p, seed_of(seed)) != 0
     assert torch.equal(kept, keep_mask(*shape, p, seed))
     assert torch.equal(kept, reference.dropout_keep(*shape, p, seed_of(seed)))
 
@@ -166,7 +166,7 @@ def test_values_are_scaled_wide_and_rounded_once(dtype, p):
     scale = torch.tensor(256 / (256 - threshold), dtype=wide)
     keep = reference.dropout_keep(64, 1024, p, seed_of(3))
     expected = torch.where(keep, x.to(wide) * scale, torch.zeros((), dtype=wide)).to(dtype)
-    out = ops.dropout(x, p, seed_of(3))
+    out = ops.keyed_dropout(x, p, seed_of(3))
     assert out.dtype == dtype
     assert torch.equal(out.isnan(), expected.isnan())
     assert torch.equal(out[~out.isnan()], expected[~expected.isnan()])
@@ -175,7 +175,7 @@ def test_values_are_scaled_wide_and_rounded_once(dtype, p):
 
 def test_dropped_values_are_zero_even_where_x_is_not_finite():
     x = torch.full((4, 64), float("nan"))
-    out = ops.dropout(x, 0.5, seed_of(1))
+    out = ops.keyed_dropout(x, 0.5, seed_of(1))
     keep = keep_mask(4, 64, 0.5, 1)
     assert out[keep].isnan().all()
     assert (out[~keep] == 0).all()
@@ -183,12 +183,12 @@ def test_dropped_values_are_zero_even_where_x_is_not_finite():
 
 def test_rows_count_over_all_leading_dimensions_and_strides_do_not_matter():
     x = torch.randn(6, 40)
-    flat = ops.dropout(x, 0.4, seed_of(5))
-    assert torch.equal(ops.dropout(x.view(2, 3, 40), 0.4, seed_of(5)).view(6, 40), flat)
-    assert torch.equal(ops.dropout(x[:1].view(40), 0.4, seed_of(5)), flat[0])
-    assert torch.equal(ops.dropout(x.T.contiguous().T, 0.4, seed_of(5)), flat)
-    assert ops.dropout(x[:0], 0.4, seed_of(5)).shape == (0, 40)
-    assert ops.dropout(x[:, :0], 0.4, seed_of(5)).shape == (6, 0)
+    flat = ops.keyed_dropout(x, 0.4, seed_of(5))
+    assert torch.equal(ops.keyed_dropout(x.view(2, 3, 40), 0.4, seed_of(5)).view(6, 40), flat)
+    assert torch.equal(ops.keyed_dropout(x[:1].view(40), 0.4, seed_of(5)), flat[0])
+    assert torch.equal(ops.keyed_dropout(x.T.contiguous().T, 0.4, seed_of(5)), flat)
+    assert ops.keyed_dropout(x[:0], 0.4, seed_of(5)).shape == (0, 40)
+    assert ops.keyed_dropout(x[:, :0], 0.4, seed_of(5)).shape == (6, 0)
 
 
 def test_bits_do_not_depend_on_the_number_of_threads():
@@ -196,9 +196,9 @@ def test_bits_do_not_depend_on_the_number_of_threads():
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        one = ops.dropout(x, 0.1, seed_of(9))
+        one = ops.keyed_dropout(x, 0.1, seed_of(9))
         torch.set_num_threads(3)
-        assert torch.equal(ops.dropout(x, 0.1, seed_of(9)), one)
+        assert torch.equal(ops.keyed_dropout(x, 0.1, seed_of(9)), one)
     finally:
         torch.set_num_threads(threads)
 
@@ -211,7 +211,8 @@ def correlation(a, b):
 def test_mask_behaves_like_independent_coin_flips():
     rows, columns, p = 1024, 1024, 26 / 256
     masks = [
-        (ops.dropout(torch.ones(rows, columns), p, seed_of(seed)) != 0) for seed in (0, 1, 2**32)
+        (ops.keyed_dropout(torch.ones(rows, columns), p, seed_of(seed)) != 0)
+        for seed in (0, 1, 2**32)
     ]
     deviation = 1 / (rows * columns) ** 0.5
     for mask in masks:
@@ -229,8 +230,8 @@ def test_mask_behaves_like_independent_coin_flips():
 
 def test_gradient_meets_the_same_mask():
     x = torch.randn(7, 33, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda t: ops.dropout(t, 0.3, seed_of(11)), (x,))
-    assert torch.autograd.gradgradcheck(lambda t: ops.dropout(t, 0.3, seed_of(11)), (x,))
+    assert torch.autograd.gradcheck(lambda t: ops.keyed_dropout(t, 0.3, seed_of(11)), (x,))
+    assert torch.autograd.gradgradcheck(lambda t: ops.keyed_dropout(t, 0.3, seed_of(11)), (x,))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -241,14 +242,14 @@ def test_opcheck(dtype):
 
 def test_compiles_into_one_graph_with_its_gradient():
     compiled = torch.compile(
-        lambda t, s: ops.dropout(t, 0.3, s) * 2, fullgraph=True, backend="aot_eager"
+        lambda t, s: ops.keyed_dropout(t, 0.3, s) * 2, fullgraph=True, backend="aot_eager"
     )
     for seed in (1, 2):
         x = torch.randn(4, 50, requires_grad=True)
         out = compiled(x, seed_of(seed))
-        assert torch.equal(out, ops.dropout(x, 0.3, seed_of(seed)) * 2)
+        assert torch.equal(out, ops.keyed_dropout(x, 0.3, seed_of(seed)) * 2)
         out.sum().backward()
-        assert torch.equal(x.grad, ops.dropout(torch.full_like(x, 2.0), 0.3, seed_of(seed)))
+        assert torch.equal(x.grad, ops.keyed_dropout(torch.full_like(x, 2.0), 0.3, seed_of(seed)))
 
 
 @pytest.mark.parametrize(
@@ -281,7 +282,7 @@ def test_compiles_into_one_graph_with_its_gradient():
 )
 def test_bad_arguments_are_explained(arguments, error, text):
     with pytest.raises(error, match=text):
-        ops.dropout(*arguments)
+        ops.keyed_dropout(*arguments)
 
 
 def test_direct_calls_are_guarded():

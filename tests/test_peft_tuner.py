@@ -306,6 +306,6 @@ def test_registration_is_idempotent_and_an_enum_member():
 
     assert peft.PeftType("FLOE") is peft.PeftType["FLOE"] is peft.PeftType.FLOE
     assert peft.PeftType.FLOE.value == "FLOE"
-    assert tuner._peft_type() is peft.PeftType.FLOE
+    assert tuner.peft_type() is peft.PeftType.FLOE
     assert sum(str(k.value) == "FLOE" for k in peft.PeftType) == 1
     assert importlib.import_module("floe.adapters.peft_tuner") is tuner

@@ -251,13 +251,14 @@ def test_dropout_writes_zero_where_the_input_is_not_finite():
     "dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str
 )
 def test_every_implementation_of_dropout_gives_the_same_bits(dtype):
-    import floe.ops  # registers the native one
+    import floe.ops  # registers the native one, which keyed_dropout then takes
 
+    assert floe.ops.keyed_dropout is keyed_dropout
     x = torch.randn(3, 7, 37).to(dtype)
     for p in (0.05, 0.5):
         expected = reference.dropout(x, p, SEED)
         assert torch.equal(keyed_dropout(x, p, SEED), expected)
-        assert torch.equal(floe.ops.dropout(x, p, SEED), expected)
+        assert torch.equal(torch.ops.floe.dropout(x, p, SEED), expected)
 
 
 @pytest.mark.parametrize("p", [-0.1, 1.0, float("nan")])

@@ -8,15 +8,15 @@ import pytest
 import torch
 from tiny import tiny_model, tiny_rows
 
-import floe.search
+import floe.rank_search.search
 from floe import proposals, studies
-from floe.adapters import FloeConfig, get_model
+from floe.adapters import FloeConfig, get_model, remove_adapters
 from floe.data import make_batches
 from floe.evaluate import validation_loss
-from floe.proposals import SearchSpace, propose, sampler_settings
-from floe.search import base_fingerprint, remove_adapter, search
-from floe.studies import Owner, mask
-from floe.train import TrainSettings, train
+from floe.rank_search.proposals import SearchSpace, propose, sampler_settings
+from floe.rank_search.search import base_fingerprint, search
+from floe.rank_search.studies import Owner, mask
+from floe.training.train import TrainSettings, train
 
 SMALL = SearchSpace(rank=(1, 3, 1), num_experts=(1, 2, 1))
 FAST = TrainSettings(
@@ -141,7 +141,7 @@ def test_search_keeps_the_best_model_and_leaves_the_base_alone(tmp_path):
     # the model returned is the best trial's: its loss is the objective
     again = validation_loss(result.model, make_batches(rows[16:], 16))
     assert again == pytest.approx(result.objective, abs=1e-7)
-    remove_adapter(result.model)
+    remove_adapters(result.model)
     after = dict(base.named_parameters())
     assert before.keys() == after.keys()
     assert all(torch.equal(before[n], after[n]) for n in before)
@@ -167,7 +167,7 @@ def test_a_small_space_is_searched_whole_and_says_so(tmp_path):
 def test_a_finished_search_returns_at_once_and_can_be_extended(tmp_path, monkeypatch):
     first = run(tmp_path, trials=2)
     with monkeypatch.context() as patch:
-        patch.setattr(floe.search, "train", None)
+        patch.setattr(floe.rank_search.search, "train", None)
         again = run(tmp_path, trials=2)
     assert again.trials == first.trials
     longer = run(tmp_path, trials=4)
@@ -186,7 +186,7 @@ def test_other_arguments_are_refused_by_name(tmp_path):
 
 
 def test_failed_trials_are_counted_and_the_search_goes_on(tmp_path, monkeypatch):
-    real = floe.search.train
+    real = floe.rank_search.search.train
 
     def sometimes(model, rows, **keywords):
         rank = model.peft_config["default"].r
@@ -196,7 +196,7 @@ def test_failed_trials_are_counted_and_the_search_goes_on(tmp_path, monkeypatch)
             raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
         return real(model, rows, **keywords)
 
-    monkeypatch.setattr(floe.search, "train", sometimes)
+    monkeypatch.setattr(floe.rank_search.search, "train", sometimes)
     result = run(tmp_path, trials=6)
     states = {(t.rank, t.state) for t in result.trials}
     assert states == {(1, "failed"), (2, "failed"), (3, "complete")}
@@ -218,7 +218,7 @@ def test_other_errors_stop_the_search_and_free_the_base(tmp_path, monkeypatch):
         raise OSError("disk full")
 
     with monkeypatch.context() as patch:
-        patch.setattr(floe.search, "train", broken)
+        patch.setattr(floe.rank_search.search, "train", broken)
         with pytest.raises(OSError, match="disk full"):
             run(tmp_path, base=base)
     result = run(tmp_path, base=base)  # the trial it left behind is given up and trained again
@@ -226,14 +226,14 @@ def test_other_errors_stop_the_search_and_free_the_base(tmp_path, monkeypatch):
 
 
 def test_a_trial_that_changes_the_base_is_an_error(tmp_path, monkeypatch):
-    real = floe.search.train
+    real = floe.rank_search.search.train
 
     def careless(model, rows, **keywords):
         with torch.no_grad():
             model.get_base_model().lm_head.weight[0] += 1
         return real(model, rows, **keywords)
 
-    monkeypatch.setattr(floe.search, "train", careless)
+    monkeypatch.setattr(floe.rank_search.search, "train", careless)
     with pytest.raises(RuntimeError, match="must leave the base model as it is"):
         run(tmp_path)
 
@@ -325,7 +325,7 @@ def test_fingerprint_and_removal():
     base = tiny_model(layers=1)
     before = base_fingerprint(base)
     for _ in range(2):
-        base = remove_adapter(get_model(base, FloeConfig(r=2)))
+        base = remove_adapters(get_model(base, FloeConfig(r=2)))
     assert base_fingerprint(base) == before
     with torch.no_grad():
         base.lm_head.weight.view(-1)[0] += 1

@@ -8,13 +8,13 @@ import torch
 from tiny import tiny_model, tiny_rows
 from workers import TRAINING, training
 
-from floe import checkpoints, trainer
 from floe.adapters import FloeConfig, adapted_modules, get_model, separate_base
 from floe.data import TokenRow
 from floe.errors import FileError
 from floe.evaluate import evaluate_rows, summarise_loss
 from floe.losses import row_losses
-from floe.train import PeakMemory, TrainSettings, adapter_parameters, train, training_order
+from floe.training import checkpoints, trainer
+from floe.training.train import PeakMemory, TrainSettings, adapter_parameters, train, training_order
 
 FAST = TrainSettings(learning_rate=1e-2, warmup_ratio=0.0, save_steps=None, validation_points=())
 

@@ -10,8 +10,8 @@ import torch
 from tiny import tiny_model, tiny_rows
 
 from floe.adapters import FloeConfig, get_model
-from floe.search import SearchSpace, search
-from floe.train import TrainSettings, adapter_parameters, train
+from floe.rank_search.search import SearchSpace, search
+from floe.training.train import TrainSettings, adapter_parameters, train
 
 TRAINING = TrainSettings(
     learning_rate=1e-2, warmup_ratio=0.0, grad_accum=2, max_steps=14, save_steps=1,

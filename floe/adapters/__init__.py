@@ -1,13 +1,12 @@
-"""Adapters: the adapted linear layer, its PEFT method, its files. Importing it registers floe with PEFT."""
+"""Adapters: the adapted linear layer, its PEFT method, its files.
 
+Importing this package registers floe with PEFT.
+"""
+
+from floe.adapters.config import FloeConfig
 from floe.adapters.moe_lora import MoELoRALinear, separate_base
-from floe.adapters.peft_tuner import (
-    FloeConfig,
-    adapted_layers,
-    adapted_modules,
-    get_model,
-    parameter_counts,
-)
+from floe.adapters.peft_tuner import get_model, remove_adapters
+from floe.adapters.targets import adapted_layers, adapted_modules, parameter_counts
 
 __all__ = [
     "FloeConfig",
@@ -16,5 +15,6 @@ __all__ = [
     "adapted_modules",
     "get_model",
     "parameter_counts",
+    "remove_adapters",
     "separate_base",
 ]

@@ -1,4 +1,7 @@
-"""A routed adapter as one ordinary LoRA, for servers that know no router. An approximation, with its error."""
+"""A routed adapter as one ordinary LoRA, for servers that know no router.
+
+An approximation, with its error.
+"""
 
 from __future__ import annotations
 
@@ -14,16 +17,21 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from floe.adapters.config import FloeConfig
 from floe.adapters.files import publish_folder
 from floe.adapters.moe_lora import MoELoRALinear
-from floe.adapters.peft_tuner import FloeConfig, adapted_modules
+from floe.adapters.targets import adapted_modules
 from floe.errors import FileError
 from floe.ops import moe_lora_add
 
 
 @dataclass(frozen=True)
 class ExportReport:
-    """Relative error of each module's adapter output, ``|lora - routed| / |routed|`` over the batches' tokens."""
+    """How far the plain LoRA at ``path`` is off.
+
+    ``module_error`` is the relative error of each module's adapter output,
+    ``|lora - routed| / |routed|`` over the batches' tokens.
+    """
 
     path: Path
     module_error: dict[str, float]
@@ -40,14 +48,16 @@ def export_lora(
     batches: Iterable[dict[str, Any]],
     adapter_name: str = "default",
 ) -> ExportReport:
-    """Write the plain LoRA whose experts are mixed by their mean gate over ``batches``, and say how far off it is.
+    """Write the plain LoRA whose experts are mixed by their mean gate, and say how far off it is.
 
-    Exact where a router is constant; elsewhere the token-dependent mixture is lost and the error tells how much
-    that is. A is shared by the experts, so the mixture ``sum_i mean(gate_i) B_i A`` is one LoRA of the same rank.
+    The mean is over the tokens of ``batches``. Exact where a router is constant; elsewhere the
+    token-dependent mixture is lost and the error tells how much that is. A is shared by the
+    experts, so the mixture ``sum_i mean(gate_i) B_i A`` is one LoRA of the same rank.
 
     Args:
-        model: with a floe adapter. path: folder to write, readable by stock PEFT. batches: representative model inputs
-            (``attention_mask`` marks the tokens that count).
+        model: with a floe adapter.
+        path: folder to write, readable by stock PEFT.
+        batches: representative model inputs (``attention_mask`` marks the tokens that count).
 
     Raises:
         ValueError: if the model has no such active adapter or the batches hold no token.
@@ -55,9 +65,13 @@ def export_lora(
     """
     config = model.peft_config.get(adapter_name)
     if not isinstance(config, FloeConfig):
-        raise ValueError(f"model must hold a floe adapter named {adapter_name!r}, got {type(config).__name__}")
+        raise ValueError(
+            f"model must hold a floe adapter named {adapter_name!r}, got {type(config).__name__}"
+        )
     if adapter_name not in model.active_adapters:
-        raise ValueError(f"adapter {adapter_name!r} must be active to be measured, got {model.active_adapters}")
+        raise ValueError(
+            f"adapter {adapter_name!r} must be active to be measured, got {model.active_adapters}"
+        )
     target = Path(path)
     if target.exists() and not (target / "adapter_config.json").is_file():
         raise FileError(target, "exists and is not an adapter folder; not overwritten")
@@ -111,7 +125,10 @@ def _errors(
 def _visit(
     model: nn.Module, modules: dict[str, MoELoRALinear], batches: list[dict[str, Any]], observe: Any
 ) -> None:
-    """Call ``observe(path, layer, x [tokens, K])`` for every adapted layer on the real tokens of every batch."""
+    """Call ``observe(path, layer, x [tokens, K])`` for every adapted layer and every batch.
+
+    Only the real tokens, those under ``attention_mask``, are shown.
+    """
     keep: list[Tensor] = []
 
     def hook_for(path: str) -> Any:
@@ -139,7 +156,11 @@ def _mixed(expand: Tensor, gate: Tensor) -> Tensor:
 
 
 def _save(
-    modules: dict[str, MoELoRALinear], config: FloeConfig, gates: dict[str, Tensor], name: str, path: Path
+    modules: dict[str, MoELoRALinear],
+    config: FloeConfig,
+    gates: dict[str, Tensor],
+    name: str,
+    path: Path,
 ) -> None:
     tensors: dict[str, Tensor] = {}
     for place, layer in modules.items():

@@ -1,7 +1,7 @@
 """Adapter folders: saved whole, loaded strictly.
 
-Loading runs no code, reads only the named folder, changes no base weight, and either yields exactly the saved
-adapter or raises. (Loaders of transformers itself check the format's version only.)
+Loading runs no code, reads only the named folder, changes no base weight, and either yields exactly
+the saved adapter or raises. (Loaders of transformers itself check the format's version only.)
 """
 
 from __future__ import annotations
@@ -18,20 +18,21 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from floe.adapters.peft_tuner import (
-    FloeConfig,
-    adapter_shapes,
-    check_adapter_name,
-    check_tensors,
-)
+from floe.adapters.config import FloeConfig
+from floe.adapters.peft_tuner import check_adapter_name, check_tensors
+from floe.adapters.targets import adapter_shapes
 from floe.errors import FileError
 
 _CONFIG, _TENSORS = "adapter_config.json", "adapter_model.safetensors"
 _LONGEST_CONFIG = 10 << 20
 
 
-def save_adapter(model: peft.PeftModel, path: str | os.PathLike[str], adapter_name: str = "default") -> None:
-    """Write ``adapter_config.json`` and ``adapter_model.safetensors``; the folder appears complete or not at all.
+def save_adapter(
+    model: peft.PeftModel, path: str | os.PathLike[str], adapter_name: str = "default"
+) -> None:
+    """Write ``adapter_config.json`` and ``adapter_model.safetensors``.
+
+    The folder appears complete or not at all.
 
     Raises:
         ValueError: if the model has no such floe adapter, or it holds NaN or infinity.
@@ -39,7 +40,9 @@ def save_adapter(model: peft.PeftModel, path: str | os.PathLike[str], adapter_na
     """
     config = getattr(model, "peft_config", {}).get(adapter_name)
     if not isinstance(config, FloeConfig):
-        raise ValueError(f"model must hold a floe adapter named {adapter_name!r}, got {type(config).__name__}")
+        raise ValueError(
+            f"model must hold a floe adapter named {adapter_name!r}, got {type(config).__name__}"
+        )
     for name, parameter in model.named_parameters():
         if name.endswith(f".{adapter_name}") and not parameter.isfinite().all():
             raise ValueError(f"{name} must hold finite values to be saved, got NaN or infinity")
@@ -49,7 +52,12 @@ def save_adapter(model: peft.PeftModel, path: str | os.PathLike[str], adapter_na
     beside = target.with_name(f"{target.name}.tmp")
     shutil.rmtree(beside, ignore_errors=True)
     try:
-        model.save_pretrained(str(beside), selected_adapters=[adapter_name], safe_serialization=True)
+        model.save_pretrained(
+            str(beside),
+            selected_adapters=[adapter_name],
+            safe_serialization=True,
+            save_embedding_layers=False,  # "auto" would ask the hub for the base model's vocabulary
+        )
         source = beside if adapter_name == "default" else beside / adapter_name
         _check_card(source)
         _seal(source)
@@ -67,8 +75,8 @@ def load_adapter(
     """``base_model`` with the adapter in ``path``, exactly as saved.
 
     Raises:
-        FileError: missing or damaged files, another method's adapter, a newer format, tensors that are missing,
-            foreign, misshapen or not finite, or layers the base model does not have.
+        FileError: missing or damaged files, another method's adapter, a newer format, tensors that
+            are missing, foreign, misshapen or not finite, or layers the base model does not have.
     """
     check_adapter_name(adapter_name)
     folder = Path(path)
@@ -114,7 +122,10 @@ def read_config(folder: Path) -> FloeConfig:
 
 
 def _check_tensors(base_model: nn.Module, config: FloeConfig, folder: Path) -> None:
-    """Exactly the tensors ``config`` means on this model, and, where floe saved them, exactly the bytes it saved."""
+    """Exactly the tensors ``config`` means on this model; FileError otherwise.
+
+    Where floe saved them, also exactly the bytes it saved.
+    """
     file = folder / _TENSORS
     if not file.is_file():
         raise FileError(file, "does not exist (other file formats are not loaded)")
@@ -125,7 +136,9 @@ def _check_tensors(base_model: nn.Module, config: FloeConfig, folder: Path) -> N
         raise FileError(file, f"is damaged: {error}") from error
     digest = header.pop("__metadata__", {}).get("floe_digest")
     if digest is not None and digest != _digest(folder, header, data):
-        raise FileError(file, f"is not what was saved, or {_CONFIG} beside it was edited: the digest differs")
+        raise FileError(
+            file, f"is not what was saved, or {_CONFIG} beside it was edited: the digest differs"
+        )
     try:
         shapes = adapter_shapes(base_model, config)
         check_tensors({n.removeprefix("base_model.model."): t for n, t in tensors.items()}, shapes)
@@ -134,7 +147,10 @@ def _check_tensors(base_model: nn.Module, config: FloeConfig, folder: Path) -> N
 
 
 def _seal(folder: Path) -> None:
-    """Put a digest of settings and tensors into the tensors' header, sorted so that equal adapters are equal bytes."""
+    """Put a digest of settings and tensors into the tensors' header.
+
+    The header is sorted, so that equal adapters are equal bytes.
+    """
     file = folder / _TENSORS
     header, data = _split(file.read_bytes())
     header.pop("__metadata__", None)
@@ -158,7 +174,10 @@ def _digest(folder: Path, header: dict[str, Any], data: bytes) -> str:
 
 
 def publish_folder(source: Path, target: Path) -> None:
-    """``source`` in the place of ``target``, on disk before it is seen; ``target`` is put back if that fails."""
+    """Put ``source`` in the place of ``target``, on disk before it is seen.
+
+    ``target`` is put back if that fails.
+    """
     for file in source.iterdir():
         with file.open("rb") as opened:
             os.fsync(opened.fileno())
@@ -176,11 +195,12 @@ def publish_folder(source: Path, target: Path) -> None:
 
 
 def _check_card(folder: Path) -> None:
-    """Say in the card what a stranger needs first: PEFT finds the method only after ``import floe``."""
+    """Say in the card what a stranger needs first: PEFT knows the method after ``import floe``."""
     card = folder / "README.md"
     text = card.read_text(encoding="utf-8") if card.is_file() else ""
     note = (
-        "\n## Loading\n\n```python\nimport floe.adapters  # registers the method with PEFT\nimport peft\n\n"
+        "\n## Loading\n\n```python\n"
+        "import floe.adapters  # registers the method with PEFT\nimport peft\n\n"
         "model = peft.PeftModel.from_pretrained(base_model, path)\n```\n"
     )
     if "import floe" not in text:

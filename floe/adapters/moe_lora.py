@@ -1,10 +1,10 @@
-"""The adapted linear layer: a frozen ``nn.Linear`` as child ``base_layer`` plus routed low-rank experts."""
+"""The adapted linear layer: a frozen one as child ``base_layer`` plus routed low-rank experts."""
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,17 +16,26 @@ from floe import ops
 
 
 class MoELoRALinear(nn.Module, BaseTunerLayer):
-    """One shared A, M experts B_i and a softmax router per token, beside a frozen linear (FLoE Eq. 1).
+    """One shared A, M experts B_i and a softmax router, beside a frozen linear (FLoE Eq. 1).
 
-    Per adapter name: ``floe_shrink`` [r + M, K] holds A's rows, then the router's; ``floe_expand`` [N, M, r]
-    holds the experts. Both are drawn at :meth:`update_layer`: A and the router from U(-1/sqrt(K), 1/sqrt(K)),
-    B zero. A router of zeros would leave all experts identical for ever.
+    Per adapter name: ``floe_shrink`` [r + M, K] holds A's rows, then the router's; ``floe_expand``
+    [N, M, r] holds the experts. Both are drawn at :meth:`update_layer`: A and the router from
+    U(-1/sqrt(K), 1/sqrt(K)), B zero. A router of zeros would leave all experts identical for ever.
     """
 
     adapter_layer_names = ("floe_shrink", "floe_expand")
     other_param_names = ("r", "num_experts", "scaling", "dropout")
 
-    def __init__(self, base_layer: nn.Module) -> None:
+    # Types alone: nn.Module would claim a Tensor or a Module under each of these names.
+    base_layer: nn.Linear
+    in_features: int
+    out_features: int
+    active_adapters: list[str]
+    disable_adapters: bool
+    set_adapter: Callable[..., None]
+    get_base_layer: Callable[[], nn.Linear]
+
+    def __init__(self, base_layer: nn.Linear) -> None:
         super().__init__()
         self.base_layer = base_layer
         self.r: dict[str, int] = {}
@@ -50,7 +59,10 @@ class MoELoRALinear(nn.Module, BaseTunerLayer):
         generator: torch.Generator,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        """Add (or replace) adapter ``name``, drawn from ``generator`` on the CPU whatever the base's device."""
+        """Add (or replace) adapter ``name``, drawn from ``generator``.
+
+        The values are drawn on the CPU, so they do not depend on the base's device.
+        """
         self.r[name], self.num_experts[name] = rank, num_experts
         self.scaling[name], self.dropout[name] = scaling, dropout
         bound = 1.0 / math.sqrt(self.in_features)
@@ -67,7 +79,11 @@ class MoELoRALinear(nn.Module, BaseTunerLayer):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Base output plus every active adapter's; [..., K] -> [..., N]."""
-        active = [] if self.disable_adapters else [a for a in self.active_adapters if a in self.floe_shrink]
+        active = (
+            []
+            if self.disable_adapters
+            else [a for a in self.active_adapters if a in self.floe_shrink]
+        )
         if active and self._may_fuse():
             y = self._fused(x, active[0])
             active = active[1:]
@@ -78,9 +94,14 @@ class MoELoRALinear(nn.Module, BaseTunerLayer):
         return y
 
     def _may_fuse(self) -> bool:
-        """The fused op reads the base's weight itself: only for a plain, frozen, unhooked ``nn.Linear``."""
+        """The fused op reads the weight itself, so it needs a plain, frozen, unhooked linear."""
         base = self.base_layer
-        hooks = (base._forward_hooks, base._forward_pre_hooks, base._backward_hooks, base._backward_pre_hooks)
+        hooks = (
+            base._forward_hooks,
+            base._forward_pre_hooks,
+            base._backward_hooks,
+            base._backward_pre_hooks,
+        )
         hooked = any(hooks) or hasattr(base, "_hf_hook")
         return (
             type(base) is nn.Linear
@@ -89,13 +110,19 @@ class MoELoRALinear(nn.Module, BaseTunerLayer):
             and not any(parameter.requires_grad for parameter in base.parameters())
         )
 
-    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+    def _move_adapter_to_device_of_base_layer(
+        self, adapter_name: str, device: torch.device | None = None
+    ) -> None:
         """Follow the base layer's device; the adapter keeps its own dtype."""
         if device is None:
             device = next((p.device for p in self.base_layer.parameters()), torch.device("cpu"))
         for parameters in (self.floe_shrink, self.floe_expand):
             parameter = parameters[adapter_name]
-            if parameter.device != device and device.type != "meta" and parameter.device.type != "meta":
+            if (
+                parameter.device != device
+                and device.type != "meta"
+                and parameter.device.type != "meta"
+            ):
                 parameter.data = parameter.data.to(device)
 
     def _fused(self, x: Tensor, name: str) -> Tensor:
@@ -116,13 +143,15 @@ class MoELoRALinear(nn.Module, BaseTunerLayer):
 
     def router_weight(self, name: str) -> Tensor:
         """Rows of ``floe_shrink`` that are the router's, [M, K]."""
-        return self.floe_shrink[name][self.r[name] :]
+        shrink: Tensor = self.floe_shrink[name]
+        return shrink[self.r[name] :]
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Refuse: the experts' weights depend on the token, so no single matrix equals them."""
         raise ValueError(
-            "a routed adapter cannot be merged into the base weights: its experts' weights depend on the "
-            "token; floe.export_lora writes the plain LoRA nearest to it and reports the error"
+            "a routed adapter cannot be merged into the base weights: its experts' weights depend "
+            "on the token; floe.export_lora writes the plain LoRA nearest to it and reports the "
+            "error"
         )
 
     def __repr__(self) -> str:
@@ -132,7 +161,7 @@ class MoELoRALinear(nn.Module, BaseTunerLayer):
 def module_generator(seed: int, path: str) -> torch.Generator:
     """A generator that depends on the seed and the module's path alone.
 
-    So a layer starts from the same adapter whichever other layers are adapted, and in whatever order.
+    So a layer starts from the same adapter whichever other layers are adapted, in whatever order.
     """
     digest = hashlib.sha256(f"{seed}:{path}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
@@ -140,7 +169,7 @@ def module_generator(seed: int, path: str) -> torch.Generator:
 
 @contextmanager
 def separate_base(model: nn.Module) -> Iterator[None]:
-    """Within it, every adapted layer calls its base layer as a module and adds the adapter to the result.
+    """Within it, every adapted layer calls its base layer as a module, then adds the adapter.
 
     Hooks on ``base_layer`` then fire, and its input's gradient is that of the frozen path alone.
     """

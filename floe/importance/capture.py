@@ -20,7 +20,7 @@ from torch.utils.hooks import RemovableHandle
 
 from floe import ops
 from floe.adapters.moe_lora import MoELoRALinear, separate_base
-from floe.adapters.peft_tuner import adapted_layers
+from floe.adapters.targets import adapted_layers
 from floe.blocks import Geometry, base_of, find_blocks, geometry, linear_at
 from floe.importance.adapter import squared_gradient_norms
 from floe.importance.frozen import (

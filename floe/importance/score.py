@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import floe
 from floe.adapters.moe_lora import MoELoRALinear, module_generator
-from floe.adapters.peft_tuner import adapted_layers, adapted_modules
+from floe.adapters.targets import adapted_layers, adapted_modules
 from floe.blocks import base_of
 from floe.importance.adapter import active_adapters
 from floe.importance.fisher import Fisher, Progress, measure_adapter_fisher, measure_fisher

@@ -1,4 +1,7 @@
-"""A run: configuration in, report out. ``stages`` is the order of things, the other modules one stage each."""
+"""A run: configuration in, report out.
+
+``stages`` is the order of things, the other modules one stage each.
+"""
 
 from floe.pipeline.stages import STAGES, RunResult, export_run, run
 

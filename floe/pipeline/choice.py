@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from floe.adapters import remove_adapters
 from floe.config import Baseline
 from floe.importance.scores import Scores
-from floe.selection.selection import Selection, select
 from floe.pipeline.workspace import Workspace
-from floe.search import remove_adapter
+from floe.selection.selection import Selection, select
 
 
 def choose(work: Workspace, run: Path, progress: Any) -> Selection:
@@ -25,15 +25,18 @@ def choose(work: Workspace, run: Path, progress: Any) -> Selection:
     model = work.adapted(run / "search/adapter")
     try:
         batches = work.batches(work.calibration_rows, work.config.score.batch_size)
-        return select(scores, model, batches, tune_tokens=settings.tune_tokens, progress=progress, **arguments)
+        return select(
+            scores, model, batches, tune_tokens=settings.tune_tokens, progress=progress, **arguments
+        )
     finally:
-        remove_adapter(model)
+        remove_adapters(model)
 
 
 def choose_baseline(work: Workspace, run: Path, chosen: Selection, baseline: Baseline) -> list[int]:
-    """Layers of one baseline: as many as the main arm has, by the baseline's policy (``all``: every one).
+    """Layers of one baseline: as many as the main arm has, by the baseline's policy.
 
-    The paper's masks at the run's own preset are those already computed, and tuned, for the main selection.
+    The policy ``all`` takes every one. The paper's masks at the run's own preset are those already
+    computed, and tuned, for the main selection.
     """
     scores = Scores.load(run / "score/scores.npz")
     settings = work.config.select

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from floe.adapters import remove_adapters
 from floe.data import row_order
 from floe.evaluate import (
     Answers,
@@ -16,10 +17,9 @@ from floe.evaluate import (
     paired_difference,
     summarise_loss,
 )
+from floe.pipeline.workspace import Workspace, plain
 from floe.routers import router_statistics
 from floe.runs import read_json, write_json
-from floe.pipeline.workspace import Workspace, plain
-from floe.search import remove_adapter
 
 INTERVALS = "95 %: bootstrap over rows for loss, Wilson for accuracy"
 
@@ -57,7 +57,7 @@ def _measure_arm(
                 _write_routers(work, model, folder)
         finally:
             if adapter is not None:
-                remove_adapter(model)
+                remove_adapters(model)
         write_json(part, _pack(losses, answers))
     return _unpack(read_json(part))
 
@@ -83,7 +83,11 @@ def _answers(work: Workspace, model: Any) -> Answers | None:
         )
     if kind == "generation":
         return evaluate_generation(
-            model, work.tokenizer, work.test_examples, max_new_tokens=settings.max_new_tokens, **common
+            model,
+            work.tokenizer,
+            work.test_examples,
+            max_new_tokens=settings.max_new_tokens,
+            **common,
         )
     return None
 
@@ -118,7 +122,9 @@ def _pack(losses: Losses, answers: Answers | None) -> dict[str, Any]:
 def _unpack(packed: dict[str, Any]) -> tuple[Losses, Answers | None]:
     import numpy as np
 
-    losses = Losses(np.array(packed["nll"], dtype=np.float64), np.array(packed["tokens"], dtype=np.int64))
+    losses = Losses(
+        np.array(packed["nll"], dtype=np.float64), np.array(packed["tokens"], dtype=np.int64)
+    )
     if "given" not in packed:
         return losses, None
     return losses, Answers(packed["given"], np.array(packed["correct"], dtype=bool))

@@ -9,18 +9,19 @@ from typing import Any
 
 import torch
 
+from floe.adapters import remove_adapters
 from floe.blocks import find_blocks
-from floe.memory import PeakMemory
-from floe.runs import write_json
 from floe.pipeline.workspace import Workspace
-from floe.search import remove_adapter
+from floe.runs import write_json
+from floe.training.memory import PeakMemory
 
 
 def build(work: Workspace, rank: int, experts: int, folder: Path, progress: Any) -> None:
-    """Time optimiser steps with k evenly spread layers adapted, for several k; write ``profile.json``.
+    """Time optimiser steps with k evenly spread layers adapted, for several k.
 
-    Every point runs the same rows. The layers are spread so that the lowest adapted one, which decides how far
-    the backward pass goes, moves as it would for a typical choice.
+    Writes ``profile.json``. Every point runs the same rows. The layers are spread so that the
+    lowest adapted one, which decides how far the backward pass goes, moves as it would for a
+    typical choice.
     """
     total = len(find_blocks(work.base_model))
     points = work.config.profile.points
@@ -54,7 +55,7 @@ def _point(
             for _ in range(work.config.profile.steps + 1):
                 seconds.append(_step(model, optimizer, batches, work.device))
     finally:
-        remove_adapter(model)
+        remove_adapters(model)
     timed = seconds[1:]  # the first step allocates
     return {
         "layers": len(layers), "seconds_per_step": statistics.median(timed), "low": min(timed),

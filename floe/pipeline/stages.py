@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,9 @@ def run(
     until: str = "report",
     progress: Progress | None = None,
 ) -> RunResult:
-    """Run the stages up to ``until``; those whose inputs are unchanged are skipped, an unfinished one resumes.
+    """Run the stages up to ``until``.
+
+    Those whose inputs are unchanged are skipped, an unfinished one resumes.
 
     Args:
         config: a RunConfig, or the path of its YAML file.
@@ -96,14 +99,20 @@ class _Stages:
         self.config, self.folder, self.progress = config, folder, progress
         self.work = Workspace(config)
         self.path = folder.path
-        write_json(self.path / "env.json", environment() | {"device": str(self.work.device), "dtype": str(self.work.dtype)})
+        write_json(
+            self.path / "env.json",
+            environment() | {"device": str(self.work.device), "dtype": str(self.work.dtype)},
+        )
         self.hashes: dict[str, str] = {}
 
     def _stage(self, name: str, inputs: dict[str, Any], build: Callable[[Path], None]) -> None:
         self.hashes[name] = self.folder.stage(name, inputs, build, self.progress.stage)
 
     def _announce(self, stage: str) -> Announce:
-        return lambda done, total, note="": self.progress.step(stage, done, total, note)
+        def announce(done: int, total: int, note: str = "") -> None:
+            self.progress.step(stage, done, total, note)
+
+        return announce
 
     def _learning(self, stage: str) -> Any:
         def report(step: int, steps: int, loss: float, seconds_left: float) -> None:
@@ -114,11 +123,16 @@ class _Stages:
     def _common(self) -> dict[str, Any]:
         adapter = self.config.adapter.model_dump(mode="json")
         train = self.config.train.model_dump(mode="json")
-        return {"model": self.work.model_identity(), "data": self.work.data_identity(),
-                "adapter": adapter, "train": train, "eval_batch": self.config.eval.batch_size}  # fmt: skip
+        return {
+            "model": self.work.model_identity(),
+            "data": self.work.data_identity(),
+            "adapter": adapter,
+            "train": train,
+            "eval_batch": self.config.eval.batch_size,
+        }
 
     def search(self) -> None:
-        """Rank, experts and the warm-up model; without trials, one warm-up at the configured size."""
+        """Rank, experts and the warm-up model; without trials, a warm-up at the configured size."""
         from floe.pipeline import warmup
 
         inputs = self._common() | {
@@ -139,17 +153,18 @@ class _Stages:
 
     def score(self) -> None:
         """Mask Fisher, adapter Fisher and Taylor cost."""
+        from floe.adapters import remove_adapters
         from floe.data import fingerprint
         from floe.importance.score import score
-        from floe.search import remove_adapter
 
         settings = self.config.score
+        probe = "probe" in self._policies()
         inputs = {
             "search": self.hashes["search"],
             "score": settings.model_dump(mode="json"),
             "rows": fingerprint(self.work.calibration_rows),
             "taylor_rows": fingerprint(self.work.taylor_rows),
-            "probe": "probe" in self._policies(),
+            "probe": probe,
         }
 
         def build(folder: Path) -> None:
@@ -164,12 +179,12 @@ class _Stages:
                     taylor_kind=settings.taylor_kind,
                     taylor_aggregate=settings.taylor_aggregate,
                     taylor_tokens=settings.taylor_tokens,
-                    probe=inputs["probe"],
+                    probe=probe,
                     seed=settings.seed,
                     progress=self._announce("score"),
                 )
             finally:
-                remove_adapter(model)
+                remove_adapters(model)
             scores.save(folder / "scores.npz")
 
         self._stage("score", inputs, build)
@@ -190,8 +205,14 @@ class _Stages:
         def build(folder: Path) -> None:
             selection = choose(self.work, self.path, self._announce("select"))
             selection.save(folder)
-            arms = {b.name: choose_baseline(self.work, self.path, selection, b) for b in self.config.baselines}
-            write_json(folder / "baselines.json", {name: {"layers": layers} for name, layers in arms.items()})
+            arms = {
+                b.name: choose_baseline(self.work, self.path, selection, b)
+                for b in self.config.baselines
+            }
+            write_json(
+                folder / "baselines.json",
+                {name: {"layers": layers} for name, layers in arms.items()},
+            )
 
         self._stage("select", inputs, build)
 
@@ -205,19 +226,27 @@ class _Stages:
         return arms
 
     def train(self) -> None:
-        """The chosen layers, then every baseline on the same schedule; ``adapter/`` is the chosen one's."""
+        """The chosen layers, then every baseline on the same schedule.
+
+        ``adapter/`` is the chosen one's.
+        """
         rank, experts = self.size
         for arm, (policy, layers) in self._arms().items():
-            inputs = self._common() | {"rank": rank, "num_experts": experts, "layers": layers, "policy": policy}
-            self._stage(f"train/{arm}", inputs, lambda folder, a=arm, p=policy, k=layers: self._train(a, p, k, folder))
+            inputs = self._common() | {
+                "rank": rank,
+                "num_experts": experts,
+                "layers": layers,
+                "policy": policy,
+            }
+            self._stage(f"train/{arm}", inputs, partial(self._train, arm, policy, layers))
         copy_folder(self.path / "train/main/adapter", self.path / "adapter")
 
     def _train(self, arm: str, policy: str, layers: list[int], folder: Path) -> None:
+        from floe.adapters import remove_adapters
         from floe.adapters.files import save_adapter
-        from floe.checkpoints import remove_checkpoints
-        from floe.train import train
         from floe.pipeline.workspace import plain
-        from floe.search import remove_adapter
+        from floe.training.checkpoints import remove_checkpoints
+        from floe.training.train import train
 
         rank, experts = self.size
         model = self.work.fresh(rank, experts, layers)
@@ -232,7 +261,7 @@ class _Stages:
             )
             save_adapter(model, folder / "adapter")
         finally:
-            remove_adapter(model)
+            remove_adapters(model)
         remove_checkpoints(folder / "checkpoints")
         metrics = plain(result) | {
             "arm": arm, "policy": policy, "layers": layers, "rank": rank, "num_experts": experts,
@@ -241,7 +270,10 @@ class _Stages:
         write_json(folder / "metrics.json", metrics)
 
     def eval(self) -> None:
-        """Loss and accuracy of every arm and of the base model; router health; step cost by layer count."""
+        """Loss and accuracy of every arm and of the base model; router health; step cost.
+
+        The step cost is measured by number of adapted layers.
+        """
         from floe.pipeline import measure
 
         self._profile()
@@ -267,8 +299,10 @@ class _Stages:
             return
         rank, experts = self.size
         inputs = self._common() | {
-            "rank": rank, "num_experts": experts, "profile": self.config.profile.model_dump(mode="json"),
-        }  # fmt: skip
+            "rank": rank,
+            "num_experts": experts,
+            "profile": self.config.profile.model_dump(mode="json"),
+        }
 
         def build(folder: Path) -> None:
             profiling.build(self.work, rank, experts, folder, self._announce("profile"))
@@ -298,5 +332,3 @@ def export_run(config: RunConfig, output: Path, rows: int) -> Any:
     model = work.adapted(Path(config.output_dir) / config.name / "adapter")
     batches = work.batches(sample(work.train_rows, rows, config.train.seed), config.eval.batch_size)
     return export_lora(model, output, batches)
-
-

@@ -7,7 +7,17 @@ from typing import Any
 
 def arms_table(evaluation: dict[str, Any], training: dict[str, dict[str, Any]]) -> str:
     """One line an arm; intervals are 95 %."""
-    head = ("arm", "layers", "loss", "[95 %]", "accuracy", "[95 %]", "trainable", "s/step", "peak memory")
+    head = (
+        "arm",
+        "layers",
+        "loss",
+        "[95 %]",
+        "accuracy",
+        "[95 %]",
+        "trainable",
+        "s/step",
+        "peak memory",
+    )
     lines = [head]
     order = sorted(evaluation["arms"], key=lambda arm: (arm != "base", arm != "main", arm))
     for arm in order:
@@ -27,8 +37,13 @@ def arms_table(evaluation: dict[str, Any], training: dict[str, dict[str, Any]]) 
             )
         )
     widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
-    rows = ["  ".join(c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True)))
-            for line in lines]  # fmt: skip
+    rows = [
+        "  ".join(
+            cell.rjust(width) if i else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        )
+        for line in lines
+    ]
     rows.insert(1, "  ".join("-" * width for width in widths))
     return "\n".join(rows)
 

@@ -7,13 +7,14 @@ import time
 from pathlib import Path
 from typing import Any
 
+from floe.adapters import remove_adapters
 from floe.adapters.files import save_adapter
-from floe.checkpoints import remove_checkpoints
-from floe.proposals import SearchSpace
-from floe.runs import copy_folder, write_json
-from floe.search import remove_adapter, search
-from floe.train import train
 from floe.pipeline.workspace import Workspace, plain
+from floe.rank_search.proposals import SearchSpace
+from floe.rank_search.search import search
+from floe.runs import copy_folder, write_json
+from floe.training.checkpoints import remove_checkpoints
+from floe.training.train import train
 
 
 def build(work: Workspace, folder: Path, on_step: Any, on_trial: Any) -> None:
@@ -38,14 +39,15 @@ def _warm_up(work: Workspace, folder: Path, on_step: Any) -> None:
         )
         save_adapter(model, folder / "adapter")
     finally:
-        remove_adapter(model)
+        remove_adapters(model)
     remove_checkpoints(folder / "checkpoints")
     loss = result.validation_loss[-1][1] if result.validation_loss else None
     write_json(
         folder / "result.json",
         {
-            "rank": adapter.r, "num_experts": adapter.num_experts, "best_trial": None, "objective": loss,
-            "trials": [], "distinct": 0, "sampler": {"name": "none"}, "seconds": round(time.monotonic() - began, 3),
+            "rank": adapter.r, "num_experts": adapter.num_experts, "best_trial": None,
+            "objective": loss, "trials": [], "distinct": 0, "sampler": {"name": "none"},
+            "seconds": round(time.monotonic() - began, 3),
         },
     )  # fmt: skip
 
@@ -69,7 +71,7 @@ def _search(work: Workspace, folder: Path, on_trial: Any) -> None:
         prune=config.search.prune,
         on_progress=on_trial,
     )
-    remove_adapter(found.model)
+    remove_adapters(found.model)
     copy_folder(found.adapter_path, folder / "adapter")
     for leftover in ("trials", "best"):
         shutil.rmtree(folder / leftover, ignore_errors=True)

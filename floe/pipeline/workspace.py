@@ -1,4 +1,7 @@
-"""What the stages of a run share: the base model, the tokenizer, the rows. Each is loaded when first needed."""
+"""What the stages of a run share: the base model, the tokenizer, the rows.
+
+Each is loaded when first needed.
+"""
 
 from __future__ import annotations
 
@@ -19,23 +22,29 @@ from floe.doctor import auto_dtype
 from floe.errors import FileError
 from floe.readers import Row, load_rows
 from floe.runs import hash_of, sha256
-from floe.schedule import TrainSettings
+from floe.training.schedule import TrainSettings
 
 Batch = dict[str, Any]
 
 
 class Workspace:
-    """The loaded inputs of one configuration. The base model is shared: remove adapters after use."""
+    """The loaded inputs of one configuration.
+
+    The base model is shared: remove adapters after use.
+    """
 
     def __init__(self, config: RunConfig) -> None:
         self.config = config
 
     @cached_property
     def device(self) -> torch.device:
-        """Device of the model: the first CUDA device where there is one, unless the configuration says."""
+        """Device of the model: as configured, else the first CUDA device where there is one."""
         wanted = self.config.model.device
         if wanted == "cuda" and not torch.cuda.is_available():
-            raise ValueError("model.device must be cpu or auto on this machine, got cuda: no CUDA device is there")
+            raise ValueError(
+                "model.device must be cpu or auto on this machine, got cuda: "
+                "no CUDA device is there"
+            )
         if wanted == "auto":
             wanted = "cuda" if torch.cuda.is_available() else "cpu"
         return torch.device(wanted)
@@ -62,9 +71,9 @@ class Workspace:
         if self.config.model.attention is not None:
             settings["attn_implementation"] = self.config.model.attention
         model = self._load("model", AutoModelForCausalLM.from_pretrained, **settings)
-        model.to(self.device).eval().requires_grad_(False)
         model.config.use_cache = False
-        return model
+        base: nn.Module = model.to(self.device).eval().requires_grad_(False)
+        return base
 
     def _load(self, what: str, loader: Any, **settings: Any) -> Any:
         model = self.config.model
@@ -106,7 +115,7 @@ class Workspace:
 
     @cached_property
     def taylor_rows(self) -> list[TokenRow]:
-        """Rows of the Taylor cost: general text where given, else the first of the calibration's."""
+        """Rows of the Taylor cost: general text where given, else some of the calibration's."""
         settings = self.config.score
         if settings.taylor_data is None:
             return sample(self.calibration_rows, settings.taylor_rows, settings.seed)
@@ -136,11 +145,17 @@ class Workspace:
 
     def _encode(self, rows: list[Row], name: str) -> Encoded:
         data = self.config.data
-        return encode(rows, self.tokenizer, template=data.template, max_length=data.max_length, source=name)
+        return encode(
+            rows, self.tokenizer, template=data.template, max_length=data.max_length, source=name
+        )
 
     def _read(self, source: DataSource) -> list[Row]:
         columns = {k: v for k, v in self.config.data.columns.model_dump().items() if v is not None}
-        hub = {} if source.path else {"split": source.split, "revision": source.revision, "subset": source.name}
+        hub = (
+            {}
+            if source.path
+            else {"split": source.split, "revision": source.revision, "subset": source.name}
+        )
         return load_rows(source.path or str(source.hub), columns=columns, limit=source.limit, **hub)
 
     def batches(self, rows: list[TokenRow], batch_size: int) -> list[Batch]:
@@ -188,12 +203,18 @@ class Workspace:
         return hash_of(self.test_examples)
 
     def model_identity(self) -> dict[str, Any]:
-        """What tells one base model from another: hashes of a folder's files, or name and revision."""
+        """What tells base models apart: hashes of a folder's files, or name and revision."""
         model, folder = self.config.model, Path(self.config.model.path)
-        numerics = {"dtype": str(self.dtype), "device": self.device.type, "attention": model.attention}
+        numerics = {
+            "dtype": str(self.dtype),
+            "device": self.device.type,
+            "attention": model.attention,
+        }
         if not folder.is_dir():
             return numerics | {"path": model.path, "revision": model.revision}
-        files = [f for f in sorted(folder.iterdir()) if f.suffix in (".json", ".safetensors", ".gguf")]
+        files = [
+            f for f in sorted(folder.iterdir()) if f.suffix in (".json", ".safetensors", ".gguf")
+        ]
         return numerics | {f.name: _file_identity(f) for f in files}
 
 

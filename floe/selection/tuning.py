@@ -32,6 +32,7 @@ from floe.importance.taylor import is_quantised
 
 FloatArray = NDArray[np.float64]
 ON_REJECT = ("skip", "stop")
+_BY_ROW = ("input_ids", "attention_mask", "position_ids", "labels")
 _ADDITIVE = 0.05  # relative error below which a block counts as residual + attention + FFN
 
 
@@ -116,7 +117,7 @@ def leading_rows(batches: Iterable[Batch], max_tokens: int) -> list[Batch]:
         size = len(counts)
         if rows:
             taken.append({
-                k: v[:rows] if isinstance(v, Tensor) and v.dim() and len(v) == size else v
+                k: v[:rows] if k in _BY_ROW else v
                 for k, v in batch.items()
             })  # fmt: skip
             total = int(counts[rows - 1])

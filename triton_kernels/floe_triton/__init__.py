@@ -1,7 +1,7 @@
 """Routed low-rank experts (MoE-LoRA) as torch ops: usable in any stack, without floe.
 
-``moe_lora`` is the fused frozen linear plus adapter; ``moe_lora_add`` adds the adapter to a base output that
-something else computed; ``reference`` defines both in plain torch.
+``moe_lora`` is the fused frozen linear plus adapter; ``moe_lora_add`` adds the adapter to a base
+output that something else computed; ``reference`` defines both in plain torch.
 """
 
 from floe_triton import reference

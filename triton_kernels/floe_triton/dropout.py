@@ -1,19 +1,45 @@
-"""Dropout whose mask is a pure function of (seed, row, column): the same bits from every implementation."""
+"""Dropout whose mask is a pure function of (seed, row, column).
+
+Every implementation gives the same bits.
+"""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from floe_triton import reference
 
+_FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
 
 def keyed_dropout(x: Tensor, p: float, seed: Tensor) -> Tensor:
-    """``x * keep / (1 - p)``; x [..., K], any float dtype; seed 0-dim int64 on x's device.
+    """Dropout whose mask is a pure function of the seed and of each element's row and column.
 
-    On the CPU the native op of floe does it where that is loaded; everywhere else the plain-torch definition.
-    Both give the same bits.
+    ``x`` counts as ``[T, K]`` rows of its last dimension. Eight random bits decide an element, so
+    the rate that is drawn is ``min(255, round(256 * p)) / 256`` (0.05 becomes 0.0508), and kept
+    values are divided by exactly one minus it. Dropped values are 0, also where ``x`` is not
+    finite. Differentiable: the gradient meets the same mask.
+
+    On the CPU the native op of floe does it where that is loaded; everywhere else the plain-torch
+    definition. Both give the same bits.
+
+    Args:
+        x: ``[..., K]``, bfloat16, float16, float32 or float64.
+        p: Rate of dropped elements, in [0, 1).
+        seed: 0-dimensional int64 tensor on ``x``'s device.
+
+    Returns:
+        A new tensor of ``x``'s shape and dtype.
+
+    Raises:
+        TypeError: an argument has another type or dtype.
+        ValueError: ``p`` is outside [0, 1), ``x`` has no dimension, or ``seed`` has one or is on
+            another device.
     """
+    check_dropout(x, p, seed)
     if x.device.type == "cpu" and hasattr(torch.ops.floe, "dropout"):
         dropped: Tensor = torch.ops.floe.dropout(x, p, seed)
         return dropped
@@ -23,7 +49,29 @@ def keyed_dropout(x: Tensor, p: float, seed: Tensor) -> Tensor:
 def draw_seed(device: torch.device) -> Tensor:
     """A fresh 0-dim int64 seed on ``device``, from torch's own generator.
 
-    A tensor, not a number: nothing waits for the device, graphs capture it, and activation checkpointing,
-    which restores the generator's state, draws the same one again.
+    A tensor, not a number: nothing waits for the device, graphs capture it, and activation
+    checkpointing, which restores the generator's state, draws the same one again.
     """
     return torch.randint(0, 2**62, (), dtype=torch.int64, device=device)
+
+
+def check_dropout(x: Any, p: Any, seed: Any) -> None:
+    """Raise TypeError or ValueError unless the arguments are what :func:`keyed_dropout` takes."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x must be a tensor, got {type(x).__name__}")
+    if x.dtype not in _FLOATS:
+        raise TypeError(f"x must be bfloat16, float16, float32 or float64, got {x.dtype}")
+    if x.dim() < 1:
+        raise ValueError("x must be [..., K], got a 0-dimensional tensor")
+    if isinstance(p, bool) or not isinstance(p, (int, float)):
+        raise TypeError(f"p must be a number, got {type(p).__name__}")
+    if not 0.0 <= p < 1.0:
+        raise ValueError(f"p must be in [0, 1), got {p}")
+    if not isinstance(seed, Tensor):
+        raise TypeError(f"seed must be a tensor, got {type(seed).__name__}")
+    if seed.dtype != torch.int64:
+        raise TypeError(f"seed must be int64, got {seed.dtype}")
+    if seed.dim():
+        raise ValueError(f"seed must be 0-dimensional, got shape {tuple(seed.shape)}")
+    if seed.device != x.device:
+        raise ValueError(f"seed must be on x's device {x.device}, got {seed.device}")

@@ -1,9 +1,10 @@
-"""The product form: all M experts as one rank-(M r) product, written before the frozen product adds to it.
+"""The product form: all M experts as one rank-(M r) product, to which the frozen product adds.
 
-``z[t, i * r + j] = scaling * gate_i(t) * hidden_j(t)`` turns the sum over experts into ``z Bcat^T`` with
-``Bcat [N, M r]`` (a free view of ``expand_weight``). Writing ``y = z Bcat^T + b`` first and letting
-``y += x W^T`` accumulate on top costs no pass over y of its own and rounds once where "linear, then add"
-rounds twice. This is the path of every device without a fused kernel, and the yardstick of those with one.
+``z[t, i * r + j] = scaling * gate_i(t) * hidden_j(t)`` turns the sum over experts into
+``z Bcat^T`` with ``Bcat [N, M r]`` (a free view of ``expand_weight``). Writing
+``y = z Bcat^T + b`` first and letting ``y += x W^T`` accumulate on top costs no pass over y of its
+own and rounds once where "linear, then add" rounds twice. This is the path of every device without
+a fused kernel, and the yardstick of those with one.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """One of ``weight`` [N, K] and ``base_output`` [T, N] is given; x is [T, K].
 
-    Returns y [T, N] in x's dtype and what the backward needs: hidden [T, r] and gate [T, M] (float32, or
-    float64 for float64 input) and z [T, M r] in x's dtype.
+    Returns y [T, N] in x's dtype and what the backward needs: hidden [T, r] and gate [T, M]
+    (float32, or float64 for float64 input) and z [T, M r] in x's dtype.
     """
     rank = expand_weight.shape[2]
     wide = torch.promote_types(x.dtype, torch.float32)
@@ -66,10 +67,11 @@ def backward(
     needs_shrink: bool,
     needs_expand: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, shrink_weight and expand_weight; one that is not needed comes back empty, [0].
+    """Gradients of x, shrink_weight and expand_weight; one not needed comes back empty, [0].
 
-    With G = grad_y: dB = G^T z; dz = G Bcat; the softmax's backward is formed from dz and hidden, never from a
-    [T, N] product per expert; dx starts as the adapter's part and the frozen product ``G W`` adds to it.
+    With G = grad_y: dB = G^T z; dz = G Bcat; the softmax's backward is formed from dz and hidden,
+    never from a [T, N] product per expert; dx starts as the adapter's part and the frozen product
+    ``G W`` adds to it.
     """
     rank, dtype = expand_weight.shape[2], x.dtype
     # three tensors, not one three times: an op's outputs may not share memory
@@ -86,7 +88,9 @@ def backward(
         grad_shrink = torch.mm(grads.T, x)
     elif needs_shrink and seed is not None:
         dropped = keyed_dropout(x, dropout_p, seed)
-        grad_shrink = torch.cat([torch.mm(grads[:, :rank].T, dropped), torch.mm(grads[:, rank:].T, x)])
+        grad_shrink = torch.cat(
+            [torch.mm(grads[:, :rank].T, dropped), torch.mm(grads[:, rank:].T, x)]
+        )
     if needs_x:
         if dropping and seed is not None:
             grad_x = keyed_dropout(torch.mm(grads[:, :rank], shrink[:rank]), dropout_p, seed)

@@ -1,7 +1,8 @@
-"""Plain-torch definition of every op: what the kernels must equal, and the shortest exact documentation there is.
+"""Plain-torch definition of every op: what the kernels must equal.
 
-Runs on any device in any dtype; in float64 it is the oracle of the tests. ``T`` tokens, ``K`` in features,
-``N`` out features, ``r`` rank, ``M`` experts.
+Also the shortest exact documentation there is. Runs on any device in any dtype; in float64 it is
+the oracle of the tests. ``T`` tokens, ``K`` in features, ``N`` out features, ``r`` rank, ``M``
+experts.
 """
 
 from __future__ import annotations
@@ -16,11 +17,13 @@ DROPOUT_ROUNDS = 7
 COLUMNS_PER_CALL = 16  # one Philox call gives four words = sixteen bytes = sixteen decisions
 
 
-def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: Tensor, rounds: int) -> list[Tensor]:
-    """Philox-4x32 (Salmon et al. 2011): four pseudo-random 32-bit words per counter, as int64 in [0, 2^32).
+def philox(
+    counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: Tensor, rounds: int
+) -> list[Tensor]:
+    """Philox-4x32 (Salmon et al. 2011): four pseudo-random 32-bit words per counter.
 
-    ``counter`` holds four int64 tensors of one (broadcast) shape with values in [0, 2^32); ``seed`` is a 0-dim
-    int64 tensor whose low and high words are the key.
+    ``counter`` holds four int64 tensors of one (broadcast) shape with values in [0, 2^32); so do
+    the words. ``seed`` is a 0-dim int64 tensor whose low and high words are the key.
     """
     c0, c1, c2, c3 = counter
     k0, k1 = seed & _WORD, (seed >> 32) & _WORD
@@ -35,21 +38,25 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: Tensor, rounds:
 
 
 def dropout_threshold(p: float) -> int:
-    """Decisions are bytes: an element is dropped when its byte is below this, so p counts in steps of 1/256."""
+    """An element is dropped when its byte is below this.
+
+    Decisions are bytes, so p counts in steps of 1/256.
+    """
     if not 0.0 <= p < 1.0:
         raise ValueError(f"dropout_p must be in [0, 1), got {p}")
     return min(255, round(256 * p))
 
 
 def dropout_scale(p: float) -> float:
-    """Factor of the kept elements: exactly one over the probability of keeping, so the mean is unbiased."""
+    """Factor of the kept elements: exactly one over the probability of keeping, so unbiased."""
     return 256.0 / (256 - dropout_threshold(p))
 
 
 def dropout_keep(rows: int, cols: int, p: float, seed: Tensor) -> Tensor:
     """Keep-mask [rows, cols] (bool): a pure function of (seed, row, column), on the seed's device.
 
-    Element (t, c) takes byte c mod 16 of the Philox-4x32-7 words at counter (c div 16, t low, t high, 0).
+    Element (t, c) takes byte c mod 16 of the Philox-4x32-7 words at counter
+    (c div 16, t low, t high, 0).
     """
     device = seed.device
     row = torch.arange(rows, dtype=torch.int64, device=device)[:, None]
@@ -57,15 +64,18 @@ def dropout_keep(rows: int, cols: int, p: float, seed: Tensor) -> Tensor:
     words = philox((block, row & _WORD, row >> 32, torch.zeros_like(row)), seed, DROPOUT_ROUNDS)
     words = [word.expand(rows, block.shape[1]) for word in words]
     shifts = torch.arange(0, 32, 8, dtype=torch.int64, device=device)
-    bytes_ = (torch.stack(words, dim=-1)[..., None] >> shifts) & 0xFF  # [rows, blocks, 4 words, 4 bytes]
+    # [rows, blocks, 4 words, 4 bytes]
+    bytes_ = (torch.stack(words, dim=-1)[..., None] >> shifts) & 0xFF
     return bytes_.flatten(1)[:, :cols] >= dropout_threshold(p)
 
 
 def dropout(x: Tensor, p: float, seed: Tensor) -> Tensor:
-    """``x * keep / (1 - p)`` over the last dimension's columns, rows counted over all leading dimensions."""
+    """``x * keep / (1 - p)``: columns are the last dimension's, rows count over all others."""
     keep = dropout_keep(x.numel() // max(x.shape[-1], 1), x.shape[-1], p, seed).view(x.shape)
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    return torch.where(keep, wide * dropout_scale(p), torch.zeros((), dtype=wide.dtype, device=x.device)).to(x.dtype)
+    return torch.where(
+        keep, wide * dropout_scale(p), torch.zeros((), dtype=wide.dtype, device=x.device)
+    ).to(x.dtype)
 
 
 def gate(x: Tensor, router_weight: Tensor) -> Tensor:
@@ -85,13 +95,16 @@ def moe_lora(
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
 ) -> Tensor:
-    """``y = x W^T + b + scaling * sum_i gate_i(x) * (dropout(x) A^T) B_i^T`` (FLoE Eq. 1, HydraLoRA's layout).
+    """``y = x W^T + b + scaling * sum_i gate_i(x) * (dropout(x) A^T) B_i^T`` (FLoE Eq. 1).
 
-    x [..., K]; weight [N, K]; bias [N] or None; shrink_weight [r + M, K] = rows of A, then of the router;
-    expand_weight [N, M, r]. The router sees x without dropout; one dropout mask serves all experts.
+    HydraLoRA's layout: x [..., K]; weight [N, K]; bias [N] or None; shrink_weight [r + M, K] = rows
+    of A, then of the router; expand_weight [N, M, r]. The router sees x without dropout; one
+    dropout mask serves all experts.
     """
     y = torch.nn.functional.linear(x, weight, bias)
-    return y + moe_lora_delta(x, shrink_weight, expand_weight, scaling=scaling, dropout_p=dropout_p, seed=seed)
+    return y + moe_lora_delta(
+        x, shrink_weight, expand_weight, scaling=scaling, dropout_p=dropout_p, seed=seed
+    )
 
 
 def moe_lora_delta(

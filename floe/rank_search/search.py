@@ -18,12 +18,12 @@ import torch
 from optuna.trial import TrialState
 from torch import nn
 
-from floe.adapters import FloeConfig, adapted_modules, get_model
+from floe.adapters import FloeConfig, adapted_modules, get_model, remove_adapters
 from floe.adapters.files import load_adapter, save_adapter
 from floe.data import TokenRow, fingerprint
 from floe.evaluate import evaluate_rows, mean_loss
-from floe.proposals import Point, SearchSpace, propose, sampler_settings
-from floe.studies import (
+from floe.rank_search.proposals import Point, SearchSpace, propose, sampler_settings
+from floe.rank_search.studies import (
     Owner,
     Trial,
     begin_trial,
@@ -35,7 +35,7 @@ from floe.studies import (
     open_study,
     quiet_optuna,
 )
-from floe.train import TrainSettings, train
+from floe.training.train import TrainSettings, train
 
 __all__ = ["SearchResult", "SearchSpace", "Trial", "search"]
 
@@ -111,23 +111,15 @@ def search(
     if trials < 1:
         raise ValueError(f"trials must be at least 1, got {trials}")
     folder = Path(directory)
-    run = _Search(
+    work = _Search(
         base_model, train_rows, validation_rows, folder, space or SearchSpace(),
         sampler_settings(sampler, startup_trials), seed, settings or TrainSettings(),
         dict(adapter or {}), prune,
     )  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
     with one_process(folder / "search.lock"), quiet_optuna():
-        run.open(storage)
-        wanted = min(trials, len(run.space.points()))
-        while (done := len(finished(run.study))) < wanted:
-            note = run.trial()
-            if on_progress:
-                on_progress(done + 1, wanted, note)
-        if on_progress and wanted < trials:
-            note = f"the space has {wanted} points, fewer than {trials} trials: all are trained"
-            on_progress(wanted, wanted, note)
-        return run.result(exhausted=wanted < trials)
+        work.open(storage)
+        return work.complete(trials, on_progress)
 
 
 class _Search:
@@ -180,6 +172,18 @@ class _Search:
             "base_model": self.fingerprint,
         }
 
+    def complete(self, trials: int, on_progress: SearchProgress | None) -> SearchResult:
+        """Go on until ``trials`` points are trained, or all that the space has."""
+        wanted = min(trials, len(self.space.points()))
+        while (done := len(finished(self.study))) < wanted:
+            note = self.trial()
+            if on_progress:
+                on_progress(done + 1, wanted, note)
+        if on_progress and wanted < trials:
+            note = f"the space has {wanted} points, fewer than {trials} trials: all are trained"
+            on_progress(wanted, wanted, note)
+        return self.result(exhausted=wanted < trials)
+
     def trial(self) -> str:
         """Choose, train and record the next point; what happened, in words."""
         index = len(finished(self.study))
@@ -212,7 +216,7 @@ class _Search:
         except torch.OutOfMemoryError as error:
             reason = f"failed: out of memory ({str(error).splitlines()[0]})"
         finally:
-            remove_adapter(model)
+            remove_adapters(model)
             if base_fingerprint(self.base) != self.fingerprint:
                 raise RuntimeError("a trial must leave the base model as it is, its weights differ")
         return None, reason, time.perf_counter() - started
@@ -287,14 +291,6 @@ def _publish(source: Path, target: Path) -> None:
         target.rename(old)
     beside.rename(target)
     shutil.rmtree(old, ignore_errors=True)
-
-
-def remove_adapter(model: Any) -> nn.Module:
-    """Take every adapter off a PEFT model; the base model is as it was before, and is returned."""
-    base: nn.Module = model.unload()
-    for name in ("peft_config", "_hf_peft_config_loaded"):
-        base.__dict__.pop(name, None)
-    return base
 
 
 def base_fingerprint(model: nn.Module) -> str:

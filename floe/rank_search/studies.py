@@ -20,7 +20,7 @@ from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import SQLAlchemyError
 
-from floe.proposals import Point, SearchSpace
+from floe.rank_search.proposals import Point, SearchSpace
 
 STUDY = "floe"
 

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 from transformers.trainer_callback import PrinterCallback
 
-from floe import checkpoints
 from floe.data import Collator, TokenRow, fingerprint
 from floe.errors import FileError
-from floe.memory import PeakMemory
-from floe.schedule import NOT_IDENTITY, TrainSettings, training_order
-from floe.trainer import (
+from floe.training import checkpoints
+from floe.training.memory import PeakMemory
+from floe.training.schedule import NOT_IDENTITY, TrainSettings, training_order
+from floe.training.trainer import (
     SECONDS,
     VALIDATION,
     AdapterTrainer,
@@ -103,7 +103,6 @@ def train(
     start = {name: _digest(p) for name, p in parameters.items()}
     identity = _identity(settings, rows, parameters)
     checkpoint = _find_checkpoint(Path(output_dir), identity, resume)
-    trainer: AdapterTrainer | None = None
     device = next(model.parameters()).device
     with global_state(), PeakMemory(device) as memory:
         watch = Watch(model, settings, identity, validation, on_progress, on_validation)
@@ -116,12 +115,27 @@ def train(
             callbacks=[watch],
         )
         trainer.remove_callback(PrinterCallback)
-        try:
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        except torch.OutOfMemoryError as error:
-            error.add_note(_memory_advice(trainer.state.global_step + 1, settings, device))
-            raise
+        _run(trainer, checkpoint, settings, device)
     _check_moved(trainer, parameters, start)
+    return _result(trainer, parameters, memory, checkpoint)
+
+
+def _run(
+    trainer: AdapterTrainer, checkpoint: Path | None, settings: TrainSettings, device: torch.device
+) -> None:
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except torch.OutOfMemoryError as error:
+        error.add_note(_memory_advice(trainer.state.global_step + 1, settings, device))
+        raise
+
+
+def _result(
+    trainer: AdapterTrainer,
+    parameters: dict[str, nn.Parameter],
+    memory: PeakMemory,
+    checkpoint: Path | None,
+) -> TrainResult:
     log = trainer.state.log_history
     seconds = [entry[SECONDS] for entry in log if SECONDS in entry]
     return TrainResult(

@@ -1,4 +1,7 @@
-"""The Hugging Face Trainer as :mod:`floe.train` uses it: own order and loss, sealed checkpoints."""
+"""The Hugging Face Trainer as :mod:`floe.training.train` uses it.
+
+Own order and loss, sealed checkpoints.
+"""
 
 from __future__ import annotations
 
@@ -18,11 +21,11 @@ from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.utils import logging as transformers_logging
 
-from floe import checkpoints
 from floe.data import Collator, TokenRow, make_batches
 from floe.evaluate import validation_loss
 from floe.losses import row_losses
-from floe.schedule import TrainSettings
+from floe.training import checkpoints
+from floe.training.schedule import TrainSettings
 
 Progress = Callable[[int, int, float, float], None]
 SECONDS = "floe_seconds"

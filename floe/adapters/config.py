@@ -1,0 +1,140 @@
+"""``FloeConfig``, a ``peft.PeftConfig``: which linears get routed experts, and how large."""
+
+from __future__ import annotations
+
+import numbers
+from dataclasses import dataclass, field
+from typing import Any
+
+import peft
+import torch
+from peft.utils import PeftType
+
+FORMAT = 1
+DEFAULT_TARGETS = ("down_proj", "gate_proj", "up_proj")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def peft_type() -> Any:
+    """floe's member of PEFT's enum of methods, added to it where it is missing.
+
+    The enum is closed, but transformers reads its members, so a plain string would not do.
+    """
+    if "FLOE" not in PeftType.__members__:
+        member = str.__new__(PeftType, "FLOE")
+        member._name_, member._value_ = "FLOE", "FLOE"
+        PeftType._member_map_["FLOE"] = member
+        PeftType._value2member_map_["FLOE"] = member
+        PeftType._member_names_.append("FLOE")
+    return PeftType["FLOE"]
+
+
+@dataclass
+class FloeConfig(peft.PeftConfig):
+    """Which linears get routed low-rank experts, and how large.
+
+    Args:
+        r: rank, >= 1. num_experts: M >= 1. alpha: scaling is alpha / r.
+        dropout: in [0, 1), in steps of 1/256, on the adapter's input; the router sees x undropped.
+        target_modules: names of projections inside a decoder block, for example
+            ``["gate_proj", "up_proj", "down_proj"]`` (the default, FLoE Table 6); fused ones
+            (``gate_up_proj``) count under their own name.
+        layers: 0-based indices of the blocks to adapt; None = all.
+        rank_pattern, expert_pattern: per-layer overrides, ``{layer index: value}``; also by exact
+            module path.
+        scaling: "alpha/r" or "alpha/sqrt(r)".
+        adapter_dtype: storage of the adapter, "float32" (default), "bfloat16" or "float16";
+            products run in the dtype of the activations either way.
+        seed: of the initial values; a layer's depend on the seed and its path alone.
+
+    Raises:
+        ValueError: for a value out of range, or a file written by a newer format than this version
+            reads.
+    """
+
+    r: int = 8
+    num_experts: int = 4
+    alpha: float = 32.0
+    dropout: float = 0.05
+    target_modules: list[str] | None = None
+    layers: list[int] | None = None
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    expert_pattern: dict[str, int] = field(default_factory=dict)
+    scaling: str = "alpha/r"
+    adapter_dtype: str = "float32"
+    seed: int = 41
+    floe_format: int = FORMAT
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = peft_type()
+        self.task_type: Any = self.task_type or "CAUSAL_LM"
+        if not isinstance(self.floe_format, int) or not 1 <= self.floe_format <= FORMAT:
+            raise ValueError(
+                f"floe_format must be in [1, {FORMAT}] for this version of floe, "
+                f"got {self.floe_format!r}: a larger one was written by a newer floe; "
+                "upgrade to read it"
+            )
+        self._check_sizes()
+        if self.target_modules is not None:
+            names = self.target_modules
+            if not isinstance(names, (list, tuple, set)) or not all(
+                isinstance(n, str) for n in names
+            ):
+                raise ValueError(
+                    "target_modules must be a list of projection names such as ['gate_proj', "
+                    f"'up_proj', 'down_proj'] (patterns are not supported), got {names!r}"
+                )
+            self.target_modules = sorted(set(names))
+        if self.layers is not None:
+            self.layers = _checked_layers(self.layers)
+        for name in ("rank_pattern", "expert_pattern"):
+            pattern = getattr(self, name)
+            if not isinstance(pattern, dict):
+                raise TypeError(
+                    f"{name} must map layer indices or module paths to sizes, got {pattern!r}"
+                )
+            setattr(self, name, {str(key): _size(name, value) for key, value in pattern.items()})
+
+    def _check_sizes(self) -> None:
+        _size("r", self.r)
+        _size("num_experts", self.num_experts)
+        if not isinstance(self.seed, int):
+            raise TypeError(f"seed must be a whole number, got {self.seed!r}")
+        for name in ("alpha", "dropout"):
+            if isinstance(getattr(self, name), bool) or not isinstance(
+                getattr(self, name), (int, float)
+            ):
+                raise TypeError(f"{name} must be a number, got {getattr(self, name)!r}")
+        if not 0.0 < self.alpha < float("inf"):
+            raise ValueError(f"alpha must be a finite number > 0, got {self.alpha}")
+        if not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
+        if self.scaling not in ("alpha/r", "alpha/sqrt(r)"):
+            raise ValueError(f"scaling must be 'alpha/r' or 'alpha/sqrt(r)', got {self.scaling!r}")
+        if self.adapter_dtype not in list(DTYPES):
+            raise ValueError(
+                f"adapter_dtype must be one of {sorted(DTYPES)}, got {self.adapter_dtype!r}"
+            )
+
+    def scale(self, rank: int) -> float:
+        """Factor of the adapter's output at this rank."""
+        return float(self.alpha) / (rank if self.scaling == "alpha/r" else rank**0.5)
+
+
+def _size(name: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be a whole number >= 1, got {value!r}")
+    if value < 1:
+        raise ValueError(f"{name} must be a whole number >= 1, got {value}")
+    return value
+
+
+def _checked_layers(layers: Any) -> list[int]:
+    values = [layers] if isinstance(layers, int) else list(layers)
+    for value in values:
+        if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 0:
+            raise ValueError(f"layers must be block indices >= 0, got {value!r}")
+    if not values:
+        raise ValueError("layers must name at least one block, got an empty list")
+    return sorted({int(value) for value in values})

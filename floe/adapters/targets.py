@@ -1,0 +1,131 @@
+"""Which projections of a model an adapter wraps, how large it is there, which are wrapped."""
+
+from __future__ import annotations
+
+import math
+from typing import cast
+
+from torch import nn
+
+from floe.adapters.config import DEFAULT_TARGETS, FloeConfig
+from floe.adapters.moe_lora import MoELoRALinear
+from floe.blocks import base_of, find_blocks
+
+
+def adapted_modules(model: nn.Module) -> dict[str, MoELoRALinear]:
+    """Path in the base model -> adapted layer, in the model's order."""
+    base = base_of(model)
+    return {path: m for path, m in base.named_modules() if isinstance(m, MoELoRALinear)}
+
+
+def adapted_layers(model: nn.Module) -> dict[int, dict[str, MoELoRALinear]]:
+    """Block index -> {projection name: adapted layer}, for the blocks that carry adapters."""
+    modules = adapted_modules(model)
+    layers = {
+        block.index: {
+            name: modules[path] for name, path in block.linears.items() if path in modules
+        }
+        for block in find_blocks(model)
+    }
+    return {index: found for index, found in layers.items() if found}
+
+
+def parameter_counts(model: nn.Module, config: FloeConfig) -> list[int]:
+    """Adapter parameters of each block if it were adapted: r K + M N r + M K over its targets.
+
+    Needs only shapes: works for models on the meta device. ``config.layers`` is ignored.
+    """
+    base, targets = base_of(model), config.target_modules or list(DEFAULT_TARGETS)
+    counts = []
+    for block in find_blocks(base):
+        shapes = [
+            shape
+            for path in _block_targets(block.linears, targets)
+            for shape in _shapes(base, config, block.index, path)
+        ]
+        counts.append(sum(math.prod(shape) for shape in shapes))
+    return counts
+
+
+def adapter_shapes(model: nn.Module, config: FloeConfig) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every tensor of ``config``'s adapter.
+
+    A name is the path in the base model, then the parameter's name.
+    """
+    base = base_of(model)
+    shapes: dict[str, tuple[int, ...]] = {}
+    for path, index in target_paths(base, config).items():
+        shapes[f"{path}.floe_shrink"], shapes[f"{path}.floe_expand"] = _shapes(
+            base, config, index, path
+        )
+    return shapes
+
+
+def target_paths(model: nn.Module, config: FloeConfig) -> dict[str, int]:
+    """Exact module path -> block index of every projection ``config`` adapts."""
+    blocks = find_blocks(model)
+    wanted = list(range(len(blocks))) if config.layers is None else config.layers
+    beyond = [index for index in wanted if index >= len(blocks)]
+    if beyond:
+        raise ValueError(f"layers must be in [0, {len(blocks) - 1}] for this model, got {beyond}")
+    targets = config.target_modules or list(DEFAULT_TARGETS)
+    return {
+        path: block.index
+        for block in blocks
+        if block.index in set(wanted)
+        for path in _block_targets(block.linears, targets)
+    }
+
+
+def _block_targets(linears: dict[str, str], targets: list[str]) -> list[str]:
+    unknown = sorted(set(targets) - linears.keys())
+    if unknown:
+        raise ValueError(
+            f"target_modules must be among this model's projections {sorted(linears)}, "
+            f"got {unknown}"
+        )
+    return [path for name, path in linears.items() if name in targets]
+
+
+def _shapes(
+    base: nn.Module, config: FloeConfig, index: int, path: str
+) -> tuple[tuple[int, int], tuple[int, int, int]]:
+    """Those of ``floe_shrink`` [r + M, K] and ``floe_expand`` [N, M, r] at ``path``."""
+    linear = linear_of(base.get_submodule(path), path)
+    rank, experts = _pattern(config, "rank", index, path), _pattern(config, "expert", index, path)
+    return (rank + experts, linear.in_features), (linear.out_features, experts, rank)
+
+
+def _pattern(config: FloeConfig, kind: str, index: int, path: str) -> int:
+    pattern: dict[str, int] = getattr(config, f"{kind}_pattern")
+    default = config.r if kind == "rank" else config.num_experts
+    return pattern.get(path, pattern.get(str(index), default))
+
+
+def by_path(name: str, pattern: dict[str, int], targets: dict[str, int]) -> dict[str, int]:
+    """``{layer index or path: value}`` as ``{path: value}``, sorted.
+
+    Raises:
+        ValueError: for a key that adapts nothing.
+    """
+    resolved: dict[str, int] = {}
+    for key, value in pattern.items():
+        paths = [p for p, index in targets.items() if key in (p, str(index))]
+        if not paths:
+            raise ValueError(f"{name} keys must be adapted layers or module paths, got {key!r}")
+        resolved |= dict.fromkeys(paths, value)
+    return dict(sorted(resolved.items()))
+
+
+def linear_of(module: nn.Module, path: str) -> nn.Linear:
+    """The linear layer at ``path``: ``module`` itself, or what it wraps when it is adapted already.
+
+    Raises:
+        ValueError: if it is no linear layer (nothing with ``in_features`` and ``out_features``).
+    """
+    linear = module.get_base_layer() if isinstance(module, MoELoRALinear) else module
+    if not (hasattr(linear, "in_features") and hasattr(linear, "out_features")):
+        raise ValueError(
+            f"{path} must be a linear layer to be adapted, got {type(linear).__name__}"
+        )
+    return cast(nn.Linear, linear)  # or a quantised class that is shaped alike

@@ -1,0 +1,192 @@
+"""A whole run on a tiny model: what it writes, what it skips, and that a kill changes nothing."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from tiny_run import write_config, write_inputs
+
+from floe.adapters import adapted_layers
+from floe.adapters.files import load_adapter
+from floe.config import parse_config
+from floe.importance.scores import Scores
+from floe.pipeline import run
+from floe.progress import Progress
+from floe.runs import sha256
+from floe.selection.selection import Selection
+
+KEPT = ("search/adapter", "score/scores.npz", "select/selection.json", "adapter")
+
+
+class Log(Progress):
+    """Remembers what each stage said."""
+
+    def __init__(self):
+        self.said = {}
+
+    def stage(self, name, what):
+        self.said[name] = what
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("inputs")
+
+
+@pytest.fixture(scope="module")
+def config(folder):
+    return write_inputs(folder)
+
+
+@pytest.fixture(scope="module")
+def finished(config):
+    """The unbroken run every other one is compared with."""
+    with torch.random.fork_rng():
+        return run(parse_config(config)).folder
+
+
+def digests(run_folder):
+    """sha256 of the artifacts that must not depend on when or how often a run was interrupted."""
+    files = []
+    for name in KEPT:
+        path = run_folder / name
+        files += sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    return {str(f.relative_to(run_folder)): sha256(f) for f in files if f.name != "README.md"}
+
+
+def renamed(config, name, **changes):
+    return {**config, "name": name, **changes}
+
+
+def test_a_run_writes_every_artifact_and_only_the_chosen_layers_carry_adapters(finished):
+    selection = Selection.load(finished / "select")
+    assert len(selection.layers) == 2
+    assert selection.policy == "adapter_fisher"
+    assert selection.tuned
+    assert len(selection.paper.ranking) == 4
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(finished.parent.parent / "model")
+    assert set(adapted_layers(load_adapter(base, finished / "adapter"))) == set(selection.layers)
+    results = json.loads((finished / "eval/results.json").read_text())["arms"]
+    assert set(results) == {"base", "main", "all", "paper", "random"}
+    for arm in results.values():
+        assert arm["loss"]["low"] <= arm["loss"]["value"] <= arm["loss"]["high"]
+        assert arm["accuracy"]["rows"] == 12
+        assert set(arm["by_task"]) == {"first", "second"}
+    assert results["main"]["loss"]["value"] < results["base"]["loss"]["value"]
+    assert (finished / "report.html").stat().st_size > 10_000
+    assert not list(finished.rglob("*.work"))
+    assert not list(finished.rglob("checkpoint-*"))
+
+
+def test_scores_hold_every_unit(finished):
+    scores = Scores.load(finished / "score/scores.npz")
+    assert scores.head_fisher.shape == (4, 4)
+    assert scores.neuron_fisher.shape == (4, 64)
+    for name in ("head_fisher", "neuron_fisher", "head_taylor", "neuron_taylor", "adapter_fisher"):
+        assert (getattr(scores, name) > 0).any(), name
+
+
+def test_every_baseline_has_as_many_layers_and_the_same_steps(finished):
+    arms = {p.parent.name: json.loads(p.read_text()) for p in finished.glob("train/*/metrics.json")}
+    assert {arm: len(m["layers"]) for arm, m in arms.items()} == {
+        "main": 2, "all": 4, "paper": 2, "random": 2,
+    }  # fmt: skip
+    assert {m["steps"] for m in arms.values()} == {6}
+    assert arms["paper"]["layers"] == sorted(Selection.load(finished / "select").paper.layers)
+    assert arms["all"]["trainable_parameters"] == 2 * arms["main"]["trainable_parameters"]
+
+
+def test_a_second_run_skips_every_stage_and_changes_nothing(config, finished):
+    before = digests(finished)
+    log = Log()
+    run(parse_config(config), progress=log)
+    said = {name: what for name, what in log.said.items() if name != "report"}
+    assert set(said.values()) == {"unchanged"}, said
+    assert digests(finished) == before
+
+
+def test_a_changed_setting_reruns_what_depends_on_it_alone(config, finished):
+    log = Log()
+    changed = {**config, "select": {**config["select"], "layers": 3}}
+    run(parse_config(changed), progress=log)
+    stale = {name for name, what in log.said.items() if what == "finished"}
+    assert {"search", "score", "train/all", "profile"}.isdisjoint(stale)
+    assert {"select", "train/main", "eval"} <= stale
+    run(parse_config(config))  # as the other tests expect it
+
+
+def test_one_seed_gives_the_same_scores_selection_and_adapter(config, finished):
+    again = run(parse_config(renamed(config, "again", baselines=[]))).folder
+    same, other = digests(finished), digests(again)
+    assert same.keys() == other.keys()
+    assert [name for name in same if same[name] != other[name]] == []
+
+
+def test_another_seed_gives_another_adapter(config, finished):
+    train = {**config["train"], "seed": 7}
+    settings = renamed(config, "seed7", baselines=[], train=train, search={"trials": 0})
+    other = run(parse_config(settings), until="train").folder
+    assert digests(other) != digests(finished)
+
+
+def start(path):
+    return subprocess.Popen(
+        [sys.executable, "-m", "floe", "run", str(path), "--quiet"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
+    )  # fmt: skip
+
+
+def kill_within(process, marker, timeout=120):
+    """SIGKILL the run as soon as ``marker`` exists; says whether it was still running."""
+    end = time.monotonic() + timeout
+    while time.monotonic() < end and process.poll() is None:
+        if any(marker()):
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            return True
+        time.sleep(0.005)
+    return False
+
+
+def check_killed(config, finished, tmp_path, name, patterns):
+    settings = renamed(config, name, baselines=[])
+    path = write_config(tmp_path / "config.yaml", settings)
+    target = finished.parent / name
+    killed = [kill_within(start(path), lambda p=pattern: target.glob(p)) for pattern in patterns]
+    assert all(killed), f"the run was over before {patterns[killed.index(False)]}"
+    process = start(path)
+    _, error = process.communicate(timeout=240)
+    assert process.returncode == 0, error.decode()
+    assert digests(target) == digests(finished)
+
+
+def test_a_run_killed_while_training_continues_to_the_same_bytes(config, finished, tmp_path):
+    patterns = ["train/main.work/checkpoints/checkpoint-2/floe_done.json"]
+    check_killed(config, finished, tmp_path, "killed", patterns)
+
+
+@pytest.mark.slow
+def test_a_run_killed_in_every_stage_continues_to_the_same_bytes(config, finished, tmp_path):
+    patterns = [
+        "search.work/study.db", "search.work/trials/0001*", "score.work", "select.work",
+        "train/main.work/checkpoints/checkpoint-4", "profile.work", "eval.work",
+    ]  # fmt: skip
+    check_killed(config, finished, tmp_path, "killed-often", patterns)
+
+
+def test_a_second_process_on_one_run_is_refused(config, finished):
+    from floe.runs import RunFolder
+
+    path = write_config(finished.parent.parent / "second.yaml", config)
+    with RunFolder(finished).locked():
+        process = start(path)
+        _, error = process.communicate(timeout=120)
+    assert process.returncode == 3
+    assert "another process is working in this run folder" in error.decode()
