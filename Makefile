@@ -40,8 +40,15 @@ bench: $(VENV)/ready ## the op against its peers on this machine
 	$(BIN)/python -m benchmarks.kernels
 	$(BIN)/python -m benchmarks.fisher
 
-wheel: $(VENV)/ready ## wheel and sdist in dist/, the wheel's tests in an environment of its own
-	$(PIP) wheel --no-build-isolation --no-deps -w dist .
+wheel: $(VENV)/ready ## sdist and, from it, the wheel, in dist/; then every op of the installed wheel checked
+	rm -rf dist build/wheel-venv
+	$(BIN)/python -c "from scikit_build_core.build import build_sdist; build_sdist('dist')"
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(PIP) wheel -q --no-build-isolation --no-deps -w dist dist/*.tar.gz
+	$(PYTHON) -m venv build/wheel-venv
+	build/wheel-venv/bin/pip install -q --no-deps dist/*.whl
+	$(BIN)/python -c "import site; print(site.getsitepackages()[0])" > \
+	  "$$(build/wheel-venv/bin/python -c 'import site; print(site.getsitepackages()[0])')/dependencies.pth"
+	cd build && wheel-venv/bin/floe doctor --selftest
 
 # Both native modules, built out of tree and copied beside the Python sources.
 native:

@@ -80,6 +80,17 @@ def _code_of(error: Exception) -> int | None:
     return None
 
 
+def _calm_libraries() -> None:
+    """Our own progress speaks; libraries keep their errors and lose their bars and one notice."""
+    import warnings
+
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    notice = "`is_gradient_checkpointing` is deprecated"  # of transformers, raised by PEFT's calls
+    warnings.filterwarnings("ignore", message=notice, category=FutureWarning)
+
+
 def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
@@ -93,6 +104,7 @@ def _run_until(last: str) -> Callable[..., None]:
         from floe.progress import open_progress
 
         settings = load_config(config, override)
+        _calm_libraries()
         with open_progress(quiet) as progress:
             result = run(settings, until=last, progress=progress)
         if as_json:

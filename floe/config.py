@@ -19,6 +19,9 @@ from floe.errors import FileError
 
 Fraction = Annotated[float, Field(gt=0.0, le=1.0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
+Policy = Literal[
+    "adapter_fisher", "masks", "probe", "random", "even", "first", "middle", "last", "all"
+]
 
 
 class _Section(BaseModel):
@@ -174,13 +177,13 @@ class ScoreConfig(_Section):
 class SelectConfig(_Section):
     """Which layers get adapters. The paper's masks are computed and stored whatever decides."""
 
-    policy: str = "adapter_fisher"
+    policy: Policy = "adapter_fisher"
     preset: Literal["global", "exact", "paper_layer", "alg1_literal"] = "global"
     budget: Fraction = Field(0.5, description="Share of the Taylor mass the masks retain.")
     layers: Count | Fraction | dict[Literal["params"], Count] = Field(
         0.25, description="A count, a fraction, or {params: the adapter's parameter budget}."
     )
-    score: str = "soft"
+    score: Literal["soft", "sparsity", "deviation", "unclipped", "pooled"] = "soft"
     tune: bool = True
     tune_tokens: Count = 2048
     seed: int = 42
@@ -190,7 +193,7 @@ class Baseline(_Section):
     """One more arm trained like the main one, on other layers."""
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
-    policy: str
+    policy: Policy
     preset: Literal["global", "exact", "paper_layer", "alg1_literal"] = "global"
     seed: int = 42
 

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import importlib
-import math
 import os
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from floe.error_budget import Result, error_budget, relative_error
 from floe.runs import environment
 
 __all__ = [
@@ -28,61 +26,6 @@ __all__ = [
 # CPUID flags of CPUs that multiply bfloat16 matrices in hardware: tiles, then 512-bit dot products.
 _BF16_FLAGS = ("amx_bf16", "avx512_bf16")
 _OPS = ("moe_lora_forward", "moe_lora_backward", "dropout", "mask_gradients", "accumulate_fisher_")
-
-
-@dataclass(frozen=True)
-class Result:
-    """One output of one operator in one case, its error and the error allowed."""
-
-    op: str
-    output: str
-    device: str
-    dtype: str
-    shape: str
-    error: float
-    budget: float
-    note: str = ""
-
-    @property
-    def passed(self) -> bool:
-        """Whether the error is a number and within the budget."""
-        return self.error <= self.budget
-
-    def as_dict(self) -> dict[str, Any]:
-        """Ready for JSON: an infinite error, of an operator that raised or gave NaN, is None."""
-        error = self.error if math.isfinite(self.error) else None
-        return {**asdict(self), "error": error, "passed": self.passed}
-
-    def __str__(self) -> str:
-        verdict = "ok" if self.passed else "WRONG"
-        text = (
-            f"{verdict}: {self.op} {self.output} on {self.device}, {self.dtype}, {self.shape}: "
-            f"error {self.error:.3g}, budget {self.budget:.3g}"
-        )
-        return f"{text} ({self.note})" if self.note else text
-
-
-def relative_error(actual: Tensor, exact: Tensor) -> float:
-    """RMS of the error over RMS of ``exact`` (float64); infinite for a NaN or another shape."""
-    if actual.shape != exact.shape:
-        return float("inf")
-    error = float((actual.detach().double() - exact).norm() / exact.norm().clamp_min(1e-300))
-    return float("inf") if math.isnan(error) else error
-
-
-def error_budget(torchs: Tensor, exact: Tensor, rounded_to: torch.dtype | None = None) -> float:
-    """The relative error allowed: twice that of plain torch in the same dtype, plus one rounding.
-
-    Args:
-        torchs: What plain torch makes of the same inputs in the dtype under test.
-        exact: The result in float64.
-        rounded_to: The coarsest dtype of the computation, where that is not ``torchs``'s.
-    Returns:
-        ``2 * relative_error(torchs, exact) + eps / 2``; 0 for empty results.
-    """
-    if not exact.numel():
-        return 0.0
-    return 2.0 * relative_error(torchs, exact) + torch.finfo(rounded_to or torchs.dtype).eps / 2
 
 
 def auto_dtype(device: torch.device | str) -> torch.dtype:

@@ -23,6 +23,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from floe.atomic import replace_folder, write_json, write_text
 from floe.errors import FileError
 
 FORMAT = 1
@@ -114,8 +115,6 @@ class RunFolder:
         outputs = {
             str(p.relative_to(work)): {"size": p.stat().st_size, "sha256": sha256(p)} for p in files
         }
-        for file in files:
-            _sync(file)
         write_json(
             work / "DONE.json",
             {
@@ -132,30 +131,6 @@ class RunFolder:
         replace_folder(work, final)
 
 
-def replace_folder(new: Path, final: Path) -> None:
-    """Put ``new`` in the place of ``final``.
-
-    A kill between leaves the old one gone, never a mixture.
-    """
-    if final.exists():
-        old = final.with_name(f"{final.name}.old")
-        shutil.rmtree(old, ignore_errors=True)
-        final.rename(old)
-        new.rename(final)
-        shutil.rmtree(old)
-    else:
-        new.rename(final)
-    _sync(final.parent)
-
-
-def copy_folder(source: Path, final: Path) -> None:
-    """A copy of ``source`` that appears at ``final`` complete or not at all."""
-    beside = final.with_name(f"{final.name}.tmp")
-    shutil.rmtree(beside, ignore_errors=True)
-    shutil.copytree(source, beside)
-    replace_folder(beside, final)
-
-
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file; FileError when it is missing, damaged or something else."""
     try:
@@ -165,24 +140,6 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise FileError(path, f"must hold a JSON object, got {type(value).__name__}")
     return value
-
-
-def write_json(path: Path, value: Any) -> None:
-    """JSON with sorted keys, complete or not at all. NaN and infinity are refused."""
-    write_text(path, json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write beside, flush to disk, rename."""
-    beside = path.with_name(f"{path.name}.tmp")
-    try:
-        with beside.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def hash_of(value: Any) -> str:
@@ -236,11 +193,3 @@ def _commit() -> str | None:
     except OSError:  # no git on this machine
         return None
     return found.stdout.strip() if found.returncode == 0 else None
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

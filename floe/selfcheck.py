@@ -14,7 +14,7 @@ from floe_triton import reference
 from torch import Tensor
 
 from floe import ops
-from floe.doctor import Result, error_budget, relative_error
+from floe.error_budget import Result, error_budget, relative_error
 from floe.selection.masks import solve_mask, solve_two_class
 
 Found = tuple[str, float, float]  # output, error, budget

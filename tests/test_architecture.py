@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 LAYERS = [  # a module imports its own layer and those before it
-    ["errors"],
+    ["atomic", "errors", "error_budget"],
     ["config", "progress", "runs", "training.schedule", "training.memory", "training.checkpoints"],
     ["ops", "importance.scores", "selection", "report"],
     ["blocks", "losses", "readers", "adapters.moe_lora"],
@@ -37,6 +37,7 @@ PLACES = {  # library -> the only modules (and packages) that may import it
         "routers",
         "rank_search",
         "doctor",
+        "error_budget",
         "selfcheck",
         "pipeline.workspace",
         "pipeline.profiling",

@@ -259,3 +259,14 @@ def test_settings_cannot_be_changed_after_reading():
     config = parse_config(MINIMAL)
     with pytest.raises(ValueError, match="frozen"):
         config.adapter.r = 3
+
+
+def test_the_configuration_knows_every_policy_and_score():
+    from typing import get_args
+
+    from floe.config import Policy, SelectConfig
+    from floe.selection.policies import POLICIES
+    from floe.selection.ranking import How
+
+    assert set(get_args(Policy)) == set(POLICIES)
+    assert get_args(SelectConfig.model_fields["score"].annotation) == get_args(How)

@@ -49,11 +49,10 @@ template <typename T>
 FLOE_HOST_DEVICE void drop_tile(const T* __restrict__ input, T* __restrict__ output, int count,
                                 const std::uint8_t* __restrict__ bytes, std::uint32_t threshold,
                                 Accumulator<T> scale) {
-  for (int j = 0; j < count; ++j) {
-    const T kept = narrow<T>(widen(input[j]) * scale);
-    // A select, not a product: a dropped infinity or NaN is 0.
-    output[j] = bytes[j] >= threshold ? kept : T{};
-  }
+  T scaled[kTile];  // two loops: each vectorises, one with both widths does not
+  for (int j = 0; j < count; ++j) scaled[j] = narrow<T>(widen(input[j]) * scale);
+  // A select, not a product: a dropped infinity or NaN is 0.
+  for (int j = 0; j < count; ++j) output[j] = bytes[j] >= threshold ? scaled[j] : T{};
 }
 
 template <typename T>

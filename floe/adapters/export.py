@@ -18,9 +18,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from floe.adapters.config import FloeConfig
-from floe.adapters.files import publish_folder
 from floe.adapters.moe_lora import MoELoRALinear
 from floe.adapters.targets import adapted_modules
+from floe.atomic import replace_folder
 from floe.errors import FileError
 from floe.ops import moe_lora_add
 
@@ -185,6 +185,6 @@ def _save(
     try:
         lora.save_pretrained(str(beside))
         save_file(tensors, str(beside / "adapter_model.safetensors"), metadata={"format": "pt"})
-        publish_folder(beside, path)
+        replace_folder(beside, path)
     finally:
         shutil.rmtree(beside, ignore_errors=True)

@@ -21,6 +21,7 @@ from torch import nn
 from floe.adapters.config import FloeConfig
 from floe.adapters.peft_tuner import check_adapter_name, check_tensors
 from floe.adapters.targets import adapter_shapes
+from floe.atomic import replace_folder
 from floe.errors import FileError
 
 _CONFIG, _TENSORS = "adapter_config.json", "adapter_model.safetensors"
@@ -61,7 +62,7 @@ def save_adapter(
         source = beside if adapter_name == "default" else beside / adapter_name
         _check_card(source)
         _seal(source)
-        publish_folder(source, target)
+        replace_folder(source, target)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
 
@@ -171,27 +172,6 @@ def _digest(folder: Path, header: dict[str, Any], data: bytes) -> str:
     digest.update(json.dumps(header, sort_keys=True).encode())
     digest.update(data)
     return digest.hexdigest()
-
-
-def publish_folder(source: Path, target: Path) -> None:
-    """Put ``source`` in the place of ``target``, on disk before it is seen.
-
-    ``target`` is put back if that fails.
-    """
-    for file in source.iterdir():
-        with file.open("rb") as opened:
-            os.fsync(opened.fileno())
-    old = target.with_name(f"{target.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if target.exists():
-        target.rename(old)
-    try:
-        source.rename(target)
-    except OSError:
-        if old.exists():
-            old.rename(target)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _check_card(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import zipfile
@@ -13,6 +14,7 @@ import numpy as np
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 
+from floe.atomic import write_bytes
 from floe.errors import FileError
 
 FORMAT = 1
@@ -87,18 +89,12 @@ class Scores:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write an npz file, whole or not at all; equal scores give equal bytes."""
-        target = Path(path)
-        beside = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+        buffer = io.BytesIO()
+        self._write(buffer)
         try:
-            with beside.open("wb") as file:
-                self._write(file)
-                file.flush()
-                os.fsync(file.fileno())
-            beside.replace(target)
+            write_bytes(Path(path), buffer.getvalue())
         except OSError as error:
             raise FileError(path, f"cannot write the scores: {error.strerror}") from error
-        finally:
-            beside.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Scores:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from floe.adapters import remove_adapters
+from floe.atomic import write_json
 from floe.data import row_order
 from floe.evaluate import (
     Answers,
@@ -19,7 +20,7 @@ from floe.evaluate import (
 )
 from floe.pipeline.workspace import Workspace, plain
 from floe.routers import router_statistics
-from floe.runs import read_json, write_json
+from floe.runs import read_json
 
 INTERVALS = "95 %: bootstrap over rows for loss, Wilson for accuracy"
 

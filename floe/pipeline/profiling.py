@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 from floe.adapters import remove_adapters
+from floe.atomic import write_json
 from floe.blocks import find_blocks
 from floe.pipeline.workspace import Workspace
-from floe.runs import write_json
 from floe.training.memory import PeakMemory
 
 

@@ -9,9 +9,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from floe.atomic import copy_folder, write_json, write_text
 from floe.config import Baseline, RunConfig, dump_config, load_config
 from floe.progress import Progress
-from floe.runs import RunFolder, copy_folder, environment, read_json, write_json, write_text
+from floe.runs import RunFolder, environment, read_json
 
 STAGES = ("search", "score", "select", "train", "eval", "report")
 Announce = Callable[[int, int, str], None]

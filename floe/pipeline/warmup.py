@@ -9,10 +9,10 @@ from typing import Any
 
 from floe.adapters import remove_adapters
 from floe.adapters.files import save_adapter
+from floe.atomic import copy_folder, write_json
 from floe.pipeline.workspace import Workspace, plain
 from floe.rank_search.proposals import SearchSpace
 from floe.rank_search.search import search
-from floe.runs import copy_folder, write_json
 from floe.training.checkpoints import remove_checkpoints
 from floe.training.train import train
 

@@ -20,6 +20,7 @@ from torch import nn
 
 from floe.adapters import FloeConfig, adapted_modules, get_model, remove_adapters
 from floe.adapters.files import load_adapter, save_adapter
+from floe.atomic import copy_folder
 from floe.data import TokenRow, fingerprint
 from floe.evaluate import evaluate_rows, mean_loss
 from floe.rank_search.proposals import Point, SearchSpace, propose, sampler_settings
@@ -265,7 +266,7 @@ class _Search:
             )
         path = self.directory / "best"
         folder = self._folder(best.number, (best.rank, best.num_experts))
-        _publish(folder / "adapter", path)
+        copy_folder(folder / "adapter", path)
         return SearchResult(
             rank=best.rank,
             num_experts=best.num_experts,
@@ -279,18 +280,6 @@ class _Search:
             distinct=len({(t.rank, t.num_experts) for t in found}),
             exhausted=exhausted,
         )
-
-
-def _publish(source: Path, target: Path) -> None:
-    """Copy ``source`` to ``target``; killed within, the next call does it again."""
-    beside, old = target.with_name("best.tmp"), target.with_name("best.old")
-    shutil.rmtree(beside, ignore_errors=True)
-    shutil.copytree(source, beside)
-    shutil.rmtree(old, ignore_errors=True)
-    if target.exists():
-        target.rename(old)
-    beside.rename(target)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def base_fingerprint(model: nn.Module) -> str:

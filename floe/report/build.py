@@ -11,6 +11,7 @@ from pathlib import Path
 import jinja2
 from markupsafe import Markup
 
+from floe.atomic import write_bytes
 from floe.errors import FileError
 from floe.report.arms import curves, outcomes, tasks
 from floe.report.artifacts import Run
@@ -81,8 +82,8 @@ def build_report(run_dir: str | os.PathLike[str]) -> Path:
         beside.mkdir(exist_ok=True)
         _drop_stale(beside, set(files))
         for name, content in sorted(files.items()):
-            _write(beside / name, content)
-        _write(folder / "report.html", page.encode("utf-8", "replace"))
+            write_bytes(beside / name, content)
+        write_bytes(folder / "report.html", page.encode("utf-8", "replace"))
     except OSError as error:
         raise FileError(error.filename or beside, f"cannot be written: {error.strerror}") from error
     return folder / "report.html"
@@ -263,15 +264,3 @@ def _drop_stale(folder: Path, keep: set[str]) -> None:
     for path in folder.iterdir():
         if path.suffix in (".png", ".csv") and path.name not in keep:
             path.unlink()
-
-
-def _write(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from floe.atomic import write_bytes
 from floe.errors import FileError
 
 if TYPE_CHECKING:
@@ -170,15 +171,7 @@ def _read(path: Path, what: str) -> bytes:
 
 
 def _write(path: Path, content: bytes) -> None:
-    """Beside, synced, renamed: the file is there whole or not at all."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with beside.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
+        write_bytes(path, content)
     except OSError as error:
         raise FileError(path, f"cannot be written: {error.strerror}") from error
-    finally:
-        beside.unlink(missing_ok=True)

@@ -10,6 +10,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from floe.atomic import write_json
 from floe.errors import FileError
 
 DONE = "floe_done.json"
@@ -26,13 +27,7 @@ def seal(folder: str | os.PathLike[str], identity: dict[str, Any]) -> None:
     root = Path(folder)
     names = sorted(p.relative_to(root).as_posix() for p in root.rglob("*") if p.is_file())
     files = {name: _stamp(root / name) for name in names if name != DONE}
-    text = json.dumps({"format": _FORMAT, "identity": identity, "files": files}, sort_keys=True)
-    beside = root / f"{DONE}.tmp"
-    with beside.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, root / DONE)
+    write_json(root / DONE, {"format": _FORMAT, "identity": identity, "files": files})
 
 
 def verify(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
