@@ -37,24 +37,23 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
 def main() -> None:
     """Entry point of ``floe``: turns errors into one line and an exit code."""
     with _exit_codes():
-        app(standalone_mode=False)
+        code = app(standalone_mode=False)
+        if code == INTERRUPTED:  # typer's way of saying it was
+            raise KeyboardInterrupt
+        sys.exit(code if isinstance(code, int) else 0)
 
 
 @contextmanager
 def _exit_codes() -> Iterator[None]:
-    import click
-
     try:
         yield
-    except (click.exceptions.Exit, click.exceptions.Abort) as error:
-        sys.exit(getattr(error, "exit_code", INTERRUPTED))
-    except click.ClickException as error:
-        error.show()
-        sys.exit(USAGE)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, typer.Abort):
         _say("interrupted; the same command continues where this one stopped")
         sys.exit(INTERRUPTED)
     except Exception as error:
+        if hasattr(error, "show") and hasattr(error, "exit_code"):  # a usage error of typer's click
+            error.show()
+            sys.exit(USAGE)
         code = _code_of(error)
         if code is None:
             raise
@@ -80,17 +79,6 @@ def _code_of(error: Exception) -> int | None:
     return None
 
 
-def _calm_libraries() -> None:
-    """Our own progress speaks; libraries keep their errors and lose their bars and one notice."""
-    import warnings
-
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    notice = "`is_gradient_checkpointing` is deprecated"  # of transformers, raised by PEFT's calls
-    warnings.filterwarnings("ignore", message=notice, category=FutureWarning)
-
-
 def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
@@ -101,10 +89,11 @@ def _run_until(last: str) -> Callable[..., None]:
     ) -> None:
         from floe.config import load_config
         from floe.pipeline import run
+        from floe.pipeline.workspace import calm_libraries
         from floe.progress import open_progress
 
         settings = load_config(config, override)
-        _calm_libraries()
+        calm_libraries()
         with open_progress(quiet) as progress:
             result = run(settings, until=last, progress=progress)
         if as_json:

@@ -147,7 +147,10 @@ def test_the_report_reads_artifacts_only():
         for full in imports(path)
     }
     used = {full for full in used if full.startswith("floe") and not full.startswith("floe.report")}
-    assert all(full.startswith(("floe.errors.", "floe.importance.scores.")) for full in used), used
+    assert all(
+        full.startswith(("floe.atomic.", "floe.errors.", "floe.importance.scores."))
+        for full in used
+    ), used
 
 
 def test_the_registered_ops_are_called_in_one_place():

@@ -134,6 +134,17 @@ def test_schema_is_json_schema(floe):
     assert {"model", "data", "train"} <= set(json.loads(out)["properties"])
 
 
+def test_a_failing_selftest_is_the_exit_code(floe, monkeypatch):
+    from floe import doctor
+
+    wrong = doctor.Result("moe_lora_forward", "y", "cpu", "float32", "T17", 1.0, 1e-6)
+    monkeypatch.setattr(doctor, "selftest", lambda: [wrong])
+    code, out, err = floe("doctor", "--selftest")
+    assert code == 1
+    assert "moe_lora_forward" in err
+    assert "torch" in out
+
+
 def test_help_is_quick_and_loads_no_torch():
     code = "import sys; sys.argv = ['floe', '--help']; from floe.cli import app; import click\n"
     code += "try: app(standalone_mode=False)\nexcept SystemExit: pass\n"

@@ -149,7 +149,7 @@ def kill_within(process, marker, timeout=120):
     while time.monotonic() < end and process.poll() is None:
         if any(marker()):
             os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            process.communicate()
             return True
         time.sleep(0.005)
     return False
@@ -170,6 +170,20 @@ def check_killed(config, finished, tmp_path, name, patterns):
 def test_a_run_killed_while_training_continues_to_the_same_bytes(config, finished, tmp_path):
     patterns = ["train/main.work/checkpoints/checkpoint-2/floe_done.json"]
     check_killed(config, finished, tmp_path, "killed", patterns)
+
+
+def test_an_interrupted_run_says_how_to_continue(config, finished, tmp_path):
+    path = write_config(tmp_path / "config.yaml", renamed(config, "interrupted", baselines=[]))
+    process = start(path)
+    while process.poll() is None:
+        if (finished.parent / "interrupted/search.work/study.db").exists():
+            process.send_signal(signal.SIGINT)
+            break
+        time.sleep(0.01)
+    _, error = process.communicate(timeout=120)
+    assert process.returncode == 130, error.decode()
+    assert "the same command continues" in error.decode()
+    assert not (finished.parent / "interrupted/search").exists()
 
 
 @pytest.mark.slow

@@ -9,10 +9,10 @@ import torch
 from tiny import tiny_model, tiny_rows
 
 import floe.rank_search.search
-from floe import proposals, studies
 from floe.adapters import FloeConfig, get_model, remove_adapters
 from floe.data import make_batches
 from floe.evaluate import validation_loss
+from floe.rank_search import proposals, studies
 from floe.rank_search.proposals import SearchSpace, propose, sampler_settings
 from floe.rank_search.search import base_fingerprint, search
 from floe.rank_search.studies import Owner, mask

@@ -22,6 +22,7 @@ from pathlib import Path
 ROWS = {"train": 600, "validation": 48, "test": 96}  # per domain
 LONGEST_PROMPT = 420  # characters; keeps rows within about 110 tokens
 SEED = 41
+MODEL = "SmolLM2-135M-Instruct"
 
 
 def package_folder(name: str) -> Path:
@@ -139,7 +140,7 @@ def write_model(output: Path) -> None:
 
 def main(output: Path) -> None:
     """Write what is missing; a finished part is left as it is."""
-    for name, write in (("data", write_data), ("model", write_model)):
+    for name, write in (("data", write_data), (MODEL, write_model)):
         if (output / name).exists():
             continue
         beside = output / f"{name}.tmp"

@@ -234,3 +234,14 @@ def plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         value = dataclasses.asdict(value)
     return json.loads(json.dumps(value, default=str))
+
+
+def calm_libraries() -> None:
+    """Our own progress speaks; libraries keep their errors and lose their bars and one notice."""
+    import warnings
+
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    notice = "`is_gradient_checkpointing` is deprecated"  # of transformers, raised by PEFT's calls
+    warnings.filterwarnings("ignore", message=notice, category=FutureWarning)
