@@ -114,9 +114,12 @@ def test_a_second_run_skips_every_stage_and_changes_nothing(config, finished):
 
 def test_a_changed_setting_reruns_what_depends_on_it_alone(config, finished):
     log = Log()
-    changed = {**config, "select": {**config["select"], "layers": 3}}
+    fewer = [b for b in config["baselines"] if b["name"] != "random"]
+    select = {**config["select"], "layers": 3}
+    changed = {**config, "select": select, "baselines": fewer}
     run(parse_config(changed), progress=log)
     stale = {name for name, what in log.said.items() if what == "finished"}
+    assert not (finished / "train/random").exists()  # no longer configured
     assert {"search", "score", "train/all", "profile"}.isdisjoint(stale)
     assert {"select", "train/main", "eval"} <= stale
     run(parse_config(config))  # as the other tests expect it
@@ -134,6 +137,15 @@ def test_another_seed_gives_another_adapter(config, finished):
     settings = renamed(config, "seed7", baselines=[], train=train, search={"trials": 0})
     other = run(parse_config(settings), until="train").folder
     assert digests(other) != digests(finished)
+
+
+def test_the_adapter_exports_to_a_plain_lora_with_its_error(config, finished, tmp_path):
+    from floe.pipeline import export_run
+
+    report = export_run(parse_config(config), tmp_path / "lora", rows=8)
+    assert json.loads((tmp_path / "lora/adapter_config.json").read_text())["peft_type"] == "LORA"
+    assert 0 <= report.worst < 1
+    assert len(report.module_error) == 2 * 3
 
 
 def start(path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -232,7 +233,13 @@ class _Stages:
         ``adapter/`` is the chosen one's.
         """
         rank, experts = self.size
-        for arm, (policy, layers) in self._arms().items():
+        arms = self._arms()
+        for folder in self.path.glob("train/*"):
+            if (
+                folder.name.removesuffix(".work") not in arms
+            ):  # configured no more
+                shutil.rmtree(folder)
+        for arm, (policy, layers) in arms.items():
             inputs = self._common() | {
                 "rank": rank,
                 "num_experts": experts,
