@@ -114,7 +114,7 @@ for _name, _help in {
     "run": "Everything; stages whose inputs are unchanged are skipped.",
 }.items():
     _until = "report" if _name == "run" else _name
-    _suffix = "" if _name == "run" else " Runs the stages before it where they are missing."
+    _suffix = "" if _name in ("run", "search") else " Runs the missing stages before it."
     app.command(_name, help=_help + _suffix)(_run_until(_until))
 
 

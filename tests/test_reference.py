@@ -61,7 +61,7 @@ def equal(actual, wanted):
 @pytest.fixture
 def fixed_mask(monkeypatch):
     """Dropout with the example's mask, in the definition and in the product form alike."""
-    monkeypatch.setattr(reference, "dropout_keep", lambda rows, cols, p, seed: KEEP)
+    monkeypatch.setattr(reference, "dropout_keep", lambda *_: KEEP)
     monkeypatch.setattr(eager, "keyed_dropout", reference.dropout)
 
 
@@ -259,6 +259,16 @@ def test_every_implementation_of_dropout_gives_the_same_bits(dtype):
         expected = reference.dropout(x, p, SEED)
         assert torch.equal(keyed_dropout(x, p, SEED), expected)
         assert torch.equal(torch.ops.floe.dropout(x, p, SEED), expected)
+
+
+def test_rows_done_in_parts_give_the_bits_of_the_whole(monkeypatch):
+    import floe_triton.dropout
+
+    x = torch.randn(5, 9, 40)
+    monkeypatch.setattr(floe_triton.dropout, "_ELEMENTS_AT_ONCE", 7 * 40)
+    found = floe_triton.dropout._in_parts(x, 0.3, SEED)
+    assert torch.equal(found, reference.dropout(x, 0.3, SEED))
+    assert floe_triton.dropout._in_parts(x[:0], 0.3, SEED).shape == (0, 9, 40)
 
 
 @pytest.mark.parametrize("p", [-0.1, 1.0, float("nan")])

@@ -235,9 +235,7 @@ class _Stages:
         rank, experts = self.size
         arms = self._arms()
         for folder in self.path.glob("train/*"):
-            if (
-                folder.name.removesuffix(".work") not in arms
-            ):  # configured no more
+            if folder.name.removesuffix(".work") not in arms:  # configured no more
                 shutil.rmtree(folder)
         for arm, (policy, layers) in arms.items():
             inputs = self._common() | {

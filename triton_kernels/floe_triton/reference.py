@@ -52,14 +52,15 @@ def dropout_scale(p: float) -> float:
     return 256.0 / (256 - dropout_threshold(p))
 
 
-def dropout_keep(rows: int, cols: int, p: float, seed: Tensor) -> Tensor:
+def dropout_keep(rows: int, cols: int, p: float, seed: Tensor, first_row: int = 0) -> Tensor:
     """Keep-mask [rows, cols] (bool): a pure function of (seed, row, column), on the seed's device.
 
     Element (t, c) takes byte c mod 16 of the Philox-4x32-7 words at counter
-    (c div 16, t low, t high, 0).
+    (c div 16, t low, t high, 0); rows count from ``first_row``.
     """
     device = seed.device
-    row = torch.arange(rows, dtype=torch.int64, device=device)[:, None]
+    last = first_row + rows
+    row = torch.arange(first_row, last, dtype=torch.int64, device=device)[:, None]
     block = torch.arange(-(-cols // COLUMNS_PER_CALL), dtype=torch.int64, device=device)[None, :]
     words = philox((block, row & _WORD, row >> 32, torch.zeros_like(row)), seed, DROPOUT_ROUNDS)
     words = [word.expand(rows, block.shape[1]) for word in words]
@@ -69,9 +70,10 @@ def dropout_keep(rows: int, cols: int, p: float, seed: Tensor) -> Tensor:
     return bytes_.flatten(1)[:, :cols] >= dropout_threshold(p)
 
 
-def dropout(x: Tensor, p: float, seed: Tensor) -> Tensor:
+def dropout(x: Tensor, p: float, seed: Tensor, first_row: int = 0) -> Tensor:
     """``x * keep / (1 - p)``: columns are the last dimension's, rows count over all others."""
-    keep = dropout_keep(x.numel() // max(x.shape[-1], 1), x.shape[-1], p, seed).view(x.shape)
+    rows = x.numel() // max(x.shape[-1], 1)
+    keep = dropout_keep(rows, x.shape[-1], p, seed, first_row).view(x.shape)
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     return torch.where(
         keep, wide * dropout_scale(p), torch.zeros((), dtype=wide.dtype, device=x.device)
