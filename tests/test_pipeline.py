@@ -149,9 +149,11 @@ def test_the_adapter_exports_to_a_plain_lora_with_its_error(config, finished, tm
 
 
 def start(path):
+    """The run as a process of its own, which heeds SIGINT even where this one ignores it."""
     return subprocess.Popen(
         [sys.executable, "-m", "floe", "run", str(path), "--quiet"],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )  # fmt: skip
 
 
