@@ -87,6 +87,10 @@ def describe(facts: dict[str, Any]) -> str:
     lines.append(f"floe._ops has CUDA kernels: {'yes' if facts['native_cuda'] else 'no'}")
     for entry in facts["ops"]:
         lines.append(f"{entry['op']} on {entry['device']}: {entry['path']} ({entry['why']})")
+    results = facts.get("selftest")
+    if results is not None:
+        wrong = sum(not result["error"] <= result["budget"] for result in results)
+        lines.append(f"selftest: {len(results)} comparisons with float64, {wrong} out of budget")
     return "\n".join(lines)
 
 

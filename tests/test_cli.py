@@ -142,7 +142,7 @@ def test_a_failing_selftest_is_the_exit_code(floe, monkeypatch):
     code, out, err = floe("doctor", "--selftest")
     assert code == 1
     assert "moe_lora_forward" in err
-    assert "torch" in out
+    assert "1 comparisons with float64, 1 out of budget" in out
 
 
 def test_help_is_quick_and_loads_no_torch():
