@@ -89,7 +89,7 @@ def describe(facts: dict[str, Any]) -> str:
         lines.append(f"{entry['op']} on {entry['device']}: {entry['path']} ({entry['why']})")
     results = facts.get("selftest")
     if results is not None:
-        wrong = sum(not result["error"] <= result["budget"] for result in results)
+        wrong = sum(not result["passed"] for result in results)
         lines.append(f"selftest: {len(results)} comparisons with float64, {wrong} out of budget")
     return "\n".join(lines)
 

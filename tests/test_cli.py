@@ -137,7 +137,7 @@ def test_schema_is_json_schema(floe):
 def test_a_failing_selftest_is_the_exit_code(floe, monkeypatch):
     from floe import doctor
 
-    wrong = doctor.Result("moe_lora_forward", "y", "cpu", "float32", "T17", 1.0, 1e-6)
+    wrong = doctor.Result("moe_lora_forward", "y", "cpu", "float32", "T17", float("inf"), 1e-6)
     monkeypatch.setattr(doctor, "selftest", lambda: [wrong])
     code, out, err = floe("doctor", "--selftest")
     assert code == 1
