@@ -173,8 +173,10 @@ def check_killed(config, finished, tmp_path, name, patterns):
     settings = renamed(config, name, baselines=[])
     path = write_config(tmp_path / "config.yaml", settings)
     target = finished.parent / name
-    killed = [kill_within(start(path), lambda p=pattern: target.glob(p)) for pattern in patterns]
-    assert all(killed), f"the run was over before {patterns[killed.index(False)]}"
+    for pattern in patterns:
+        process = start(path)
+        killed = kill_within(process, lambda p=pattern: target.glob(p))
+        assert killed, f"over before {pattern}: {process.communicate()[1].decode()[-800:]}"
     process = start(path)
     _, error = process.communicate(timeout=240)
     assert process.returncode == 0, error.decode()
