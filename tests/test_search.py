@@ -1,6 +1,8 @@
+import contextlib
 import dataclasses
 import gc
 import random
+import sqlite3
 
 import killing
 import optuna
@@ -366,3 +368,22 @@ def test_killed_at_random_instants_it_ends_with_the_same_trials(tmp_path, unbrok
 @pytest.mark.parametrize("seed", range(1, 11))
 def test_killed_many_times_it_ends_with_the_same_trials(tmp_path, unbroken, seed):
     kill_and_resume(tmp_path, unbroken, seed, kills=4)
+
+
+def test_a_kill_while_the_database_is_made_leaves_none_or_a_whole_one(tmp_path):
+    """Optuna makes its tables one by one; half of them must never be taken for a study."""
+    killed = 0
+    for statement in (1, 2, 3, 7, 12, 100):  # 2: the index of the studies' names
+        folder = tmp_path / str(statement)
+        folder.mkdir()
+        process = killing.start("opening_a_study", folder, statement)
+        process.join(60)
+        killed += process.exitcode == -9
+        for _ in range(2):
+            study = studies.open_study(f"sqlite:///{folder}/study.db", {"space": 1}, prune=False)
+        with contextlib.closing(sqlite3.connect(folder / "study.db")) as database:
+            assert database.execute("select study_name from studies").fetchall() == [("floe",)]
+            indices = database.execute("select name from sqlite_master where type = 'index'")
+            assert ("ix_studies_study_name",) in indices.fetchall()
+        assert study.trials == []
+    assert killed == 5

@@ -20,6 +20,7 @@ from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import SQLAlchemyError
 
+from floe.atomic import flush
 from floe.rank_search.proposals import Point, SearchSpace
 
 STUDY = "floe"
@@ -51,6 +52,7 @@ def open_study(url: str, identity: dict[str, Any], prune: bool) -> optuna.Study:
     if prune:
         pruner = optuna.pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=0)
     try:
+        _create_whole(url)
         storage = optuna.storages.RDBStorage(url)
         study = optuna.create_study(
             storage=storage,
@@ -77,6 +79,29 @@ def open_study(url: str, identity: dict[str, Any], prune: bool) -> optuna.Study:
             f"{', '.join(names)}; use another directory or storage"
         )
     return study
+
+
+def _create_whole(url: str) -> None:
+    """Make a SQLite file that is not there yet beside its place, with every table and index.
+
+    Optuna creates them one by one. Killed in between, the file would keep its tables without the
+    index that makes a study's name unique, and every later start would add one more study.
+    """
+    parsed = make_url(url)
+    place = parsed.database
+    if not parsed.drivername.startswith("sqlite") or not place or place.startswith((":", "file:")):
+        return
+    with FileLock(f"{place}.lock"):
+        if Path(place).exists():
+            return
+        fresh = Path(f"{place}.new")
+        for leftover in (fresh, Path(f"{fresh}-journal")):
+            leftover.unlink(missing_ok=True)
+        storage = optuna.storages.RDBStorage(f"sqlite:///{fresh}")
+        storage.engine.dispose()
+        flush(fresh)
+        fresh.replace(place)
+        flush(fresh.parent)
 
 
 def begin_trial(
