@@ -102,6 +102,10 @@ class AdapterConfig(_Section):
     target_modules: list[str] = ["gate_proj", "up_proj", "down_proj"]
     scaling: Literal["alpha/r", "alpha/sqrt(r)"] = "alpha/r"
     adapter_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    share_input: bool = Field(
+        True, description="q/k/v and gate/up as one op, with one dropout mask."
+    )
+    backend: Literal["auto", "eager", "native", "gemm", "fused"] = "auto"
 
 
 class TrainConfig(_Section):

@@ -25,7 +25,13 @@ __all__ = [
 
 # CPUID flags of CPUs that multiply bfloat16 matrices in hardware: tiles, then 512-bit dot products.
 _BF16_FLAGS = ("amx_bf16", "avx512_bf16")
-_OPS = ("moe_lora_forward", "moe_lora_backward", "dropout", "mask_gradients", "accumulate_fisher_")
+_OPS = (
+    "moe_lora_forward",
+    "moe_lora_backward",
+    "keyed_dropout",
+    "mask_gradients",
+    "accumulate_fisher_",
+)
 
 
 def auto_dtype(device: torch.device | str) -> torch.dtype:
@@ -153,18 +159,30 @@ def _has_kernel(op: str, key: str) -> bool:
     )
 
 
+def implementation(device: torch.device) -> tuple[str, str]:
+    """The path of the routed linear on ``device`` with backend "auto", and why."""
+    from floe.ops import kernel_obstacle
+
+    if device.type == "cpu":
+        return "native C++", "floe._ops loads"
+    obstacle = kernel_obstacle(device)
+    if obstacle is None:
+        return "Triton kernels", "an NVIDIA GPU of capability 8.0 or newer, and triton"
+    return "eager product form", f"the Triton path {obstacle}"
+
+
 def _paths(device: str, native: dict[str, Any]) -> list[dict[str, str]]:
     key = device.upper()
     found = []
     for op in _OPS:
-        if _has_kernel(op, key):
+        if not native["_ops"]["loads"]:
+            path, why = "none", native["_ops"]["error"]
+        elif op in ("moe_lora_forward", "moe_lora_backward", "keyed_dropout"):
+            path, why = implementation(torch.device(device))
+        elif _has_kernel(op, key):
             path, why = f"native {key}", f"a kernel is registered for {device}"
-        elif op.startswith("moe_lora") and native["_ops"]["loads"]:
-            path, why = "eager product form", f"no fused kernel for {device}"
-        elif op == "dropout" and native["_ops"]["loads"]:
-            path, why = "plain torch definition", f"no native kernel for {device}"
         else:
-            path, why = "none", native["_ops"].get("error", f"built without {key}")
+            path, why = "none", f"built without {key}"
         found.append({"op": op, "device": device, "path": path, "why": why})
     if device == "cpu":
         loads = native["_native"]["loads"]

@@ -12,17 +12,30 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from floe_triton import draw_seed, keyed_dropout, moe_lora, moe_lora_add
+from floe_triton import (
+    draw_seed,
+    keyed_dropout,
+    moe_lora,
+    moe_lora_add,
+    moe_lora_group,
+    moe_lora_group_add,
+)
+from floe_triton.checks import BACKENDS
+from floe_triton.devices import obstacle as kernel_obstacle
 from floe_triton.dropout import check_dropout
 from torch import Tensor
 
 __all__ = [
+    "BACKENDS",
     "accumulate_fisher_",
     "draw_seed",
+    "kernel_obstacle",
     "keyed_dropout",
     "mask_gradients",
     "moe_lora",
     "moe_lora_add",
+    "moe_lora_group",
+    "moe_lora_group_add",
 ]
 
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -239,3 +252,71 @@ def _dropout_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
 
 
 torch.library.register_autograd("floe::dropout", _dropout_backward, setup_context=_dropout_context)
+
+
+@torch.library.register_fake("floe::shrink")
+def _fake_shrink(
+    x: Tensor, rows: Tensor, hidden_rows: int, dropout_p: float, seed: Tensor | None
+) -> Tensor:
+    return x.new_empty((x.shape[0], rows.shape[0]), dtype=_wide(x.dtype))
+
+
+@torch.library.register_fake("floe::route")
+def _fake_route(
+    products: Tensor,
+    router_bias: Tensor | None,
+    groups: int,
+    rank: int,
+    experts: int,
+    scaling: float,
+    temperature: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    tokens = products.shape[0]
+    return (
+        products.new_empty((groups, tokens, rank)),
+        products.new_empty((groups, tokens, experts)),
+        products.new_empty((groups, tokens, experts * rank), dtype=dtype),
+    )
+
+
+@torch.library.register_fake("floe::expand")
+def _fake_expand(z: Tensor, expand: Tensor, bias: Tensor | None, base: Tensor | None) -> Tensor:
+    return z.new_empty((z.shape[0], expand.shape[0]))
+
+
+@torch.library.register_fake("floe::moe_lora_grad_y")
+def _fake_grad_y(
+    grad_y: Tensor, z: Tensor, expand: Tensor, needs_expand: bool
+) -> tuple[Tensor, Tensor]:
+    shape = expand.shape if needs_expand else (0,)
+    return z.new_empty(z.shape, dtype=_wide(z.dtype)), expand.new_empty(shape)
+
+
+@torch.library.register_fake("floe::route_backward")
+def _fake_route_backward(
+    grad_z: list[Tensor], hidden: Tensor, gate: Tensor, scaling: float, temperature: float
+) -> Tensor:
+    groups, tokens, rank = hidden.shape
+    return hidden.new_empty((tokens, groups * (rank + gate.shape[2])))
+
+
+@torch.library.register_fake("floe::moe_lora_grad_x")
+def _fake_grad_x(
+    grads: Tensor,
+    x: Tensor,
+    rows: Tensor,
+    hidden_rows: int,
+    dropout_p: float,
+    seed: Tensor | None,
+    needs_x: bool,
+    needs_rows: bool,
+) -> tuple[Tensor, Tensor]:
+    return (
+        x.new_empty(x.shape if needs_x else (0,)),
+        rows.new_empty(rows.shape if needs_rows else (0,)),
+    )
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)

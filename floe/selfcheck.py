@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from floe_triton import reference
+from floe_triton.devices import runs_triton
 from torch import Tensor
 
 from floe import ops
@@ -18,12 +19,13 @@ from floe.error_budget import Result, error_budget, relative_error
 from floe.selection.masks import solve_mask, solve_two_class
 
 Found = tuple[str, float, float]  # output, error, budget
+Compared = tuple[str, Tensor, Tensor, Tensor]  # output, ours, in float64, plain torch's
 Arguments = tuple[
     Tensor, Tensor, int, Tensor | None
 ]  # activation, gradient, group size, token mask
 Numbers = npt.NDArray[np.float64]
 
-_TOKENS = (0, 1, 17, 513)
+_TOKENS = (0, 1, 17, 513)  # none, decoding, a ragged block, several blocks
 # (K, N, r, M): odd sizes, one expert, ranks below and above a vector's width
 _SHAPES = ((33, 47, 1, 1), (100, 7, 5, 3), (130, 96, 8, 4), (257, 64, 32, 10))
 _DROPOUT = 0.25
@@ -78,21 +80,35 @@ def _dtypes(device: torch.device) -> list[torch.dtype]:
     return found
 
 
+def _backends(device: torch.device) -> tuple[str, ...]:
+    """Every implementation that runs on ``device``, so that each is checked, not the default."""
+    if device.type == "cuda":
+        return ("eager", "gemm", "fused") if runs_triton(device) else ("eager",)
+    return ("eager", "native") if device.type == "cpu" else ("eager",)
+
+
 def _moe_lora_cases(device: torch.device) -> Iterator[Case]:
-    for dtype, shape, tokens in itertools.product(_dtypes(device), _SHAPES, _TOKENS):
-        for dropout, add in itertools.product((0.0, _DROPOUT), (False, True)):
+    for backend, dtype, shape in itertools.product(_backends(device), _dtypes(device), _SHAPES):
+        columns, features, rank, experts = shape
+        sizes = f"K={columns} N={features} r={rank} M={experts}"
+        for tokens, dropout, add in itertools.product(_TOKENS, (0.0, _DROPOUT), (False, True)):
             # where only the adapter is added, its parameters stay float32 as in training
             adapter = torch.float32 if add else dtype
-            site = _Linear(shape, tokens, dtype, adapter, dropout, device)
-            columns, features, rank, experts = shape
+            site = _Linear(shape, tokens, dtype, adapter, dropout, device, backend)
             yield Case(
                 "moe_lora_add" if add else "moe_lora",
                 device,
                 str(dtype) if adapter == dtype else f"{dtype} with {adapter} adapter",
-                f"T={tokens} K={columns} N={features} r={rank} M={experts} dropout={dropout}",
-                site.check_add if add else site.check_linear,
-                draws=3 if tokens > 1 else 8,
+                f"{backend} T={tokens} {sizes} dropout={dropout}",
+                partial(site.pooled, site.compare_add if add else site.compare_linear),
+                draws=1,
             )
+        for tokens, dropout in itertools.product(_TOKENS[1:], (0.0, _DROPOUT)):
+            site = _Linear(shape, tokens, dtype, torch.float32, dropout, device, backend)
+            text = f"{backend} T={tokens} {sizes} dropout={dropout} of 3 linears"
+            name = f"{dtype} with float32 adapter"
+            check = partial(site.pooled, site.compare_group)
+            yield Case("moe_lora_group", device, name, text, check, draws=1)
 
 
 @dataclass(frozen=True)
@@ -105,8 +121,9 @@ class _Linear:
     adapter: torch.dtype
     dropout: float
     device: torch.device
+    backend: str
 
-    def check_linear(self, draw: int) -> list[Found]:
+    def compare_linear(self, draw: int) -> list[Compared]:
         """`moe_lora`, forward and backward."""
         x, shrink, expand, weight, bias, _, grad = self._inputs(draw)
 
@@ -114,9 +131,10 @@ class _Linear:
             frozen = weight.to(x.dtype), bias.to(x.dtype)
             return op(x, *frozen, shrink, expand, **self._settings())
 
-        return self._compare(run, ops.moe_lora, reference.moe_lora, (x, shrink, expand), grad)
+        own = partial(ops.moe_lora, backend=self.backend)
+        return self._compare(run, own, reference.moe_lora, (x, shrink, expand), grad)
 
-    def check_add(self, draw: int) -> list[Found]:
+    def compare_add(self, draw: int) -> list[Compared]:
         """`moe_lora_add`, forward and backward."""
         x, shrink, expand, _, _, base, grad = self._inputs(draw)
 
@@ -124,7 +142,29 @@ class _Linear:
             shrink, expand, base = rest
             return op(base, x, shrink, expand, **self._settings())
 
-        return self._compare(run, ops.moe_lora_add, _added, (x, shrink, expand, base), grad)
+        own = partial(ops.moe_lora_add, backend=self.backend)
+        return self._compare(run, own, _added, (x, shrink, expand, base), grad)
+
+    def compare_group(self, draw: int) -> list[Compared]:
+        """`moe_lora_group` of three linears with router biases and a temperature."""
+        x, shrink, expand, weight, bias, base, grad = self._inputs(draw)
+        experts = self.shape[3]
+        router = torch.linspace(-1.0, 1.0, experts, device=self.device, dtype=self.adapter)
+        # the same numbers in another order are other weights
+        shrinks, expands = ([t, t.flip(0), t.roll(1, 0)] for t in (shrink, expand))
+        frozen = [weight, weight.flip(0), weight.roll(1, 0)]
+
+        def run(op: Callable[..., list[Tensor]], x: Tensor, *rest: Tensor) -> Tensor:
+            found = op(
+                x, [w.to(x.dtype) for w in frozen], [None, bias.to(x.dtype), None], rest[:3],
+                rest[3:6], router_biases=rest[6:], temperature=0.5, **self._settings(),
+            )  # fmt: skip
+            return torch.cat(found, dim=-1)
+
+        own = partial(ops.moe_lora_group, backend=self.backend)
+        leaves = (x, *shrinks, *expands, router, router.flip(0), 2 * router)
+        grads = torch.cat([grad, grad.flip(0), base], dim=-1)
+        return self._compare(run, own, _group, leaves, grads)
 
     def _inputs(self, draw: int) -> list[Tensor]:
         """x, shrink, expand, weight, bias, base output and the gradient of y."""
@@ -156,19 +196,50 @@ class _Linear:
         definition: Callable[..., Tensor],
         leaves: tuple[Tensor, ...],
         grad: Tensor,
-    ) -> list[Found]:
+    ) -> list[Compared]:
         def outcome(function: Callable[..., Tensor], dtype: torch.dtype | None) -> list[Tensor]:
             own = [leaf.to(dtype or leaf.dtype).detach().requires_grad_() for leaf in leaves]
             y = run(function, *own)
             return [y.detach(), *torch.autograd.grad(y, own, grad.to(y.dtype))]
 
         exact, plain = outcome(definition, torch.float64), outcome(definition, None)
-        names = ("y", "grad_x", "grad_shrink", "grad_expand", "grad_base")
-        actual = outcome(op, None)
-        return [
-            (name, relative_error(ours, truth), error_budget(own, truth, self.dtype))
-            for name, ours, truth, own in zip(names, actual, exact, plain, strict=False)
-        ]
+        actual, names = outcome(op, None), ("y", "grad_x", "grad_shrink", "grad_expand")
+        if len(leaves) > 4:  # of a group: the linears' gradients together
+            exact, plain, actual = (_joined(found) for found in (exact, plain, actual))
+        last = "grad_router_bias" if len(leaves) > 4 else "grad_base"
+        return list(zip((*names, last), actual, exact, plain, strict=False))
+
+    def pooled(self, compare: Callable[[int], list[Compared]], draw: int) -> list[Found]:
+        """The error over several draws at once: of a few numbers alone it would be luck."""
+        several = range(4 * draw, 4 * draw + (4 if self.tokens < 64 else 2))
+        found = []
+        for each in zip(*(compare(one) for one in several), strict=True):
+            actual, exact, plain = (torch.cat([c[i].flatten() for c in each]) for i in (1, 2, 3))
+            budget = error_budget(plain, exact, self.dtype)
+            found.append((each[0][0], relative_error(actual, exact), budget))
+        return found
+
+
+def _joined(found: list[Tensor]) -> list[Tensor]:
+    kinds = [found[2 + 3 * kind : 5 + 3 * kind] for kind in range(3)]
+    return [*found[:2], *(torch.cat([t.flatten() for t in kind]) for kind in kinds)]
+
+
+def _group(
+    x: Tensor,
+    weights: list[Tensor],
+    biases: list[Tensor | None],
+    shrinks: tuple[Tensor, ...],
+    expands: tuple[Tensor, ...],
+    *,
+    router_biases: tuple[Tensor, ...],
+    **settings: object,
+) -> list[Tensor]:
+    each = zip(weights, biases, shrinks, expands, router_biases, strict=True)
+    return [
+        reference.moe_lora(x, *linear, router_bias=router_bias, **settings)  # type: ignore[arg-type]
+        for *linear, router_bias in each
+    ]
 
 
 def _added(base: Tensor, x: Tensor, shrink: Tensor, expand: Tensor, **settings: object) -> Tensor:

@@ -82,7 +82,7 @@ def test_diagnose_is_json_and_names_every_operator():
     assert facts["native"]["_native"]["build"]["compiler"]
     paths = {entry["op"]: entry for entry in facts["ops"] if entry["device"] == "cpu"}
     assert paths["mask_gradients"]["path"] == paths["accumulate_fisher_"]["path"] == "native CPU"
-    assert paths["dropout"]["path"] == "native CPU"
+    assert paths["keyed_dropout"]["path"] == paths["moe_lora_forward"]["path"] == "native C++"
     assert paths["mask solvers"]["path"] == "native C++"
     assert set(paths) > {"moe_lora_forward", "moe_lora_backward"}
     assert all(entry["why"] for entry in facts["ops"])
@@ -136,6 +136,7 @@ def test_selftest_passes_here_and_reports_progress():
     assert {result.op for result in results} == {
         "moe_lora",
         "moe_lora_add",
+        "moe_lora_group",
         "keyed_dropout",
         "mask_gradients",
         "accumulate_fisher_",

@@ -28,22 +28,31 @@ OP_CASES = [
     {"leading": (0,), "dropout_p": 0.0},
     {"leading": (0,), "dropout_p": 0.3, "bias": False},
     {"leading": (3,), "rank": 7, "experts": 2, "dropout_p": 0.3, "base": True},
+    {"leading": (4,), "dropout_p": 0.3, "linears": 3, "router_bias": True},
+    {"leading": (4,), "dropout_p": 0.0, "linears": 2, "router_bias": True, "base": True},
 ]
 
 
 def op_arguments(
-    leading, dropout_p, base=False, dtype=torch.float32, adapter=torch.float32, **sizes
-):
-    x, weight, bias, shrink, expand, grad = case(leading, **sizes)
-    x, weight, grad, bias = (None if t is None else t.to(dtype) for t in (x, weight, grad, bias))
+    leading, dropout_p, base=False, linears=1, router_bias=False, dtype=torch.float32,
+    adapter=torch.float32, **sizes,
+):  # fmt: skip
+    """Positional arguments of both ops, for a group of linears of one input."""
+    drawn = [case(leading, **sizes) for _ in range(linears)]
+    x = drawn[0][0].to(dtype)
+    weights, biases, grads = (
+        [None if one[i] is None else one[i].to(dtype) for one in drawn] for i in (1, 2, 5)
+    )
+    shrinks, expands = ([one[i].to(adapter) for one in drawn] for i in (3, 4))
+    base_outputs = [draw(*grad.shape).to(dtype) for grad in grads] if base else []
+    weights, biases = ([], []) if base else (weights, biases)
+    experts = expands[0].shape[1]
+    router_biases = [draw(experts).to(adapter) if router_bias else None for _ in drawn]
     seed = SEED if dropout_p else None
-    base_output = draw(*grad.shape).to(dtype) if base else None
-    weight, bias = (None, None) if base else (weight, bias)
-    parameters = (shrink.to(adapter), expand.to(adapter))
-    forward = (x, weight, bias, base_output, *parameters, 1.5, dropout_p, seed)
-    _, hidden, gate, z = torch.ops.floe.moe_lora_forward(*forward)
-    backward = (grad, x, weight, *parameters, hidden, gate, z, 1.5, dropout_p, seed)
-    return forward, backward
+    settings = (1.5, 0.7, dropout_p, seed, "auto")
+    group = (weights, biases, base_outputs, shrinks, expands, router_biases, *settings)
+    _, hidden, gate, z = torch.ops.floe.moe_lora_forward(x, *group)
+    return (x, *group), (grads, x, *group, hidden, gate, z)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -59,7 +68,8 @@ def test_opcheck_forward(arguments, dtype):
 @pytest.mark.parametrize("arguments", OP_CASES, ids=str)
 def test_opcheck_backward(arguments, needs):
     _, backward = op_arguments(**arguments)
-    torch.library.opcheck(torch.ops.floe.moe_lora_backward, (*backward, *needs))
+    biased = needs[1] and arguments.get("router_bias", False)
+    torch.library.opcheck(torch.ops.floe.moe_lora_backward, (*backward, *needs, biased))
 
 
 @pytest.mark.filterwarnings(

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from floe_triton import draw_seed, eager, keyed_dropout, reference
+from floe_triton.group import Group, Needs
 
 SEED = torch.tensor(1234567890123456789)
 
@@ -89,20 +90,19 @@ def test_the_definition_gives_the_worked_example(wanted, dropout_p, fixed_mask):
 @CASES
 def test_the_product_form_gives_the_worked_example_step_by_step(wanted, dropout_p, fixed_mask):
     x, shrink, expand = (t.detach() for t in example())
-    weight, seed = torch.eye(2).double(), SEED if dropout_p else None
-    y, hidden, gate, z = eager.forward(x, weight, None, None, shrink, expand, 2.0, dropout_p, seed)
+    seed = SEED if dropout_p else None
+    weights = [torch.eye(2).double()]
+    group = Group(weights, [None], [], [shrink], [expand], [None], 2.0, 1.0, dropout_p, seed)
+    (y,), routed = eager.forward(x, group)
     equal(y, wanted["y"])
-    equal(hidden, wanted["hidden"])
-    equal(gate, GATE)
+    equal(routed.hidden[0], wanted["hidden"])
+    equal(routed.gate[0], GATE)
     grad_y = torch.ones_like(y)
-    _, grad_logits = eager.shrink_gradients(grad_y, expand, hidden, gate, 2.0)
+    _, grad_logits = eager.shrink_gradients(grad_y, expand, routed.hidden[0], routed.gate[0], 2.0)
     equal(grad_logits, wanted["logit_grad"])
-    grads = eager.backward(
-        grad_y, x, weight, shrink, expand, hidden, gate, z, 2.0, dropout_p, seed, True, True, True
-    )
-    for parameter, grad in zip(example_grads := (x, shrink, expand), grads, strict=True):
-        parameter.grad = grad
-    check_gradients(wanted, *example_grads)
+    found = eager.backward([grad_y], x, group, routed, Needs(True, True, True, False))
+    x.grad, shrink.grad, expand.grad = found.x, found.shrink[0], found.expand[0]
+    check_gradients(wanted, x, shrink, expand)
 
 
 @CASES
@@ -112,8 +112,8 @@ def test_the_gate_s_own_gradient_is_that_of_the_worked_example(
     kept = []
     define = reference.gate
 
-    def watched(x, router):
-        kept.append(define(x, router))
+    def watched(x, router, *settings):
+        kept.append(define(x, router, *settings))
         kept[-1].retain_grad()
         return kept[-1]
 

@@ -19,6 +19,9 @@ namespace floe::bindings {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+// Waking a thread costs as much as this many elements.
+inline constexpr std::int64_t kElementsPerThread = 1 << 16;
+
 inline bool same_device(const Tensor& a, const Tensor& b) {
   return a.is_cpu() == b.is_cpu() && a.is_cuda() == b.is_cuda() &&
          a.get_device_index() == b.get_device_index();

@@ -1,4 +1,5 @@
-// The operators of torch.ops.floe that are written in C++: every schema, and the CPU kernels.
+// The operators of torch.ops.floe that are written in C++: every schema, and the CPU kernels
+// of the Fisher sums (ops_moe_lora*.cpp have the linear's).
 // floe_triton defines the routed linear in the same namespace, hence a fragment.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -9,15 +10,11 @@
 
 #include "bindings/checks.h"
 #include "fisher/fisher.h"
-#include "moe_lora/dropout_cpu.h"
 
 namespace floe::bindings {
 namespace {
 
 using torch::stable::parallel_for;
-
-// Waking a thread costs as much as this many elements.
-constexpr std::int64_t kElementsPerThread = 1 << 16;
 
 // float64 [S, units], the gradients before rounding.
 Tensor unit_gradients(const FisherArguments& arguments) {
@@ -64,27 +61,6 @@ void accumulate_fisher_cpu(const Tensor& total, const Tensor& activation, const 
                       static_cast<double*>(total.mutable_data_ptr()), 0, arguments.extent.units);
 }
 
-Tensor dropout_cpu(const Tensor& x, double p, const Tensor& seed) {
-  STD_TORCH_CHECK(x.dim() >= 1, "floe: x must be [..., K]");
-  STD_TORCH_CHECK(p >= 0.0 && p < 1.0, "floe: p must be in [0, 1), got ", p);
-  STD_TORCH_CHECK(seed.dim() == 0 && seed.scalar_type() == ScalarType::Long && seed.is_cpu(),
-                  "floe: seed must be a 0-dimensional int64 tensor on x's device");
-  const Tensor input = torch::stable::contiguous(x);
-  Tensor output = torch::stable::new_empty(input, input.sizes());
-  const std::int64_t columns = x.size(x.dim() - 1);
-  if (input.numel() == 0) return output;
-  const std::int64_t value = *static_cast<const std::int64_t*>(seed.const_data_ptr());
-  with_float_type(x.scalar_type(), [&]<typename T>(T) {
-    const auto* source = static_cast<const T*>(input.const_data_ptr());
-    auto* target = static_cast<T*>(output.mutable_data_ptr());
-    parallel_for(0, input.numel() / columns, 1 + kElementsPerThread / columns,
-                 [&](std::int64_t first, std::int64_t last) {
-                   moe_lora::drop_rows(source, target, columns, first, last, p, value);
-                 });
-  });
-  return output;
-}
-
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(floe, m) {
@@ -95,12 +71,28 @@ STABLE_TORCH_LIBRARY_FRAGMENT(floe, m) {
       "accumulate_fisher_(Tensor(a!) fisher, Tensor activation, Tensor gradient, int group_size, "
       "Tensor? token_mask, Tensor? sample_scale) -> ()");
   m.def("dropout(Tensor x, float p, Tensor seed) -> Tensor");
+  m.def(
+      "shrink(Tensor x, Tensor rows, int hidden_rows, float dropout_p, Tensor? seed) -> Tensor "
+      "products");
+  m.def(
+      "route(Tensor products, Tensor? router_bias, int groups, int rank, int experts, "
+      "float scaling, float temperature, ScalarType dtype) -> (Tensor hidden, Tensor gate, "
+      "Tensor z)");
+  m.def("expand(Tensor z, Tensor expand, Tensor? bias, Tensor? base) -> Tensor y");
+  m.def(
+      "moe_lora_grad_y(Tensor grad_y, Tensor z, Tensor expand, bool needs_expand) -> "
+      "(Tensor grad_z, Tensor grad_expand)");
+  m.def(
+      "route_backward(Tensor[] grad_z, Tensor hidden, Tensor gate, float scaling, "
+      "float temperature) -> Tensor grads");
+  m.def(
+      "moe_lora_grad_x(Tensor grads, Tensor x, Tensor rows, int hidden_rows, float dropout_p, "
+      "Tensor? seed, bool needs_x, bool needs_rows) -> (Tensor grad_x, Tensor grad_rows)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(floe, CPU, m) {
   m.impl("mask_gradients", TORCH_BOX(&mask_gradients_cpu));
   m.impl("accumulate_fisher_", TORCH_BOX(&accumulate_fisher_cpu));
-  m.impl("dropout", TORCH_BOX(&dropout_cpu));
 }
 
 }  // namespace floe::bindings

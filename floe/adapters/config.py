@@ -10,6 +10,8 @@ import peft
 import torch
 from peft.utils import PeftType
 
+from floe.ops import BACKENDS
+
 FORMAT = 1
 DEFAULT_TARGETS = ("down_proj", "gate_proj", "up_proj")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -45,6 +47,10 @@ class FloeConfig(peft.PeftConfig):
         scaling: "alpha/r" or "alpha/sqrt(r)".
         adapter_dtype: storage of the adapter, "float32" (default), "bfloat16" or "float16";
             products run in the dtype of the activations either way.
+        share_input: whether adapted projections of one input (q/k/v, gate/up) run as one op, which
+            reads it once and draws one dropout mask for all of them.
+        backend: which implementation runs: "auto", or a name of :mod:`floe_triton.paths`
+            ("eager" is plain torch, everywhere).
         seed: of the initial values; a layer's depend on the seed and its path alone.
 
     Raises:
@@ -62,6 +68,8 @@ class FloeConfig(peft.PeftConfig):
     expert_pattern: dict[str, int] = field(default_factory=dict)
     scaling: str = "alpha/r"
     adapter_dtype: str = "float32"
+    share_input: bool = True
+    backend: str = "auto"
     seed: int = 41
     floe_format: int = FORMAT
 
@@ -116,6 +124,10 @@ class FloeConfig(peft.PeftConfig):
             raise ValueError(
                 f"adapter_dtype must be one of {sorted(DTYPES)}, got {self.adapter_dtype!r}"
             )
+        if self.backend not in BACKENDS:
+            raise ValueError(f"backend must be one of {list(BACKENDS)}, got {self.backend!r}")
+        if not isinstance(self.share_input, bool):
+            raise TypeError(f"share_input must be true or false, got {self.share_input!r}")
 
     def scale(self, rank: int) -> float:
         """Factor of the adapter's output at this rank."""

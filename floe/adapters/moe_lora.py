@@ -13,6 +13,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from floe import ops
+from floe.adapters.shared_input import SharedInput
 
 
 class MoELoRALinear(nn.Module, BaseTunerLayer):
@@ -24,7 +25,7 @@ class MoELoRALinear(nn.Module, BaseTunerLayer):
     """
 
     adapter_layer_names = ("floe_shrink", "floe_expand")
-    other_param_names = ("r", "num_experts", "scaling", "dropout")
+    other_param_names = ("r", "num_experts", "scaling", "dropout", "backend", "share_input")
 
     # Types alone: nn.Module would claim a Tensor or a Module under each of these names.
     base_layer: nn.Linear
@@ -42,6 +43,9 @@ class MoELoRALinear(nn.Module, BaseTunerLayer):
         self.num_experts: dict[str, int] = {}
         self.scaling: dict[str, float] = {}
         self.dropout: dict[str, float] = {}
+        self.backend: dict[str, str] = {}
+        self.share_input: dict[str, bool] = {}
+        self.shared: SharedInput | None = None  # set by link_shared_inputs
         self.floe_shrink = nn.ParameterDict()
         self.floe_expand = nn.ParameterDict()
         self._disable_adapters = False
@@ -58,6 +62,8 @@ class MoELoRALinear(nn.Module, BaseTunerLayer):
         dropout: float,
         generator: torch.Generator,
         dtype: torch.dtype = torch.float32,
+        backend: str = "auto",
+        share_input: bool = True,
     ) -> None:
         """Add (or replace) adapter ``name``, drawn from ``generator``.
 
@@ -65,6 +71,7 @@ class MoELoRALinear(nn.Module, BaseTunerLayer):
         """
         self.r[name], self.num_experts[name] = rank, num_experts
         self.scaling[name], self.dropout[name] = scaling, dropout
+        self.backend[name], self.share_input[name] = backend, share_input
         bound = 1.0 / math.sqrt(self.in_features)
         meta = any(p.device.type == "meta" for p in self.base_layer.parameters())
         device = torch.device("meta" if meta else "cpu")
@@ -79,13 +86,10 @@ class MoELoRALinear(nn.Module, BaseTunerLayer):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Base output plus every active adapter's; [..., K] -> [..., N]."""
-        active = (
-            []
-            if self.disable_adapters
-            else [a for a in self.active_adapters if a in self.floe_shrink]
-        )
-        if active and self._may_fuse():
-            y = self._fused(x, active[0])
+        active = self.active_names()
+        if active and self.may_fuse():
+            shared = self.shared and self.shared.output(self, x, active[0])
+            y = self._fused(x, active[0]) if shared is None else shared
             active = active[1:]
         else:
             y = self.base_layer(x, *args, **kwargs)
@@ -93,8 +97,14 @@ class MoELoRALinear(nn.Module, BaseTunerLayer):
             y = self._added(y, x, name)
         return y
 
-    def _may_fuse(self) -> bool:
-        """The fused op reads the weight itself, so it needs a plain, frozen, unhooked linear."""
+    def active_names(self) -> list[str]:
+        """Names of the adapters that take part in the forward."""
+        if self.disable_adapters:
+            return []
+        return [name for name in self.active_adapters if name in self.floe_shrink]
+
+    def may_fuse(self) -> bool:
+        """Whether the op may read the base's weight itself: a plain, frozen, unhooked linear."""
         base = self.base_layer
         hooks = (
             base._forward_hooks,
@@ -128,18 +138,24 @@ class MoELoRALinear(nn.Module, BaseTunerLayer):
     def _fused(self, x: Tensor, name: str) -> Tensor:
         return ops.moe_lora(
             x, self.base_layer.weight, self.base_layer.bias,
-            self.floe_shrink[name], self.floe_expand[name], **self._settings(x, name),
+            self.floe_shrink[name], self.floe_expand[name], **self.call_settings(x, name),
         )  # fmt: skip
 
     def _added(self, y: Tensor, x: Tensor, name: str) -> Tensor:
         return ops.moe_lora_add(
-            y, x, self.floe_shrink[name], self.floe_expand[name], **self._settings(x, name)
+            y, x, self.floe_shrink[name], self.floe_expand[name], **self.call_settings(x, name)
         )
 
-    def _settings(self, x: Tensor, name: str) -> dict[str, Any]:
+    def call_settings(self, x: Tensor, name: str) -> dict[str, Any]:
+        """Keyword arguments of the op for adapter ``name``, with a fresh dropout seed."""
         p = self.dropout[name] if self.training else 0.0
         seed = ops.draw_seed(x.device) if p > 0.0 else None
-        return {"scaling": self.scaling[name], "dropout_p": p, "seed": seed}
+        return {
+            "scaling": self.scaling[name],
+            "dropout_p": p,
+            "seed": seed,
+            "backend": self.backend[name],
+        }
 
     def router_weight(self, name: str) -> Tensor:
         """Rows of ``floe_shrink`` that are the router's, [M, K]."""

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from floe.adapters.config import DEFAULT_TARGETS, DTYPES, FloeConfig, peft_type
 from floe.adapters.moe_lora import MoELoRALinear, module_generator
-from floe.adapters.targets import by_path, linear_of, target_paths
+from floe.adapters.targets import by_path, linear_of, link_shared_inputs, target_paths
 
 
 class FloeModel(BaseTuner):
@@ -37,6 +37,7 @@ class FloeModel(BaseTuner):
         """
         check_adapter_name(adapter_name)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
+        link_shared_inputs(model)
 
     def _prepare_adapter_config(
         self, peft_config: FloeConfig, model_config: dict[str, Any]
@@ -77,6 +78,7 @@ class FloeModel(BaseTuner):
         layer.update_layer(
             adapter_name, rank, experts, peft_config.scale(rank), float(peft_config.dropout),
             module_generator(peft_config.seed, current_key), DTYPES[peft_config.adapter_dtype],
+            peft_config.backend, peft_config.share_input,
         )  # fmt: skip
         if layer is not target:
             if adapter_name not in self.active_adapters:

@@ -9,6 +9,7 @@ from torch import nn
 
 from floe.adapters.config import DEFAULT_TARGETS, FloeConfig
 from floe.adapters.moe_lora import MoELoRALinear
+from floe.adapters.shared_input import SharedInput
 from floe.blocks import base_of, find_blocks
 
 
@@ -28,6 +29,17 @@ def adapted_layers(model: nn.Module) -> dict[int, dict[str, MoELoRALinear]]:
         for block in find_blocks(model)
     }
     return {index: found for index, found in layers.items() if found}
+
+
+def link_shared_inputs(model: nn.Module) -> None:
+    """Tell the adapted inputs of every block's attention and feed-forward of their siblings."""
+    modules = adapted_modules(model)
+    for block in find_blocks(model):
+        for paths in (block.attention.values(), block.mlp.values()):
+            members = [modules[path] for path in paths if path in modules]
+            shared = SharedInput(members) if len(members) > 1 else None
+            for member in members:
+                member.shared = shared
 
 
 def parameter_counts(model: nn.Module, config: FloeConfig) -> list[int]:

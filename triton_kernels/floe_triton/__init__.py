@@ -6,6 +6,14 @@ output that something else computed; ``reference`` defines both in plain torch.
 
 from floe_triton import reference
 from floe_triton.dropout import draw_seed, keyed_dropout
-from floe_triton.linear import moe_lora, moe_lora_add
+from floe_triton.linear import moe_lora, moe_lora_add, moe_lora_group, moe_lora_group_add
 
-__all__ = ["draw_seed", "keyed_dropout", "moe_lora", "moe_lora_add", "reference"]
+__all__ = [
+    "draw_seed",
+    "keyed_dropout",
+    "moe_lora",
+    "moe_lora_add",
+    "moe_lora_group",
+    "moe_lora_group_add",
+    "reference",
+]

@@ -10,7 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from floe_triton import reference
+from floe_triton import devices, reference
+
+_library = torch.library.Library("floe", "FRAGMENT")
+_library.define(
+    "keyed_dropout(Tensor x, float p, Tensor seed) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
 
 _ELEMENTS_AT_ONCE = 1 << 23
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -24,8 +30,8 @@ def keyed_dropout(x: Tensor, p: float, seed: Tensor) -> Tensor:
     values are divided by exactly one minus it. Dropped values are 0, also where ``x`` is not
     finite. Differentiable: the gradient meets the same mask.
 
-    On the CPU the native op of floe does it where that is loaded; everywhere else the plain-torch
-    definition. Both give the same bits.
+    On the CPU the native op of floe does it where that is loaded, on CUDA a Triton kernel, and
+    everywhere else the plain-torch definition. All give the same bits.
 
     Args:
         x: ``[..., K]``, bfloat16, float16, float32 or float64.
@@ -41,10 +47,39 @@ def keyed_dropout(x: Tensor, p: float, seed: Tensor) -> Tensor:
             another device.
     """
     check_dropout(x, p, seed)
+    dropped: Tensor = torch.ops.floe.keyed_dropout(x, float(p), seed)
+    return dropped
+
+
+@torch.library.impl(_library, "keyed_dropout", "CompositeExplicitAutograd")
+def _keyed_dropout(x: Tensor, p: float, seed: Tensor) -> Tensor:
     if x.device.type == "cpu" and hasattr(torch.ops.floe, "dropout"):
         dropped: Tensor = torch.ops.floe.dropout(x, p, seed)
         return dropped
+    if devices.runs_triton(x.device):
+        from floe_triton.masked import masked
+
+        return masked(x.reshape(-1, x.shape[-1]), p, seed).view(x.shape)
     return _in_parts(x, p, seed)
+
+
+@torch.library.register_fake("floe::keyed_dropout", lib=_library)
+def _fake(x: Tensor, p: float, seed: Tensor) -> Tensor:
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
+def _setup(ctx: Any, inputs: tuple[Tensor, float, Tensor], output: Tensor) -> None:
+    ctx.p = inputs[1]
+    ctx.save_for_backward(inputs[2])
+
+
+def _gradient(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    return keyed_dropout(grad, ctx.p, *ctx.saved_tensors), None, None
+
+
+torch.library.register_autograd(
+    "floe::keyed_dropout", _gradient, setup_context=_setup, lib=_library
+)
 
 
 def _in_parts(x: Tensor, p: float, seed: Tensor) -> Tensor:

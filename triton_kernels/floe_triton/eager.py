@@ -13,111 +13,137 @@ import torch
 from torch import Tensor
 
 from floe_triton.dropout import keyed_dropout
+from floe_triton.group import Gradients, Group, Needs, Routed
 
 
-def forward(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    base_output: Tensor | None,
-    shrink_weight: Tensor,
-    expand_weight: Tensor,
-    scaling: float,
-    dropout_p: float,
-    seed: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """One of ``weight`` [N, K] and ``base_output`` [T, N] is given; x is [T, K].
-
-    Returns y [T, N] in x's dtype and what the backward needs: hidden [T, r] and gate [T, M]
-    (float32, or float64 for float64 input) and z [T, M r] in x's dtype.
-    """
-    rank = expand_weight.shape[2]
-    wide = torch.promote_types(x.dtype, torch.float32)
-    shrink, expand = shrink_weight.to(x.dtype), _flat(expand_weight).to(x.dtype)
-    if dropout_p > 0.0 and seed is not None:
-        hidden = torch.mm(keyed_dropout(x, dropout_p, seed), shrink[:rank].T).to(wide)
-        logits = torch.mm(x, shrink[rank:].T).to(wide)
-    else:
-        products = torch.mm(x, shrink.T).to(wide)  # one read of x for A and the router
-        hidden, logits = products[:, :rank].contiguous(), products[:, rank:]
-    gate = torch.softmax(logits, dim=-1)
-    z = _routed(gate, hidden, scaling).to(x.dtype)
-    if base_output is not None:
-        y = torch.addmm(base_output, z, expand.T)
-    else:
-        assert weight is not None
-        y = torch.mm(z, expand.T) if bias is None else torch.addmm(bias, z, expand.T)
-        y.addmm_(x, weight.T)
-    return y, hidden, gate, z
+def forward(x: Tensor, group: Group) -> tuple[list[Tensor], Routed]:
+    """The outputs [T, N_g] of every linear for x [T, K], and what the backward needs."""
+    routed = _route(products(x, group), group, x.dtype)
+    ys = []
+    for g, expand_weight in enumerate(group.expand_weights):
+        expand = flat(expand_weight).to(x.dtype)
+        if group.base_outputs:
+            ys.append(torch.addmm(group.base_outputs[g], routed.z[g], expand.T))
+            continue
+        bias = group.biases[g]
+        start = (routed.z[g], expand.T)
+        y = torch.mm(*start) if bias is None else torch.addmm(bias, *start)
+        ys.append(y.addmm_(x, group.weights[g].T))
+    return ys, routed
 
 
 def backward(
-    grad_y: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    shrink_weight: Tensor,
-    expand_weight: Tensor,
-    hidden: Tensor,
-    gate: Tensor,
-    z: Tensor,
-    scaling: float,
-    dropout_p: float,
-    seed: Tensor | None,
-    needs_x: bool,
-    needs_shrink: bool,
-    needs_expand: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, shrink_weight and expand_weight; one not needed comes back empty, [0].
+    grad_ys: list[Tensor], x: Tensor, group: Group, routed: Routed, needs: Needs
+) -> Gradients:
+    """Every gradient that ``needs`` asks for.
 
-    With G = grad_y: dB = G^T z; dz = G Bcat; the softmax's backward is formed from dz and hidden,
-    never from a [T, N] product per expert; dx starts as the adapter's part and the frozen product
-    ``G W`` adds to it.
+    With G = grad_y of one linear: dB = G^T z; dz = G Bcat; the softmax's backward is formed from dz
+    and hidden, never from a [T, N] product per expert; dx starts as the adapters' part and the
+    frozen products ``G W`` add to it.
     """
-    rank, dtype = expand_weight.shape[2], x.dtype
-    # three tensors, not one three times: an op's outputs may not share memory
-    grad_x, grad_shrink, grad_expand = x.new_empty(0), x.new_empty(0), x.new_empty(0)
-    if needs_expand:
-        grad_expand = torch.mm(grad_y.T, z).view(expand_weight.shape).to(expand_weight.dtype)
-    if not (needs_x or needs_shrink):
-        return grad_x, grad_shrink, grad_expand
-    grad_hidden, grad_logits = shrink_gradients(grad_y, expand_weight, hidden, gate, scaling)
-    shrink = shrink_weight.to(dtype)
-    grads = torch.cat([grad_hidden, grad_logits], dim=1).to(dtype)  # [T, r + M]
-    dropping = dropout_p > 0.0 and seed is not None
-    if needs_shrink and not dropping:
-        grad_shrink = torch.mm(grads.T, x)
-    elif needs_shrink and seed is not None:
-        dropped = keyed_dropout(x, dropout_p, seed)
-        grad_shrink = torch.cat(
-            [torch.mm(grads[:, :rank].T, dropped), torch.mm(grads[:, rank:].T, x)]
-        )
-    if needs_x:
-        if dropping and seed is not None:
-            grad_x = keyed_dropout(torch.mm(grads[:, :rank], shrink[:rank]), dropout_p, seed)
-            grad_x.addmm_(grads[:, rank:], shrink[rank:])
-        else:
-            grad_x = torch.mm(grads, shrink)
-        if weight is not None:
+    grad_expand = [
+        torch.mm(grad_y.T, routed.z[g]).view(expand.shape).to(expand.dtype)
+        for g, (grad_y, expand) in enumerate(zip(grad_ys, group.expand_weights, strict=True))
+        if needs.expand
+    ]
+    if not (needs.x or needs.shrink or needs.router_bias):
+        return Gradients(None, [], grad_expand, [])
+    grads = _row_gradients(grad_ys, group, routed)
+    narrow = grads.to(x.dtype)
+    grad_shrink, grad_x = [], None
+    if needs.shrink:
+        rows = grad_rows(narrow, x, group)
+        grad_shrink = group.split_rows(rows.to(group.shrink_weights[0].dtype))
+    if needs.x:
+        grad_x = adapter_grad_x(narrow, x, group)
+        for grad_y, weight in zip(grad_ys, group.weights, strict=False):
             grad_x.addmm_(grad_y, weight)
-    return grad_x, grad_shrink.to(shrink_weight.dtype) if needs_shrink else grad_shrink, grad_expand
+    return Gradients(grad_x, grad_shrink, grad_expand, grad_router_bias(grads, group, needs))
+
+
+def grad_router_bias(grads: Tensor, group: Group, needs: Needs) -> list[Tensor]:
+    """The logits' gradients summed over the tokens, one [M] per linear."""
+    if not needs.router_bias:
+        return []
+    parts = grads[:, group.hidden_rows :].split(group.experts, dim=1)
+    return [
+        part.sum(0, dtype=torch.float64).to(bias.dtype)  # what cancels over the tokens is large
+        for part, bias in zip(parts, group.router_biases, strict=True)
+        if bias is not None
+    ]
 
 
 def shrink_gradients(
-    grad_y: Tensor, expand_weight: Tensor, hidden: Tensor, gate: Tensor, scaling: float
+    grad_y: Tensor,
+    expand_weight: Tensor,
+    hidden: Tensor,
+    gate: Tensor,
+    scaling: float,
+    temperature: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of hidden [T, r] and of the router's logits [T, M], in the dtype of ``hidden``."""
     _, experts, rank = expand_weight.shape
-    expand = _flat(expand_weight).to(grad_y.dtype)
+    expand = flat(expand_weight).to(grad_y.dtype)
     grad_z = torch.mm(grad_y, expand).to(hidden.dtype).mul_(scaling).view(-1, experts, rank)
     grad_hidden = (gate[:, :, None] * grad_z).sum(1)
     grad_gate = (grad_z * hidden[:, None, :]).sum(2)
     grad_logits = gate * (grad_gate - (gate * grad_gate).sum(1, keepdim=True))
-    return grad_hidden, grad_logits
+    return grad_hidden, grad_logits if temperature == 1.0 else grad_logits / temperature
 
 
-def _routed(gate: Tensor, hidden: Tensor, scaling: float) -> Tensor:
-    return ((gate * scaling)[:, :, None] * hidden[:, None, :]).flatten(1)
+def products(x: Tensor, group: Group) -> Tensor:
+    """dropout(x) A^T, then x R^T, of all linears: [T, G (r + M)] in x's dtype."""
+    rows, split = group.rows().to(x.dtype), group.hidden_rows
+    if group.seed is None or group.dropout_p == 0.0:
+        return torch.mm(x, rows.T)  # one read of x for A and the router
+    hidden = torch.mm(keyed_dropout(x, group.dropout_p, group.seed), rows[:split].T)
+    return torch.cat([hidden, torch.mm(x, rows[split:].T)], dim=1)
 
 
-def _flat(expand_weight: Tensor) -> Tensor:
+def _route(found: Tensor, group: Group, dtype: torch.dtype) -> Routed:
+    wide = found.to(torch.promote_types(dtype, torch.float32))
+    tokens, size = len(wide), len(group)
+    hidden = wide[:, : group.hidden_rows].view(tokens, size, group.rank).transpose(0, 1)
+    logits = wide[:, group.hidden_rows :].view(tokens, size, group.experts).transpose(0, 1)
+    bias = group.router_bias()
+    if bias is not None:
+        logits = logits + bias.to(wide.dtype)[:, None, :]
+    if group.temperature != 1.0:
+        logits = logits / group.temperature
+    gate = torch.softmax(logits, dim=-1).contiguous()
+    z = ((gate * group.scaling)[..., None] * hidden[:, :, None, :]).flatten(2)
+    return Routed(hidden.contiguous(), gate, z.to(dtype))
+
+
+def _row_gradients(grad_ys: list[Tensor], group: Group, routed: Routed) -> Tensor:
+    """Gradients of :func:`products`, in the dtype of ``hidden``."""
+    parts = [
+        shrink_gradients(
+            grad_y, expand, routed.hidden[g], routed.gate[g], group.scaling, group.temperature
+        )
+        for g, (grad_y, expand) in enumerate(zip(grad_ys, group.expand_weights, strict=True))
+    ]
+    return torch.cat([hidden for hidden, _ in parts] + [logits for _, logits in parts], dim=1)
+
+
+def grad_rows(grads: Tensor, x: Tensor, group: Group) -> Tensor:
+    """Gradients of :meth:`Group.rows`, [G (r + M), K] in x's dtype, from those of the products."""
+    split = group.hidden_rows
+    if group.seed is None or group.dropout_p == 0.0:
+        return torch.mm(grads.T, x)
+    dropped = keyed_dropout(x, group.dropout_p, group.seed)
+    return torch.cat([torch.mm(grads[:, :split].T, dropped), torch.mm(grads[:, split:].T, x)])
+
+
+def adapter_grad_x(grads: Tensor, x: Tensor, group: Group) -> Tensor:
+    """What reaches x through the adapters, [T, K], from the gradients of the products."""
+    rows, split = group.rows().to(x.dtype), group.hidden_rows
+    if group.seed is None or group.dropout_p == 0.0:
+        return torch.mm(grads, rows)
+    kept = keyed_dropout(torch.mm(grads[:, :split], rows[:split]), group.dropout_p, group.seed)
+    return kept.addmm_(grads[:, split:], rows[split:])
+
+
+def flat(expand_weight: Tensor) -> Tensor:
+    """Bcat [N, M r]: all experts of a linear side by side."""
     return expand_weight.reshape(expand_weight.shape[0], -1)

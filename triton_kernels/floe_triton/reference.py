@@ -80,10 +80,21 @@ def dropout(x: Tensor, p: float, seed: Tensor, first_row: int = 0) -> Tensor:
     ).to(x.dtype)
 
 
-def gate(x: Tensor, router_weight: Tensor) -> Tensor:
-    """``softmax(x R^T)`` over the experts, [..., M], in float32 (float64 for float64 input)."""
+def gate(
+    x: Tensor,
+    router_weight: Tensor,
+    router_bias: Tensor | None = None,
+    temperature: float = 1.0,
+) -> Tensor:
+    """``softmax((x R^T + bias) / temperature)`` over the experts: [..., M].
+
+    In float32 (float64 for float64 input).
+    """
     wide = torch.promote_types(x.dtype, torch.float32)
-    return torch.softmax((x @ router_weight.to(x.dtype).T).to(wide), dim=-1)
+    logits = (x @ router_weight.to(x.dtype).T).to(wide)
+    if router_bias is not None:
+        logits = logits + router_bias.to(wide)
+    return torch.softmax(logits / temperature, dim=-1)
 
 
 def moe_lora(
@@ -96,17 +107,22 @@ def moe_lora(
     scaling: float,
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
+    router_bias: Tensor | None = None,
+    temperature: float = 1.0,
+    dropout_mode: str = "shared",
 ) -> Tensor:
     """``y = x W^T + b + scaling * sum_i gate_i(x) * (dropout(x) A^T) B_i^T`` (FLoE Eq. 1).
 
     HydraLoRA's layout: x [..., K]; weight [N, K]; bias [N] or None; shrink_weight [r + M, K] = rows
-    of A, then of the router; expand_weight [N, M, r]. The router sees x without dropout; one
-    dropout mask serves all experts.
+    of A, then of the router; expand_weight [N, M, r]; router_bias [M] or None. The router sees x
+    without dropout. One dropout mask serves all experts; with dropout_mode "per_expert", as in
+    HydraLoRA's code, expert i draws its own, that of seed + i.
     """
     y = torch.nn.functional.linear(x, weight, bias)
     return y + moe_lora_delta(
-        x, shrink_weight, expand_weight, scaling=scaling, dropout_p=dropout_p, seed=seed
-    )
+        x, shrink_weight, expand_weight, scaling=scaling, dropout_p=dropout_p, seed=seed,
+        router_bias=router_bias, temperature=temperature, dropout_mode=dropout_mode,
+    )  # fmt: skip
 
 
 def moe_lora_delta(
@@ -117,19 +133,26 @@ def moe_lora_delta(
     scaling: float,
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
+    router_bias: Tensor | None = None,
+    temperature: float = 1.0,
+    dropout_mode: str = "shared",
 ) -> Tensor:
     """The adapter's part of :func:`moe_lora`, expert by expert as the formula is written."""
     _, experts, rank = expand_weight.shape
-    weights = gate(x, shrink_weight[rank:]).to(x.dtype)
-    dropped = x if dropout_p == 0.0 else dropout(x, dropout_p, _require_seed(seed))
-    hidden = dropped @ shrink_weight[:rank].to(x.dtype).T  # [..., r]
+    weights = gate(x, shrink_weight[rank:], router_bias, temperature).to(x.dtype)
+    a = shrink_weight[:rank].to(x.dtype)
+    hidden = _dropped(x, dropout_p, seed, 0) @ a.T  # [..., r]
     delta = torch.zeros((), dtype=x.dtype, device=x.device)
     for i in range(experts):
+        if dropout_mode == "per_expert" and i > 0:
+            hidden = _dropped(x, dropout_p, seed, i) @ a.T
         delta = delta + weights[..., i, None] * (hidden @ expand_weight[:, i].to(x.dtype).T)
     return delta * scaling
 
 
-def _require_seed(seed: Tensor | None) -> Tensor:
+def _dropped(x: Tensor, p: float, seed: Tensor | None, expert: int) -> Tensor:
+    if p == 0.0:
+        return x
     if seed is None:
         raise ValueError("seed must be a 0-dim int64 tensor when dropout_p > 0, got None")
-    return seed
+    return dropout(x, p, seed + expert)

@@ -1,0 +1,87 @@
+#include "moe_lora/route_cpu.h"
+
+#include <algorithm>
+#include <cmath>
+
+namespace floe::moe_lora {
+namespace {
+
+// gate [M] = softmax((logits + bias) / temperature), the largest exponent subtracted.
+template <typename A>
+void softmax(const A* logits, const A* bias, A temperature, std::int64_t experts, A* gate) {
+  for (std::int64_t i = 0; i < experts; ++i) {
+    gate[i] = (logits[i] + (bias != nullptr ? bias[i] : A{0})) / temperature;
+  }
+  const A largest = *std::max_element(gate, gate + experts);
+  A sum = 0;
+  for (std::int64_t i = 0; i < experts; ++i) {
+    gate[i] = std::exp(gate[i] - largest);
+    sum += gate[i];
+  }
+  for (std::int64_t i = 0; i < experts; ++i) gate[i] /= sum;
+}
+
+}  // namespace
+
+template <typename T>
+void route_tokens(const Route<T>& call, std::int64_t first, std::int64_t last) {
+  using A = Accumulator<T>;
+  const auto& [tokens, groups, rank, experts] = call.shape;
+  for (std::int64_t g = 0; g < groups; ++g) {
+    const A* bias = call.bias != nullptr ? call.bias + g * experts : nullptr;
+    for (std::int64_t t = first; t < last; ++t) {
+      const A* products = call.products + t * call.shape.columns();
+      A* hidden = call.hidden + (g * tokens + t) * rank;
+      A* gate = call.gate + (g * tokens + t) * experts;
+      T* z = call.z + (g * tokens + t) * experts * rank;
+      std::copy_n(products + g * rank, rank, hidden);
+      softmax(products + groups * rank + g * experts, bias, call.temperature, experts, gate);
+      for (std::int64_t i = 0; i < experts; ++i, z += rank) {
+        const A factor = call.scaling * gate[i];
+        for (std::int64_t j = 0; j < rank; ++j) {
+          z[j] = narrow<T>(factor * hidden[j]);
+        }
+      }
+    }
+  }
+}
+
+// d hidden_j = sum_i gate_i d_ij, d gate_i = sum_j d_ij hidden_j with d = scaling * grad_z, and
+// d logit_i = gate_i (d gate_i - sum_l gate_l d gate_l) / temperature.
+template <typename A>
+void route_backward_tokens(const RouteBackward<A>& call, std::int64_t first, std::int64_t last) {
+  const auto& [tokens, groups, rank, experts] = call.shape;
+  for (std::int64_t t = first; t < last; ++t) {
+    A* grads = call.grads + t * call.shape.columns();
+    for (std::int64_t g = 0; g < groups; ++g) {
+      const A* grad_z = call.grad_z[g] + t * experts * rank;
+      const A* hidden = call.hidden + (g * tokens + t) * rank;
+      const A* gate = call.gate + (g * tokens + t) * experts;
+      A* grad_hidden = grads + g * rank;
+      A* grad_logits = grads + groups * rank + g * experts;
+      std::fill_n(grad_hidden, rank, A{0});
+      A mean = 0;
+      for (std::int64_t i = 0; i < experts; ++i, grad_z += rank) {
+        A grad_gate = 0;
+        for (std::int64_t j = 0; j < rank; ++j) {
+          grad_hidden[j] += gate[i] * (call.scaling * grad_z[j]);
+          grad_gate += call.scaling * grad_z[j] * hidden[j];
+        }
+        grad_logits[i] = grad_gate;
+        mean += gate[i] * grad_gate;
+      }
+      for (std::int64_t i = 0; i < experts; ++i) {
+        grad_logits[i] = gate[i] * (grad_logits[i] - mean) / call.temperature;
+      }
+    }
+  }
+}
+
+template void route_tokens(const Route<BFloat16>&, std::int64_t, std::int64_t);
+template void route_tokens(const Route<Float16>&, std::int64_t, std::int64_t);
+template void route_tokens(const Route<float>&, std::int64_t, std::int64_t);
+template void route_tokens(const Route<double>&, std::int64_t, std::int64_t);
+template void route_backward_tokens(const RouteBackward<float>&, std::int64_t, std::int64_t);
+template void route_backward_tokens(const RouteBackward<double>&, std::int64_t, std::int64_t);
+
+}  // namespace floe::moe_lora

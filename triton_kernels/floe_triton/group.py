@@ -1,0 +1,105 @@
+"""What the op works on: linears that read one input, each with its routed low-rank experts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Group:
+    """G frozen linears of one input x [T, K] with G adapters of one rank r and M experts.
+
+    A single linear is a group of one. Either ``weights`` [N_g, K] and ``biases`` ([N_g] or None) or
+    ``base_outputs`` [T, N_g] are given, the others are empty. ``shrink_weights`` are [r + M, K]
+    (rows of A, then of the router), ``expand_weights`` [N_g, M, r], ``router_biases`` [M] or None.
+    """
+
+    weights: Sequence[Tensor]
+    biases: Sequence[Tensor | None]
+    base_outputs: Sequence[Tensor]
+    shrink_weights: Sequence[Tensor]
+    expand_weights: Sequence[Tensor]
+    router_biases: Sequence[Tensor | None]
+    scaling: float
+    temperature: float
+    dropout_p: float
+    seed: Tensor | None
+
+    def __len__(self) -> int:
+        return len(self.expand_weights)
+
+    @property
+    def experts(self) -> int:
+        """M."""
+        return self.expand_weights[0].shape[1]
+
+    @property
+    def rank(self) -> int:
+        """R, columns of each expert."""
+        return self.expand_weights[0].shape[2]
+
+    @property
+    def hidden_rows(self) -> int:
+        """Rows of :meth:`rows` that are A's: G r."""
+        return len(self) * self.rank
+
+    def rows(self) -> Tensor:
+        """Every row that x is multiplied with, [G (r + M), K]: all of A's, then all routers'.
+
+        Of one linear these are its ``shrink_weight`` itself.
+        """
+        if len(self) == 1:
+            return self.shrink_weights[0]
+        a = [shrink[: self.rank] for shrink in self.shrink_weights]
+        routers = [shrink[self.rank :] for shrink in self.shrink_weights]
+        return torch.cat([*a, *routers])
+
+    def split_rows(self, rows: Tensor) -> list[Tensor]:
+        """The inverse of :meth:`rows`: what belongs to each linear, [r + M, ...]."""
+        if len(self) == 1:
+            return [rows]
+        a = rows[: self.hidden_rows].split(self.rank)
+        routers = rows[self.hidden_rows :].split(self.experts)
+        return [torch.cat(pair) for pair in zip(a, routers, strict=True)]
+
+    def router_bias(self) -> Tensor | None:
+        """All routers' biases, [G, M]; None if there are none."""
+        given = [bias for bias in self.router_biases if bias is not None]
+        return torch.stack(given) if given else None
+
+
+@dataclass(frozen=True)
+class Routed:
+    """What the forward leaves for the backward.
+
+    ``hidden`` [G, T, r] and ``gate`` [G, T, M] are float32 (float64 for float64 x); ``z``
+    [G, T, M r] is in x's dtype: ``z[g, t, i r + j] = scaling * gate[g, t, i] * hidden[g, t, j]``.
+    """
+
+    hidden: Tensor
+    gate: Tensor
+    z: Tensor
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Which gradients the backward is asked for."""
+
+    x: bool
+    shrink: bool
+    expand: bool
+    router_bias: bool
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """``x`` [T, K] or None; the others one per linear, or empty where they are not needed."""
+
+    x: Tensor | None
+    shrink: Sequence[Tensor]
+    expand: Sequence[Tensor]
+    router_bias: Sequence[Tensor]
