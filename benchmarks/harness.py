@@ -82,8 +82,13 @@ def measure(
     warmup: int = 2,
     seed: int = 0,
     clock: Callable[[], float] = time.perf_counter,
+    cold: bool = True,
+    errors: dict[str, float] | None = None,
 ) -> dict[str, list[float]]:
     """Seconds of each call, one list per candidate with one entry per round.
+
+    ``cold``: empty a GPU's L2 cache before each call (whole models empty it themselves).
+    ``errors`` takes the candidates' errors, by name, as `gate` found them.
 
     Raises:
         WrongResult: a candidate is wrong; then nothing was timed.
@@ -94,14 +99,15 @@ def measure(
         raise ValueError(f"rounds must be >= 1, got {rounds}")
     if len(set(names)) != len(names):
         raise ValueError(f"candidates must have different names, got {names}")
-    for candidate in candidates:
-        gate(candidate)
+    found = {candidate.name: gate(candidate) for candidate in candidates}
+    if errors is not None:
+        errors.update(found)
     for candidate in candidates:
         for _ in range(warmup):
             candidate.run()
     order, shuffled = random.Random(seed), list(candidates)
     seconds: dict[str, list[float]] = {name: [] for name in names}
-    flush = _flush(device)
+    flush = _flush(device) if cold else lambda: None
     for _ in range(rounds):
         order.shuffle(shuffled)
         for candidate in shuffled:
@@ -201,9 +207,9 @@ def machine(device: torch.device) -> dict[str, Any]:
     }
 
 
-def save(path: str, rows: list[dict[str, Any]]) -> None:
-    """Write the rows as one JSON object."""
-    write_json(Path(path), {"format": 1, "rows": rows})
+def save(path: str, rows: list[dict[str, Any]], **more: Any) -> None:
+    """Write the rows, and what else is named, as one JSON object."""
+    write_json(Path(path), {"format": 1, "rows": rows, **more})
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -106,15 +106,9 @@ def floe(problem: Problem) -> Built:
 def eager(problem: Problem) -> Built:
     """What a careful user writes: three products for all experts, one dropout mask, autograd."""
     shrink, expand = _leaf(problem.shrink), _leaf(problem.expand)
-    rank, p = problem.rank, problem.dropout
 
     def forward(x: Tensor) -> Tensor:
-        a, router = shrink[:rank].to(x.dtype), shrink[rank:].to(x.dtype)
-        hidden = functional.linear(functional.dropout(x, p), a)
-        gate = functional.linear(x, router).float().softmax(-1)
-        z = ((gate * SCALING)[:, :, None] * hidden.float()[:, None, :]).flatten(1).to(x.dtype)
-        y = functional.linear(x, problem.weight)
-        return torch.addmm(y, z, expand.flatten(1).to(x.dtype).T)
+        return eager_linear(x, problem.weight, problem.dropout, shrink, expand)
 
     return Built("routed", forward, (shrink, expand))
 
@@ -127,23 +121,45 @@ def compiled(problem: Problem) -> Built:
 
 def hydra(problem: Problem) -> Built:
     """HydraLoRA's published loop: dropout and A again for every expert, one product each."""
-    rank, p = problem.rank, problem.dropout
+    rank = problem.rank
     a, router = _leaf(problem.shrink[:rank]), _leaf(problem.shrink[rank:])
     experts = [_leaf(problem.expand[:, i]) for i in range(problem.experts)]
 
     def forward(x: Tensor) -> Tensor:
-        y = functional.linear(x, problem.weight)
-        logits = functional.linear(x, router.to(x.dtype))
-        route = functional.softmax(logits, dim=-1, dtype=torch.float32).to(x.dtype)
-        for i, b in enumerate(experts):
-            hidden = functional.linear(functional.dropout(x, p), a.to(x.dtype))
-            y = y + route[:, i, None] * functional.linear(hidden, b.to(x.dtype)) * SCALING
-        return y
+        return hydra_linear(x, problem.weight, problem.dropout, a, router, *experts)
 
-    def joined(found: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        return torch.cat(list(found[:2])), torch.stack(list(found[2:]), dim=1)
+    return Built("routed", forward, (a, router, *experts), hydra_joined)
 
-    return Built("routed", forward, (a, router, *experts), joined)
+
+def eager_linear(x: Tensor, weight: Tensor, p: float, shrink: Tensor, expand: Tensor) -> Tensor:
+    """`eager`'s formula for x [T, K], weight [N, K], dropout p, shrink [r + M, K], expand."""
+    rank = expand.shape[2]
+    a, router = shrink[:rank].to(x.dtype), shrink[rank:].to(x.dtype)
+    hidden = functional.linear(functional.dropout(x, p), a)
+    gate = functional.linear(x, router).float().softmax(-1)
+    z = ((gate * SCALING)[:, :, None] * hidden.float()[:, None, :]).flatten(1).to(x.dtype)
+    return torch.addmm(functional.linear(x, weight), z, expand.flatten(1).to(x.dtype).T)
+
+
+def hydra_linear(
+    x: Tensor, weight: Tensor, p: float, a: Tensor, router: Tensor, *experts: Tensor
+) -> Tensor:
+    """`hydra`'s loop for x [T, K], weight [N, K], dropout p, a [r, K], router [M, K], M x [N, r].
+
+    The router is rounded to x's dtype before and after its softmax, as published.
+    """
+    y = functional.linear(x, weight)
+    logits = functional.linear(x, router.to(x.dtype))
+    route = functional.softmax(logits, dim=-1, dtype=torch.float32).to(x.dtype)
+    for i, b in enumerate(experts):
+        hidden = functional.linear(functional.dropout(x, p), a.to(x.dtype))
+        y = y + route[:, i, None] * functional.linear(hidden, b.to(x.dtype)) * SCALING
+    return y
+
+
+def hydra_joined(found: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """A, router and M experts as shrink [r + M, K] and expand [N, M, r]."""
+    return torch.cat(list(found[:2])), torch.stack(list(found[2:]), dim=1)
 
 
 def peft_lora(problem: Problem, rank: int) -> Built:
@@ -243,7 +259,7 @@ class _Truths:
         y, grad_x = x.detach()[rows] @ weight.T, grad[rows] @ weight
         if formula == "frozen":
             return y, grad_x
-        delta = _DELTAS[formula](x, *leaves)
+        delta = DELTAS[formula](x, *leaves)
         found, *grads = torch.autograd.grad(delta, (x, *leaves), grad)
         return y + delta.detach()[rows], grad_x + found[rows], *grads
 
@@ -256,7 +272,7 @@ def _routed_delta(x: Tensor, shrink: Tensor, expand: Tensor) -> Tensor:
     return reference.moe_lora_delta(x, shrink, expand, scaling=SCALING)
 
 
-_DELTAS: dict[str, Callable[..., Tensor]] = {"lora": _lora_delta, "routed": _routed_delta}
+DELTAS: dict[str, Callable[..., Tensor]] = {"lora": _lora_delta, "routed": _routed_delta}
 
 
 def _leaf(value: Tensor) -> Tensor:

@@ -18,7 +18,13 @@ _HOMES = {
     "floe.errors": ("DataError", "FileError"),
     "floe.importance.score": ("score",),
     "floe.importance.scores": ("Scores",),
-    "floe.ops": ("accumulate_fisher_", "mask_gradients", "moe_lora"),
+    "floe.ops": (
+        "accumulate_fisher_",
+        "mask_gradients",
+        "moe_lora",
+        "moe_lora_add",
+        "moe_lora_group",
+    ),
     "floe.pipeline": ("RunResult", "run"),
     "floe.rank_search.search": ("SearchResult", "search"),
     "floe.selection.masks": (

@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -192,12 +193,12 @@ class _Linear:
     def _compare(
         self,
         run: Callable[..., Tensor],
-        op: Callable[..., Tensor],
-        definition: Callable[..., Tensor],
+        op: Callable[..., Any],
+        definition: Callable[..., Any],
         leaves: tuple[Tensor, ...],
         grad: Tensor,
     ) -> list[Compared]:
-        def outcome(function: Callable[..., Tensor], dtype: torch.dtype | None) -> list[Tensor]:
+        def outcome(function: Callable[..., Any], dtype: torch.dtype | None) -> list[Tensor]:
             own = [leaf.to(dtype or leaf.dtype).detach().requires_grad_() for leaf in leaves]
             y = run(function, *own)
             return [y.detach(), *torch.autograd.grad(y, own, grad.to(y.dtype))]

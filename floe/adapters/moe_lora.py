@@ -88,8 +88,8 @@ class MoELoRALinear(nn.Module, BaseTunerLayer):
         """Base output plus every active adapter's; [..., K] -> [..., N]."""
         active = self.active_names()
         if active and self.may_fuse():
-            shared = self.shared and self.shared.output(self, x, active[0])
-            y = self._fused(x, active[0]) if shared is None else shared
+            ready = None if self.shared is None else self.shared.output(self, x, active[0])
+            y = self._fused(x, active[0]) if ready is None else ready
             active = active[1:]
         else:
             y = self.base_layer(x, *args, **kwargs)
