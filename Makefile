@@ -7,7 +7,7 @@ SOURCES := $(shell find csrc -type f) CMakeLists.txt pyproject.toml constraints.
 FORMATTED := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 DEMO := runs/demo-inputs
 
-.PHONY: demo test test-slow test-gpu lint format bench wheel native browser clean help
+.PHONY: demo test test-slow test-gpu cuda-check kernel-sanitize lint format bench wheel native browser clean help
 
 help: ## list these commands
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile
@@ -25,6 +25,25 @@ test-slow: $(VENV)/ready browser ## the long tests: many kills, many shapes
 test-gpu: $(VENV)/ready ## what needs a CUDA device, with a log
 	mkdir -p build && $(BIN)/python -m pytest -m cuda 2>&1 | tee build/test-gpu.log
 
+# By the installed Triton, or by TRITON=3.8.0; UPDATE=1 first makes what it finds the budgets.
+GATE := env -u TRITON_INTERPRET TRITON_CACHE_DIR=$(CURDIR)/build/triton-cache \
+  $(if $(TRITON),PYTHONPATH=$(CURDIR)/build/triton-$(TRITON)) $(BIN)/python
+
+cuda-check: $(VENV)/ready ## every GPU kernel compiled and read, for GPUs that are not there
+	$(if $(TRITON),test -d build/triton-$(TRITON) || $(PIP) install -q --no-deps --target build/triton-$(TRITON) triton==$(TRITON))
+	$(if $(UPDATE),$(GATE) tests/static_gate.py --update)
+	$(GATE) -m pytest -m static tests/test_static_gate.py
+
+# triton-viz knows Triton up to 3.7, so it has an environment of its own; torch is .venv's.
+SANITIZE := build/sanitize-venv
+
+kernel-sanitize: $(VENV)/ready ## every address of every GPU kernel proved to be inside its tensors
+	test -x $(SANITIZE)/bin/python || $(PYTHON) -m venv $(SANITIZE)
+	$(SANITIZE)/bin/pip --disable-pip-version-check install -q triton==3.7.1 triton-viz==3.0
+	$(BIN)/python -c "import site; print(site.getsitepackages()[0])" > \
+	  "$$($(SANITIZE)/bin/python -c 'import site; print(site.getsitepackages()[0])')/dependencies.pth"
+	TRITON_INTERPRET=1 PYTHONPATH=triton_kernels $(SANITIZE)/bin/python -m pytest -m static tests/test_sanitizer.py
+
 lint: $(VENV)/ready ## ruff, mypy --strict, clang-format, codespell
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -39,6 +58,7 @@ format: $(VENV)/ready ## rewrite the sources in their formatters' style
 bench: $(VENV)/ready ## the op against its peers on this machine
 	$(BIN)/python -m benchmarks.kernels
 	$(BIN)/python -m benchmarks.fisher
+	$(BIN)/python -m benchmarks.latency --table all
 
 wheel: $(VENV)/ready ## sdist and, from it, the wheel, in dist/; then every op of the installed wheel checked
 	rm -rf dist build/wheel-venv

@@ -1,0 +1,150 @@
+"""The one door to the GPU: every Triton kernel is launched here, or only recorded.
+
+Recording turns the launchers into a description of what they would do on a named GPU: on tensors
+of the ``meta`` device nothing is computed, and each call leaves a `Launch`. The static checks
+compile exactly those, and the roofline counts exactly their bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Streaming multiprocessors of a usual part of each architecture, for what is not running on one.
+_MULTIPROCESSORS = {80: 108, 86: 84, 89: 128, 90: 132, 100: 148, 120: 170}
+
+
+@dataclass(frozen=True)
+class Device:
+    """What block sizes depend on.
+
+    ``capability`` is 10 * major + minor (90 for sm_90), 0 for Triton's interpreter.
+    """
+
+    capability: int
+    multiprocessors: int
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel launch: ``kernel[grid](**arguments, **constants)``.
+
+    ``flops`` counts multiplications and additions of products. Each tensor among ``arguments`` is
+    read or written once, by design of the kernels.
+    """
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]
+    constants: dict[str, Any]
+    num_warps: int
+    num_stages: int
+    device: Device
+    flops: int = 0
+
+    @property
+    def bytes(self) -> int:
+        """Memory traffic if every tensor is moved once."""
+        tensors = [a for a in self.arguments.values() if isinstance(a, Tensor)]
+        return sum(t.numel() * t.element_size() for t in tensors)
+
+
+@dataclass
+class _State:
+    assumed: Device | None = None
+    launches: list[Launch] | None = None
+
+
+_state = _State()
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """How a launch is cut: block sizes and the like by name, warps, pipeline stages."""
+
+    constants: dict[str, int] = field(default_factory=dict)
+    num_warps: int = 4
+    num_stages: int = 3
+
+
+def launch(
+    kernel: Any,
+    grid: tuple[int, ...],
+    arguments: dict[str, Any],
+    constants: dict[str, Any],
+    blocks: Blocks,
+    flops: int = 0,
+) -> None:
+    """Launch ``kernel`` on the device of its tensors (or record the launch).
+
+    ``constants`` are the kernel's compile-time arguments beside those of ``blocks``. A grid with a
+    zero is no launch.
+    """
+    if 0 in grid:
+        return
+    constants = {**constants, **blocks.constants}
+    options = {"num_warps": blocks.num_warps, "num_stages": blocks.num_stages}
+    first = next(a for a in arguments.values() if isinstance(a, Tensor))
+    if _state.launches is not None:
+        device = device_of(first)
+        _state.launches.append(
+            Launch(kernel, grid, dict(arguments), constants, **options, device=device, flops=flops)
+        )
+        return
+    # Triton launches on the current device, which need not be the tensors'
+    elsewhere = first.is_cuda and first.get_device() != torch.cuda.current_device()
+    with torch.cuda.device(first.device) if elsewhere else nullcontext():
+        kernel[grid](**arguments, **constants, **options)
+
+
+def device_of(tensor: Tensor) -> Device:
+    """The device block sizes are to be chosen for."""
+    if _state.assumed is not None:
+        return _state.assumed
+    return _properties(tensor.get_device()) if tensor.is_cuda else Device(0, 1)
+
+
+def interpreted() -> bool:
+    """Whether Triton's interpreter runs the kernels, so that they take CPU tensors.
+
+    ``TRITON_INTERPRET=1`` when this package's kernels are first imported decides.
+    """
+    import triton
+
+    return bool(triton.knobs.runtime.interpret)
+
+
+@contextmanager
+def assume(capability: int, multiprocessors: int | None = None) -> Iterator[Device]:
+    """Within it, block sizes are those of the named GPU, whatever the tensors are on."""
+    before = _state.assumed
+    count = multiprocessors or _MULTIPROCESSORS.get(capability, 108)
+    _state.assumed = Device(capability, count)
+    try:
+        yield _state.assumed
+    finally:
+        _state.assumed = before
+
+
+@contextmanager
+def recording(capability: int, multiprocessors: int | None = None) -> Iterator[list[Launch]]:
+    """Within it, launches are only recorded, for the named GPU; tensors may be on ``meta``."""
+    before = _state.launches
+    _state.launches = []
+    try:
+        with assume(capability, multiprocessors):
+            yield _state.launches
+    finally:
+        _state.launches = before
+
+
+@cache
+def _properties(index: int) -> Device:
+    found = torch.cuda.get_device_properties(index)
+    return Device(10 * found.major + found.minor, found.multi_processor_count)
