@@ -105,10 +105,14 @@ def test_fused_products_use_the_instructions_of_a_warp_group(compiled):
 
 
 def test_tiles_are_copied_ahead(compiled):
+    """Of 16-bit tiles: float32 arithmetic leaves no registers for a pipeline, nor needs one."""
     wrong = [
         _at(e)
         for e, r in compiled
-        if e.kernel in PIPELINED and e.case not in UNALIGNED and not r.async_copies
+        if e.kernel in PIPELINED
+        and _is_narrow(e)
+        and e.case not in UNALIGNED
+        and not r.async_copies
     ]
     assert not wrong, "\n".join(wrong)
 

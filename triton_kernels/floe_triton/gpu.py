@@ -25,9 +25,6 @@ from floe_triton import backward as kernels
 from floe_triton import decode, eager, expand, launch, shrink, tuning
 from floe_triton.group import Gradients, Group, Needs, Routed
 
-_DECODE_TOKENS = 16
-_DECODE_LINEARS = 4
-
 
 def forward(x: Tensor, group: Group, path: str) -> tuple[list[Tensor], Routed]:
     """As :func:`floe_triton.eager.forward`; ``path`` is "gemm", "fused" or "triton" (either)."""
@@ -37,7 +34,9 @@ def forward(x: Tensor, group: Group, path: str) -> tuple[list[Tensor], Routed]:
     served = _served(group)
     if served and _decodes(x, group):
         ys, routed = decode.decode(x, group)
-        return [y.addmm_(x, w.T) for y, w in zip(ys, group.weights, strict=True)], routed
+        for y, weight in zip(ys, group.weights, strict=False):  # none on base outputs
+            y.addmm_(x, weight.T)
+        return ys, routed
     settings: dict[str, Any] = {
         "groups": len(group),
         "rank": group.rank,
@@ -158,8 +157,8 @@ def _served(group: Group) -> bool:
 
 
 def _decodes(x: Tensor, group: Group) -> bool:
-    few = x.shape[0] <= _DECODE_TOKENS and len(group) <= _DECODE_LINEARS
-    return few and group.dropout_p == 0.0 and not group.base_outputs
+    few = x.shape[0] <= decode.MAX_TOKENS and len(group) <= decode.MAX_LINEARS
+    return few and group.dropout_p == 0.0
 
 
 def _fuses(x: Tensor, weight: Tensor, path: str) -> bool:
