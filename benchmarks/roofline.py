@@ -9,20 +9,19 @@ not counted.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
-from floe_triton import aot, gpu, issue, launch
+from floe_triton import aot, gpu, issue
 from floe_triton.group import Group, Needs
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import harness
+from benchmarks.steps import Step, recording, size, storage, tensors
 from floe.runs import write_json
 
 NOTE = """\
@@ -87,47 +86,6 @@ SHAPES = {
 
 
 @dataclass(frozen=True)
-class Step:
-    """One launch or library call. ``tensors``: everything it reads or writes, each once."""
-
-    name: str
-    flops: int
-    tensors: tuple[Tensor, ...]
-    launch: launch.Launch | None = None
-
-
-class Recorder(TorchDispatchMode):
-    """The steps of what runs within it, in order: recorded launches between library calls."""
-
-    def __init__(self, launches: list[launch.Launch]) -> None:
-        super().__init__()
-        self.steps: list[Step] = []
-        self._launches = launches
-        self._taken = 0
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        """Run ``func``, which is a step unless it only allocates or views."""
-        result = func(*args, **(kwargs or {}))
-        name, read, written = func.__name__.split(".")[0], _tensors(args), _tensors(result)
-        known = {_storage(tensor) for tensor in read}
-        in_place = any(a.alias_info and a.alias_info.is_write for a in func._schema.arguments)
-        new = written if in_place else [t for t in written if _storage(t) not in known]
-        if read and new and not name.startswith(("empty", "new_empty")):
-            self.take_launches()
-            self.steps.append(Step(name, _flops(name, read), (*read, *new)))
-        return result
-
-    def take_launches(self) -> None:
-        """Move the launches recorded since the last call to the steps."""
-        for each in self._launches[self._taken :]:
-            moved = tuple(_tensors(list(each.arguments.values())))
-            self.steps.append(Step(each.kernel.__name__, each.flops, moved, each))
-        self._taken = len(self._launches)
-
-
-@dataclass(frozen=True)
 class Bound:
     """Seconds that a step takes at least: the longest of three."""
 
@@ -155,8 +113,8 @@ class Pass:
         free = self._in_cache(device.cache / 2) if workspaces_are_free else set()
         found = []
         for index, step in enumerate(self.steps):
-            moved = [t for t in step.tensors if (index, _storage(t)) not in free]
-            traffic = sum(map(_size, moved))
+            moved = [t for t in step.tensors if (index, storage(t)) not in free]
+            traffic = sum(map(size, moved))
             compute, memory = step.flops / device.flops, traffic / device.part.bandwidth
             found.append(Bound(step, traffic, compute, memory, _issue_time(step)))
         return found
@@ -166,16 +124,16 @@ class Pass:
         mentions: dict[int, list[int]] = {}
         for index, step in enumerate(self.steps):
             for tensor in step.tensors:
-                if _size(tensor) <= room:
-                    mentions.setdefault(_storage(tensor), []).append(index)
+                if size(tensor) <= room:
+                    mentions.setdefault(storage(tensor), []).append(index)
         for tensor in self.kept:
-            mentions.pop(_storage(tensor), None)
+            mentions.pop(storage(tensor), None)
         found = set()
-        for storage, at in mentions.items():
+        for memory, at in mentions.items():
             gaps = [later - earlier for earlier, later in pairwise(at)]
-            found |= {(i, storage) for i, gap in zip(at[1:], gaps, strict=True) if gap <= 2}
+            found |= {(i, memory) for i, gap in zip(at[1:], gaps, strict=True) if gap <= 2}
             if gaps and max(gaps) <= 2:
-                found.add((at[0], storage))  # where it is written
+                found.add((at[0], memory))  # where it is written
         return found
 
 
@@ -202,56 +160,25 @@ def passes(layer: Layer, setting: Setting, device: Device) -> dict[str, Pass]:
         seed=seed if setting.dropout else None,
     )
     given = [x, seed, *group.weights, *group.shrink_weights, *group.expand_weights]
-    with _recording(device) as forward:
+    with recording(device.capability) as forward:
         ys, routed = gpu.forward(x, group, setting.backend)
     grad_ys = [torch.empty_like(y) for y in ys]
     needs = Needs(x=True, shrink=True, expand=True, router_bias=False)
-    with _recording(device) as backward:
+    with recording(device.capability) as backward:
         gradients = gpu.backward(grad_ys, x, group, routed, needs, setting.backend)
-    with _recording(device) as frozen_forward:
+    with recording(device.capability) as frozen_forward:
         frozen_ys = [torch.mm(x, weight.T) for weight in group.weights]
-    with _recording(device) as frozen_backward:
+    with recording(device.capability) as frozen_backward:
         pairs = zip(grad_ys, group.weights, strict=True)
         frozen_grads = [torch.mm(grad_y, weight) for grad_y, weight in pairs]
     saved = [routed.hidden, routed.gate, routed.z]
-    left = [*gradients.shrink, *gradients.expand, *_tensors([gradients.x])]
+    left = [*gradients.shrink, *gradients.expand, *tensors([gradients.x])]
     return {
         "floe forward": Pass(forward.steps, [*given, *saved, *ys]),
         "floe backward": Pass(backward.steps, [*given, *saved, *grad_ys, *left]),
         "frozen forward": Pass(frozen_forward.steps, [*given, *frozen_ys]),
         "frozen backward": Pass(frozen_backward.steps, [*given, *grad_ys, *frozen_grads]),
     }
-
-
-@contextmanager
-def _recording(device: Device) -> Iterator[Recorder]:
-    with launch.recording(device.capability) as launches, Recorder(launches) as recorder:
-        yield recorder
-        recorder.take_launches()
-
-
-def _tensors(values: Any) -> list[Tensor]:
-    if isinstance(values, Tensor):
-        return [values]
-    if not isinstance(values, (list, tuple)):
-        return []
-    return [tensor for value in values for tensor in _tensors(value)]
-
-
-def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
-
-
-def _size(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
-
-
-def _flops(name: str, read: list[Tensor]) -> int:
-    """Of the products; everything else is bound by memory."""
-    if name not in ("mm", "addmm", "addmm_"):
-        return 0
-    left, right = read[-2:]
-    return 2 * left.shape[0] * left.shape[1] * right.shape[1]
 
 
 def _issue_time(step: Step) -> float:

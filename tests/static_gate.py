@@ -89,7 +89,7 @@ CASES = {
     "few tokens": Case(tokens=512),
     "decode": Case(tokens=8, linears=3, dropout=0.0),
     "ragged": Case(tokens=1001, columns=1009, features=1511, rank=5, experts=3, path="fused"),
-    # "by library": Case(rank=64, experts=10),
+    "by library": Case(rank=64, experts=10),
 }
 # All cases are compiled on one architecture of each size of shared memory, for bfloat16 and, of
 # these, for every dtype; elsewhere the common cases for bfloat16, which code differs in little.

@@ -7,7 +7,8 @@ import torch
 from floe_triton import launch
 
 from benchmarks import roofline
-from benchmarks.roofline import DEVICES, Layer, Pass, Recorder, Setting, Step
+from benchmarks.roofline import DEVICES, Layer, Pass, Setting
+from benchmarks.steps import Recorder, Step, size
 
 SETTING = Setting(tokens=256, rank=8, experts=4, dropout=0.05, backend="fused")
 LAYER = Layer("linear", 512, 1024)
@@ -32,7 +33,7 @@ def test_views_and_allocations_are_no_steps_and_products_count_their_flops():
     names = [step.name for step in recorder.steps]
     assert names == ["mm", "addmm_", "_to_copy"]
     assert [step.flops for step in recorder.steps] == [2 * 32 * 8 * 48, 2 * 32 * 64 * 48, 0]
-    bytes_of = [sum(map(roofline._size, step.tensors)) for step in recorder.steps]
+    bytes_of = [sum(map(size, step.tensors)) for step in recorder.steps]
     assert bytes_of[0] == 2 * (32 * 8 + 48 * 8 + 32 * 48)
     assert bytes_of[1] == 2 * (2 * 32 * 48 + 32 * 64 + 48 * 64)  # y is read and written
     assert bytes_of[2] == 16 * 48 * (2 + 4)

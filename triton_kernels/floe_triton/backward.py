@@ -301,8 +301,7 @@ def backward_y(
         return None if grad_expand is None else grad_expand.zero_()
     grad_y = grad_y if grad_y.stride(1) == 1 else grad_y.contiguous()
     device = device_of(grad_y)
-    padded = max(16, tuning.power_of_two(width))
-    blocks = tuning.grad_y_blocks(device, padded, grad_y.element_size(), tuning.aligned(grad_y))
+    blocks = tuning.grad_y_blocks(device, width, grad_y.element_size(), tuning.aligned(grad_y))
     column_tiles = triton.cdiv(columns, blocks.constants["BLOCK_N"])
     stripe = tuning.stripe(device, tokens, column_tiles, blocks, warps=8)
     stripes = triton.cdiv(tokens, stripe)
@@ -325,7 +324,7 @@ def backward_y(
         "WRITE_Z": needs_grads,
         "WRITE_EXPAND": needs_expand,
         "PRECISION": tuning.precision(),
-        "BLOCK_WIDTH": padded,
+        "BLOCK_WIDTH": max(16, tuning.power_of_two(width)),
     }
     flops = 2 * tokens * columns * width * (needs_grads + needs_expand)
     launch(grad_y_kernel, (column_tiles, stripes), arguments, constants, blocks, flops)

@@ -11,7 +11,8 @@ backward           per linear: grad_y, its sums; grad_x, its sum; per linear: fr
 
 Groups of more than one linear stack their rows first: one copy of G (r + M) K numbers. Ranks that
 the kernels do not serve (:func:`floe_triton.tuning.kernels_serve`) take the library's products
-where those kernels would stand.
+where those kernels would stand, and so does grad_y where M r is so wide that reading it twice costs
+less than the kernel's parts (:func:`floe_triton.tuning.reads_grad_y_once`).
 """
 
 from __future__ import annotations
@@ -110,7 +111,7 @@ def _grad_y(
 ) -> Tensor | None:
     """Everything that grad_y of linear g is read for: its columns of ``grads``, and dB."""
     expand_weight, settings = group.expand_weights[g], (group.scaling, group.temperature)
-    if _served(group):
+    if _served(group) and _reads_once(grad_y, group):
         return kernels.backward_y(
             grad_y, routed.z[g], expand_weight, routed.hidden[g], routed.gate[g], *settings,
             grads, g, len(group), needs_expand, needs_rows,
@@ -154,6 +155,11 @@ def _grad_x(
 def _served(group: Group) -> bool:
     rows = len(group) * (group.rank + group.experts)
     return tuning.kernels_serve(rows, group.experts * group.rank)
+
+
+def _reads_once(grad_y: Tensor, group: Group) -> bool:
+    width, device = group.experts * group.rank, launch.device_of(grad_y)
+    return tuning.reads_grad_y_once(device, width, grad_y.element_size())
 
 
 def _decodes(x: Tensor, group: Group) -> bool:

@@ -100,7 +100,7 @@ def launch(
     # Triton launches on the current device, which need not be the tensors'
     elsewhere = first.is_cuda and first.get_device() != torch.cuda.current_device()
     with torch.cuda.device(first.device) if elsewhere else nullcontext():
-        kernel[grid](**arguments, **constants, **options)
+        kernel[grid](**arguments, **constants, **options, enable_fp_fusion=True)
 
 
 def device_of(tensor: Tensor) -> Device:

@@ -77,6 +77,8 @@ def shrink_blocks(
     stage = block_k * (block_t * itemsize + width * row_itemsize)
     room = (140 if roomy else 90) << 10
     stages = max(2, min(4 if itemsize == 2 else 3, room // stage - (row_itemsize != itemsize)))
+    if device.capability == 90 and width > 32 and not many and row_itemsize == itemsize == 2:
+        block_k, stages = 128, 3  # the addresses of several linears' rows, half as often
     return Blocks({"BLOCK_T": block_t, "BLOCK_K": block_k}, 8 if many else 4, stages)
 
 
@@ -237,7 +239,8 @@ def grad_x_blocks(
         tiles = {256: (32, 64, 8, 1)}
     elif itemsize == 2:
         # tokens, columns, warps, stages
-        tiles = {48: (32, 128, 4, 3), 128: (32, 64, 4, 3), 256: (32, 64, 8, 2)}
+        narrow = (32, 128, 4, 2 if device.capability == 90 else 3)
+        tiles = {48: narrow, 128: (32, 64, 4, 3), 256: (32, 64, 8, 2)}
         if not dropping:
             tiles = {32: (32, 128, 4, 3), 64: (64, 64, 4, 3), 256: (32, 64, 4, 3)}
     elif precision() == "tf32":
@@ -252,29 +255,37 @@ def grad_x_blocks(
     return Blocks({"BLOCK_T": tokens, "BLOCK_K": columns}, warps, stages)
 
 
-def grad_y_blocks(device: Device, padded: int, itemsize: int, aligned: bool = True) -> Blocks:
-    """Tile of `grad_y_kernel`: the wider, the fewer parts of grad_z, ``padded`` columns each."""
+def grad_y_blocks(device: Device, width: int, itemsize: int, aligned: bool = True) -> Blocks:
+    """Tile of `grad_y_kernel`: the wider, the fewer parts of grad_z [T, ``width``]."""
     if not device.capability:
         return Blocks({"BLOCK_T": 16, "BLOCK_N": 32, "TRANSPOSED": False}, 1, 1)
+    aligned = aligned and width % (4 if width <= 32 else 8) == 0
     wgmma = device.capability == 90 and itemsize == 2 and aligned
     if itemsize == 2 and not aligned:
-        tiles = {128: (16, 128, 8, 2)}
+        tiles = {64: (16, 128, 8, 2), 128: (16, 64, 8, 2)}
     elif itemsize == 2:
         # tokens, columns, warps, stages
-        tiles = {32: (16, 512, 4, 3), 64: (32, 256, 4, 3), 128: (16, 128, 8, 2)}
-        if device.capability in (80, 100):
-            tiles[128] = (16, 256, 8, 3)
-        if device.capability == 100:
-            tiles[32] = (32, 512, 4, 3)
+        tiles = {32: (16, 512, 4, 3), 64: (32, 256, 4, 3), 128: (16, 64, 8, 2)}
         if wgmma:
             tiles = {64: (64, 512, 8, 2), 128: (64, 256, 8, 2)}
     elif precision() == "tf32":
         tiles = {64: (16, 128, 4, 2), 128: (16, 32, 4, 1)}
     else:  # no tensor cores: the products themselves fill the registers
         tiles = {64: (32, 64, 8, 1), 128: (16, 32, 4, 1)}
-    tokens, columns, warps, stages = next(tiles[most] for most in tiles if padded <= most)
+    tokens, columns, warps, stages = next(tiles[most] for most in tiles if width <= most)
     sizes = {"BLOCK_T": tokens, "BLOCK_N": columns, "TRANSPOSED": int(not wgmma)}
     return Blocks(sizes, warps, stages)
+
+
+def reads_grad_y_once(device: Device, width: int, itemsize: int) -> bool:
+    """Whether `grad_y_kernel`'s parts of grad_z are fewer bytes than a second read of grad_y.
+
+    That is what two products of the BLAS library take instead.
+    """
+    if not device.capability:
+        return True
+    columns = grad_y_blocks(device, width, itemsize).constants["BLOCK_N"]
+    return 2 * 4 * width <= 0.75 * itemsize * columns  # written and read; a quarter for expand's
 
 
 def route_backward_blocks(device: Device, pads: dict[str, int]) -> Blocks:
