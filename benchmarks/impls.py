@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -89,7 +90,7 @@ def frozen(problem: Problem) -> Built:
     return Built("frozen", lambda x: functional.linear(x, problem.weight), ())
 
 
-def floe(problem: Problem) -> Built:
+def floe(problem: Problem, backend: str = "auto") -> Built:
     """floe.moe_lora, with a seed drawn in every call as its module does."""
     shrink, expand = _leaf(problem.shrink), _leaf(problem.expand)
     p = problem.dropout
@@ -97,8 +98,9 @@ def floe(problem: Problem) -> Built:
     def forward(x: Tensor) -> Tensor:
         seed = ops.draw_seed(x.device) if p > 0.0 else None
         return ops.moe_lora(
-            x, problem.weight, None, shrink, expand, scaling=SCALING, dropout_p=p, seed=seed
-        )
+            x, problem.weight, None, shrink, expand, scaling=SCALING, dropout_p=p, seed=seed,
+            backend=backend,
+        )  # fmt: skip
 
     return Built("routed", forward, (shrink, expand))
 
@@ -194,6 +196,9 @@ def registry(problem: Problem, compile_too: bool = False) -> dict[str, Callable[
         "eager": eager,
         "hydra": hydra,
     }
+    if problem.x.is_cuda:
+        for backend in ("gemm", "fused", "eager"):
+            found[f"floe {backend}"] = partial(floe, backend=backend)
     return {**found, "compiled": compiled} if compile_too else found
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import harness, impls
+from benchmarks import cost, harness, impls, pieces
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -59,13 +59,35 @@ def _run(
     builders = impls.registry(problem, options.compile)
     if options.only:
         builders = {name: builders[name] for name in builders if name.split()[0] in options.only}
+    if options.pieces:
+        return _pieces(case, problem, options, environment)
     rows = []
     for what in ("forward", "forward+backward"):
         found = impls.candidates(problem, builders, backward=what != "forward")
         errors = {candidate.name: harness.gate(candidate) for candidate in found}
         seconds = harness.measure(found, rounds=options.rounds, device=device, clock=clock)
-        rows += harness.record(environment, {**case, "what": what}, seconds, errors, "frozen")
+        records = harness.record(environment, {**case, "what": what}, seconds, errors, "frozen")
+        for record, candidate in zip(records, found, strict=True):
+            record["peak_bytes"], record["peak_kind"] = cost.peak_bytes(candidate.run, device)
+            if device.type == "cuda":
+                record["launches"], record["launches_kind"] = cost.launches(candidate.run, device)
+        rows += records
     _print(case, rows)
+    return rows
+
+
+def _pieces(
+    case: dict[str, Any],
+    problem: impls.Problem,
+    options: argparse.Namespace,
+    environment: dict[str, Any],
+) -> list[dict[str, Any]]:
+    rows = []
+    for backend in ("gemm", "fused"):
+        found = pieces.measure(problem, backend, options.rounds)
+        print(f"\n{case}, backend {backend}, each kernel alone\n{pieces.show(found)}", flush=True)
+        rows += [{"environment": environment, "case": {**case, "backend": backend}, **row}
+                 for row in found]  # fmt: skip
     return rows
 
 
@@ -75,7 +97,8 @@ def _print(case: dict[str, Any], rows: list[dict[str, Any]]) -> None:
         f"M={case['experts']}, dropout {case['dropout']}, {case['dtype']}, adapter "
         f"{case['adapter_dtype']}, {case['device']}, {case['clock']} time, {case['scale']} scale"
     )
-    header = ("", "what", "ms median", "p20", "p80", "min", "x frozen", "p20", "p80", "error")
+    header = ("", "what", "ms median", "p20", "p80", "min", "x frozen", "p20", "p80", "error",
+              "peak MiB", "launches")  # fmt: skip
     lines = []
     for row in rows:
         ms, ratio = row["milliseconds"], row["ratio"]
@@ -86,6 +109,8 @@ def _print(case: dict[str, Any], rows: list[dict[str, Any]]) -> None:
                 *(f"{ms[key]:.2f}" for key in ("median", "p20", "p80", "min")),
                 *(f"{ratio[key]:.2f}" for key in ("median", "p20", "p80")),
                 f"{row['relative_error']:.1e}",
+                f"{row['peak_bytes'] / 2**20:.0f}",
+                str(row.get("launches", "-")),
             )
         )
     print(harness.table(header, lines), flush=True)
@@ -109,6 +134,9 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--experts", type=_numbers(int), default=[4, 10], help="M,M,...")
     parser.add_argument("--dropout", type=_numbers(float), default=[0.0, 0.05], help="p,p,...")
+    parser.add_argument(
+        "--pieces", action="store_true", help="instead, each Triton kernel alone (CUDA)"
+    )
     parser.add_argument("--compile", action="store_true", help="also torch.compile of `eager`")
     parser.add_argument(
         "--only",

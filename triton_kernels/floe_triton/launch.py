@@ -59,6 +59,7 @@ class Launch:
 class _State:
     assumed: Device | None = None
     launches: list[Launch] | None = None
+    runs: bool = True  # whether what is recorded is launched as well
 
 
 _state = _State()
@@ -96,6 +97,7 @@ def launch(
         _state.launches.append(
             Launch(kernel, grid, dict(arguments), constants, **options, device=device, flops=flops)
         )
+    if not _state.runs:
         return
     # Triton launches on the current device, which need not be the tensors'
     elsewhere = first.is_cuda and first.get_device() != torch.cuda.current_device()
@@ -135,13 +137,30 @@ def assume(capability: int, multiprocessors: int | None = None) -> Iterator[Devi
 @contextmanager
 def recording(capability: int, multiprocessors: int | None = None) -> Iterator[list[Launch]]:
     """Within it, launches are only recorded, for the named GPU; tensors may be on ``meta``."""
-    before = _state.launches
-    _state.launches = []
+    before = _state.launches, _state.runs
+    _state.launches, _state.runs = [], False
     try:
         with assume(capability, multiprocessors):
             yield _state.launches
     finally:
+        _state.launches, _state.runs = before
+
+
+@contextmanager
+def watching() -> Iterator[list[Launch]]:
+    """Within it, launches are recorded and run; :func:`again` repeats one."""
+    before = _state.launches
+    _state.launches = []
+    try:
+        yield _state.launches
+    finally:
         _state.launches = before
+
+
+def again(one: Launch) -> None:
+    """Launch what was recorded once more, on the same tensors."""
+    blocks = Blocks({}, one.num_warps, one.num_stages)
+    launch(one.kernel, one.grid, one.arguments, one.constants, blocks)
 
 
 @cache
