@@ -28,6 +28,7 @@ def peft_type() -> Any:
         PeftType._member_map_["FLOE"] = member
         PeftType._value2member_map_["FLOE"] = member
         PeftType._member_names_.append("FLOE")
+        type.__setattr__(PeftType, "FLOE", member)  # from Python 3.12 on, members are attributes
     return PeftType["FLOE"]
 
 
