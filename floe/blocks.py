@@ -2,8 +2,8 @@
 
 A block's index is its place in the model's own list of blocks; no pattern is ever matched against a
 name to find a number. Known layouts: Llama 2/3, SmolLM, Mistral, Qwen2/3, Gemma 1/2/3, Phi-3 and
-whatever names its projections alike; another model's blocks can be described by hand with
-:class:`BlockNames`.
+whatever names its projections alike; another model's blocks are described by hand:
+``model.floe_block_names = BlockNames(...)``.
 """
 
 from __future__ import annotations
@@ -77,13 +77,17 @@ def base_of(model: nn.Module) -> nn.Module:
     return get_base_model() if callable(get_base_model) else model
 
 
-def find_blocks(model: nn.Module, names: BlockNames | None = None) -> list[Block]:
+def find_blocks(model: nn.Module) -> list[Block]:
     """Decoder blocks in order, with paths relative to :func:`base_of` ``(model)``.
+
+    Projections are looked for under the names in the base model's attribute ``floe_block_names``,
+    a :class:`BlockNames`, where it has one: everything that asks for blocks asks here.
 
     Raises:
         ValueError: when no list of blocks has the projections looked for; the text names them.
     """
-    base, names = base_of(model), names or BlockNames()
+    base = base_of(model)
+    names = getattr(base, "floe_block_names", None) or BlockNames()
     expected = _text_config(base).get("num_hidden_layers")
     for path, module in base.named_modules():
         if not isinstance(module, nn.ModuleList) or len(module) == 0:
@@ -97,7 +101,7 @@ def find_blocks(model: nn.Module, names: BlockNames | None = None) -> list[Block
         f"model {type(base).__name__} has no decoder blocks floe knows: looked for a list of "
         f"{expected or 'equal'} blocks holding one of {names.attention_output} and one of "
         f"{names.mlp_output} with their inputs {names.attention_inputs} and {names.mlp_inputs}; "
-        "pass names=floe.blocks.BlockNames(...) to name them by hand"
+        "set model.floe_block_names = floe.blocks.BlockNames(...) to name them by hand"
     )
 
 

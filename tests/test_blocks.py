@@ -1,5 +1,8 @@
 """Finding the decoder blocks of real architectures, and counting parameters from shapes."""
 
+import functools
+
+import numpy
 import pytest
 import torch
 import transformers as hf
@@ -9,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from floe.adapters import FloeConfig, adapted_layers, get_model, parameter_counts
 from floe.blocks import BlockNames, base_of, find_blocks, geometry, linear_at
+from floe.importance.score import score
 
 FUSED = {"phi3"}
 
@@ -52,7 +56,8 @@ def test_other_architectures_are_refused_untouched(config, model):
     base = model(config)
     before = {name: type(module) for name, module in base.named_modules()}
     with pytest.raises(
-        ValueError, match=r"has no decoder blocks floe knows: .*pass names=floe.blocks.BlockNames"
+        ValueError,
+        match=r"no decoder blocks floe knows: .*set model.floe_block_names = ",
     ):
         get_model(base, FloeConfig())
     assert {name: type(module) for name, module in base.named_modules()} == before
@@ -79,13 +84,40 @@ def test_blocks_named_by_hand():
     model = Foreign()
     with pytest.raises(ValueError, match="has no decoder blocks"):
         find_blocks(model)
+    empty = Foreign(0)
+    model.floe_block_names = empty.floe_block_names = names
     with pytest.raises(ValueError, match="has no decoder blocks"):
-        find_blocks(Foreign(0), names)
-    blocks = find_blocks(model, names)
+        find_blocks(empty)
+    blocks = find_blocks(model)
     assert [b.o_proj for b in blocks] == ["tower.0.out", "tower.1.out"]
     assert blocks[1].attention == {"q": "tower.1.query", "k": "tower.1.key", "v": "tower.1.value"}
     with pytest.raises(ValueError, match="must give num_attention_heads >= 1, got None"):
         geometry(model, blocks)
+
+
+def test_a_model_named_by_hand_is_adapted_and_scored():
+    """A Llama whose modules have other names gives the scores of the one it is."""
+    known, foreign = plain("llama"), plain("llama")
+    for block in foreign.model.layers:
+        block.mlp.forward = functools.partial(_feed_forward, block.mlp)
+        for old, new in (("gate_proj", "w1"), ("up_proj", "w3"), ("down_proj", "w2")):
+            block.mlp.add_module(new, block.mlp._modules.pop(old))
+    targets = {"known": ["gate_proj", "up_proj", "down_proj"], "foreign": ["w1", "w3", "w2"]}
+    foreign.floe_block_names = BlockNames(
+        mlp_output=("mlp.w2",), mlp_inputs=({"gate": "mlp.w1", "up": "mlp.w3"},)
+    )
+    batches = [{"input_ids": torch.arange(3, 19).view(2, 8), "attention_mask": torch.ones(2, 8)}]
+    batches[0]["labels"] = batches[0]["input_ids"].clone()
+    found = []
+    for model, names in ((known, targets["known"]), (foreign, targets["foreign"])):
+        config = FloeConfig(r=2, num_experts=2, dropout=0.0, target_modules=names)
+        found.append(score(get_model(model, config), batches))
+    for name in ("head_fisher", "neuron_fisher", "head_taylor", "neuron_taylor"):
+        numpy.testing.assert_allclose(*(getattr(scores, name) for scores in found), rtol=1e-5)
+
+
+def _feed_forward(mlp, x):
+    return mlp.w2(mlp.act_fn(mlp.w1(x)) * mlp.w3(x))
 
 
 def test_blocks_of_unequal_size_are_refused():
