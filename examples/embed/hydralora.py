@@ -7,13 +7,12 @@ The layer keeps its modules, so optimisers, checkpoints and their names stay wha
 
 from __future__ import annotations
 
-import argparse
 import copy
 from functools import partial
 
 import torch
 from floe_triton import draw_seed, moe_lora
-from side_by_side import difference, gradients, report
+from side_by_side import options, show
 from torch import Tensor, nn
 
 
@@ -68,23 +67,13 @@ def _forward(layer: HydraLinear, x: Tensor) -> Tensor:
 
 def main(arguments: list[str] | None = None) -> None:
     """Compare the two layers; with ``--time``, time them."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--time", action="store_true", help="print the gain on this machine")
-    parser.add_argument("--size", type=int, default=1024, help="K and N")
-    parser.add_argument("--tokens", type=int, default=512)
+    parser = options(__doc__)
     parser.add_argument("--experts", type=int, default=4)
-    parser.add_argument("--dropout", type=float, default=0.05)
-    parser.add_argument("--rounds", type=int, default=15)
     given = parser.parse_args(arguments)
     torch.manual_seed(0)
     before = HydraLinear(given.size, given.size, 8, given.experts, 32.0, given.dropout)
     after = embed(copy.deepcopy(before))
-    x, grad = torch.randn(2, given.tokens, given.size)
-    same = [gradients(layer.eval(), x, grad) for layer in (before, after)]
-    print(f"largest relative difference without dropout: {difference(*same):.1e}")
-    if given.time:
-        half = torch.bfloat16
-        print(report(before.train().to(half), after.train().to(half), x.to(half), given.rounds))
+    show(before, after, given)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ The layers keep their parameters, so PEFT saves, loads, merges and trains them a
 
 from __future__ import annotations
 
-import argparse
 import copy
 from collections.abc import Callable
 from functools import partial
@@ -17,7 +16,7 @@ import torch
 from floe_triton import draw_seed, moe_lora
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import Linear
-from side_by_side import difference, gradients, report
+from side_by_side import options, show
 from torch import Tensor, nn
 
 
@@ -71,23 +70,12 @@ def model_of(size: int, dropout: float, dtype: torch.dtype = torch.float32) -> n
 
 def main(arguments: list[str] | None = None) -> None:
     """Compare the two models; with ``--time``, time them."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--time", action="store_true", help="print the gain on this machine")
-    parser.add_argument("--size", type=int, default=1024, help="K and N")
-    parser.add_argument("--tokens", type=int, default=512)
-    parser.add_argument("--dropout", type=float, default=0.05)
-    parser.add_argument("--rounds", type=int, default=15)
-    given = parser.parse_args(arguments)
+    given = options(__doc__).parse_args(arguments)
     torch.manual_seed(0)
     before = model_of(given.size, given.dropout)
     after = copy.deepcopy(before)
     print(f"{embed(after)} layer on the op")
-    x, grad = torch.randn(2, given.tokens, given.size)
-    same = [gradients(model.eval(), x, grad) for model in (before, after)]
-    print(f"largest relative difference without dropout: {difference(*same):.1e}")
-    if given.time:
-        half = torch.bfloat16
-        print(report(before.train().to(half), after.train().to(half), x.to(half), given.rounds))
+    show(before, after, given)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import random
 import statistics
 import time
@@ -42,6 +43,27 @@ def ratio(before: Callable[[], object], after: Callable[[], object], rounds: int
             seconds[name] = time.perf_counter() - began
         found.append(seconds["before"] / seconds["after"])
     return found
+
+
+def options(doc: str | None) -> argparse.ArgumentParser:
+    """What both scripts can be asked."""
+    parser = argparse.ArgumentParser(description=doc)
+    parser.add_argument("--time", action="store_true", help="print the gain on this machine")
+    parser.add_argument("--size", type=int, default=1024, help="K and N")
+    parser.add_argument("--tokens", type=int, default=512)
+    parser.add_argument("--dropout", type=float, default=0.05)
+    parser.add_argument("--rounds", type=int, default=15)
+    return parser
+
+
+def show(before: nn.Module, after: nn.Module, given: argparse.Namespace) -> None:
+    """Print how far the two differ without dropout and, if asked, how much faster one is."""
+    x, grad = torch.randn(2, given.tokens, given.size)
+    same = [gradients(layer.eval(), x, grad) for layer in (before, after)]
+    print(f"largest relative difference without dropout: {difference(*same):.1e}")
+    if given.time:
+        half = torch.bfloat16
+        print(report(before.train().to(half), after.train().to(half), x.to(half), given.rounds))
 
 
 def report(before: nn.Module, after: nn.Module, x: Tensor, rounds: int) -> str:
