@@ -6,6 +6,7 @@ The only module that prints.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -94,8 +95,11 @@ def _run_until(last: str) -> Callable[..., None]:
 
         settings = load_config(config, override)
         calm_libraries()
-        with open_progress(quiet) as progress:
+        helper = os.environ.get("RANK", "0") != "0"  # torchrun's first worker speaks for all
+        with open_progress(quiet or helper) as progress:
             result = run(settings, until=last, progress=progress)
+        if helper:
+            return
         if as_json:
             print(json.dumps(result.summary(), sort_keys=True))
         else:

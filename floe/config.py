@@ -165,7 +165,13 @@ class ScoreConfig(_Section):
     """Fisher information on the warm-up model, Taylor cost on the base model."""
 
     rows: Count = 512
-    batch_size: Count = 8
+    batch_size: Count = Field(
+        8, description="Of the mask tuning; the scores do not depend on it, they group rows."
+    )
+    keep_samples: bool = Field(
+        False, description="Keep every row's mask gradients: for block Fisher and bootstraps."
+    )
+    first_order: bool = Field(False, description="Also keep the first-order term of Eq. 6.")
     reduction: Literal["sample", "batch", "token"] = "sample"
     mask_scope: Literal["base", "full"] = "base"
     taylor_rows: Count = 32

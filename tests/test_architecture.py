@@ -42,6 +42,7 @@ PLACES = {  # library -> the only modules (and packages) that may import it
         "selfcheck",
         "pipeline.workspace",
         "pipeline.profiling",
+        "pipeline.scoring",  # torchrun's workers
     ],
     "floe_triton": ["ops", "selfcheck"],  # the self-test compares each op with its definition
     "transformers": ["training", "evaluate", "pipeline.workspace"],

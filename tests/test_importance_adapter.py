@@ -5,7 +5,7 @@ from test_importance_capture import mean_nll
 
 from floe.adapters import MoELoRALinear, adapted_layers
 from floe.importance import adapter as module_under_test
-from floe.importance.adapter import adapter_output, squared_gradient_norms
+from floe.importance.adapter import adapter_gradients, adapter_output
 from floe.importance.fisher import measure_fisher
 
 
@@ -57,7 +57,7 @@ def example(samples=3, tokens=5, inputs=7, outputs=6, rank=3, experts=2, dtype=t
 
 def test_one_module_in_float64():
     module, x, grad_y = example()
-    found = squared_gradient_norms(module, x, grad_y, torch.ones(3, 5, dtype=torch.bool))
+    found = adapter_gradients(module, x, grad_y, torch.ones(3, 5, dtype=torch.bool)).squared_norm
     weights = [module.floe_shrink["default"], module.floe_expand["default"]]
     for s in range(3):
         grads = torch.autograd.grad(module(x[s]), weights, grad_y[s])
@@ -65,13 +65,20 @@ def test_one_module_in_float64():
         assert abs(found[s] - expected) < 1e-12 * expected
 
 
+def test_gate_is_the_gradient_of_a_factor_on_what_is_added():
+    module, x, grad_y = example()
+    found = adapter_gradients(module, x, grad_y, torch.ones(3, 5, dtype=torch.bool)).gate
+    added = module(x) - module.base_layer(x)
+    assert torch.allclose(found, (added * grad_y).sum((1, 2)).detach(), rtol=1e-9, atol=0)
+
+
 def test_padding_is_left_out_whatever_it_holds():
     module, x, grad_y = example()
     mask = torch.ones(3, 5, dtype=torch.bool)
     mask[1, :2] = False
     x[1, :2], grad_y[1, :2] = float("nan"), float("inf")
-    found = squared_gradient_norms(module, x, grad_y, mask)
-    alone = squared_gradient_norms(module, x[1:2, 2:], grad_y[1:2, 2:], mask[1:2, 2:])
+    found = adapter_gradients(module, x, grad_y, mask).squared_norm
+    alone = adapter_gradients(module, x[1:2, 2:], grad_y[1:2, 2:], mask[1:2, 2:]).squared_norm
     assert found.isfinite().all()
     assert abs(found[1] - alone[0]) < 1e-12 * alone[0]
 
@@ -79,16 +86,16 @@ def test_padding_is_left_out_whatever_it_holds():
 def test_chunks_change_nothing(monkeypatch):
     module, x, grad_y = example()
     mask = torch.ones(3, 5, dtype=torch.bool)
-    whole = squared_gradient_norms(module, x, grad_y, mask)
+    whole = adapter_gradients(module, x, grad_y, mask).squared_norm
     monkeypatch.setattr(module_under_test, "_CHUNK_ELEMENTS", 1)
     assert torch.allclose(
-        squared_gradient_norms(module, x, grad_y, mask), whole, rtol=1e-13, atol=0
+        adapter_gradients(module, x, grad_y, mask).squared_norm, whole, rtol=1e-13, atol=0
     )
 
 
 def test_a_large_module_is_cheap():
     module, x, grad_y = example(2, 8, 4096, 14336, 8, 4, torch.float32)
-    norms = squared_gradient_norms(module, x, grad_y, torch.ones(2, 8, dtype=torch.bool))
+    norms = adapter_gradients(module, x, grad_y, torch.ones(2, 8, dtype=torch.bool)).squared_norm
     assert norms.dtype == torch.float64
     assert norms.isfinite().all()
 
@@ -96,8 +103,10 @@ def test_a_large_module_is_cheap():
 def test_bfloat16_is_computed_in_float32():
     module, x, grad_y = example(dtype=torch.float32)
     mask = torch.ones(3, 5, dtype=torch.bool)
-    exact = squared_gradient_norms(module, x.bfloat16().float(), grad_y.bfloat16().float(), mask)
-    found = squared_gradient_norms(module, x.bfloat16(), grad_y.bfloat16(), mask)
+    exact = adapter_gradients(
+        module, x.bfloat16().float(), grad_y.bfloat16().float(), mask
+    ).squared_norm
+    found = adapter_gradients(module, x.bfloat16(), grad_y.bfloat16(), mask).squared_norm
     assert torch.allclose(found, exact, rtol=1e-6, atol=0)
 
 
@@ -107,6 +116,6 @@ def test_adapter_output_is_what_the_module_adds():
     assert torch.allclose(adapter_output(module, x), added, rtol=1e-9, atol=1e-12)
     module.enable_adapters(False)
     assert not adapter_output(module, x).any()
-    assert not squared_gradient_norms(
-        module, x, x[..., :6], torch.ones(3, 5, dtype=torch.bool)
-    ).any()
+    found = adapter_gradients(module, x, x[..., :6], torch.ones(3, 5, dtype=torch.bool))
+    assert not found.squared_norm.any()
+    assert not found.gate.any()

@@ -65,7 +65,7 @@ def test_counts():
         ({"neuron_taylor": np.ones((2, 5))}, ValueError, r"neuron_taylor must have shape \(3, 5\)"),
         ({"adapter_fisher": np.ones(2)}, ValueError, r"adapter_fisher must have shape \(3,\)"),
         ({"probe_fisher": np.ones(4)}, ValueError, r"probe_fisher must have shape \(3,\)"),
-        ({"head_gradient": np.ones((2, 3, 9), "f4")}, ValueError, r"head_gradient must be \[S, 3"),
+        ({"head_gradient": np.ones((2, 3, 9), "f4")}, ValueError, r"head_gradient must have"),
     ],
 )  # fmt: skip
 def test_wrong_shapes_and_types(changes, error, message):
@@ -74,7 +74,7 @@ def test_wrong_shapes_and_types(changes, error, message):
 
 
 def test_gradients_of_different_sample_counts():
-    with pytest.raises(ValueError, match="one S for heads and neurons"):
+    with pytest.raises(ValueError, match=r"neuron_gradient must have shape \(2, 3, 5\) as"):
         example(
             head_gradient=np.ones((2, 3, 4), np.float32),
             neuron_gradient=np.ones((3, 3, 5), np.float32),
@@ -144,7 +144,7 @@ def test_other_format_missing_array_and_pickle(tmp_path):
         Scores.load(path)
     meta = np.frombuffer(b'{"format": 1, "meta": {}}', np.uint8)
     np.savez(path, meta=meta, head_fisher=np.ones((1, 1)))
-    with pytest.raises(FileError, match=r"missing \['head_taylor'"):
+    with pytest.raises(FileError, match=r"missing \['neuron_fisher'"):
         Scores.load(path)
     np.savez(path, meta=np.array([{}], dtype=object))
     with pytest.raises(FileError, match="not a readable scores file"):

@@ -2,11 +2,13 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
 from tiny_run import write_config, write_inputs
@@ -91,6 +93,36 @@ def test_scores_hold_every_unit(finished):
     assert scores.neuron_fisher.shape == (4, 64)
     for name in ("head_fisher", "neuron_fisher", "head_taylor", "neuron_taylor", "adapter_fisher"):
         assert (getattr(scores, name) > 0).any(), name
+
+
+def scored_by_workers(path):
+    """``floe score`` by two workers of torchrun."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    return subprocess.run(
+        [*launch, "-m", "floe", "score", str(path), "--json"], capture_output=True, text=True,
+        timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+
+
+def test_workers_of_torchrun_share_the_score_stage(config, finished, folder):
+    workers = renamed(config, "workers")
+    path = write_config(folder / "workers.yaml", workers)
+    unready = scored_by_workers(path)
+    assert unready.returncode != 0
+    assert "the search stage must be finished before several workers score" in unready.stderr
+    target = finished.parent / "workers"
+    shutil.copytree(finished / "search", target / "search", dirs_exist_ok=True)
+    shutil.rmtree(target / "search.work")
+    done = scored_by_workers(path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads(done.stdout)["folder"] == str(target)  # one worker speaks
+    found, alone = (Scores.load(f / "score/scores.npz") for f in (target, finished))
+    assert found.meta == alone.meta
+    assert np.allclose(found.neuron_fisher, alone.neuron_fisher, rtol=1e-4)
+    assert sorted(f.name for f in (target / "score").iterdir()) == ["DONE.json", "scores.npz"]
+    log = Log()
+    run(parse_config(workers), until="score", progress=log)
+    assert log.said == {"search": "unchanged", "score": "unchanged"}
 
 
 def test_every_baseline_has_as_many_layers_and_the_same_steps(finished):

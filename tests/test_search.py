@@ -14,9 +14,10 @@ import floe.rank_search.search
 from floe.adapters import FloeConfig, get_model, remove_adapters
 from floe.data import make_batches
 from floe.evaluate import validation_loss
+from floe.importance.identity import model_fingerprint
 from floe.rank_search import proposals, studies
 from floe.rank_search.proposals import SearchSpace, propose, sampler_settings
-from floe.rank_search.search import base_fingerprint, search
+from floe.rank_search.search import search
 from floe.rank_search.studies import Owner, mask
 from floe.training.train import TrainSettings, train
 
@@ -325,13 +326,13 @@ def test_orphans_of_a_shared_storage():
 
 def test_fingerprint_and_removal():
     base = tiny_model(layers=1)
-    before = base_fingerprint(base)
+    before = model_fingerprint(base)
     for _ in range(2):
         base = remove_adapters(get_model(base, FloeConfig(r=2)))
-    assert base_fingerprint(base) == before
+    assert model_fingerprint(base) == before
     with torch.no_grad():
         base.lm_head.weight.view(-1)[0] += 1
-    assert base_fingerprint(base) != before
+    assert model_fingerprint(base) != before
 
 
 @pytest.fixture(scope="module")

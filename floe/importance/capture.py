@@ -7,7 +7,7 @@ let go.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +22,7 @@ from floe import ops
 from floe.adapters.moe_lora import MoELoRALinear, separate_base
 from floe.adapters.targets import adapted_layers
 from floe.blocks import Geometry, base_of, find_blocks, geometry, linear_at
-from floe.importance.adapter import squared_gradient_norms
+from floe.importance.adapter import AdapterGradients, adapter_gradients
 from floe.importance.frozen import (
     Batch,
     device_of,
@@ -40,16 +40,18 @@ Sink = Callable[[Tensor, Tensor], None]
 
 @dataclass(frozen=True)
 class RowGradients:
-    """One batch's gradients; S rows, L layers, H heads (or KV groups), I neurons.
+    """One batch's gradients; S rows, L layers, H heads (or KV groups), I neurons, P projections.
 
     ``head`` [S, L, H] and ``neuron`` [S, L, I] float64: d L_n / d m of row n, or with ``per_token``
-    the sum of the tokens' squares. ``adapter`` [S, L] float64: || d L_n / d phi_k ||^2. ``tokens``
-    [S] int64: labels in the loss.
+    the sum of the tokens' squares. ``adapter`` [S, L, P] float64: || d L_n / d phi ||^2 of the
+    adapter of projection p in layer k, 0 where there is none; ``gate`` [S, L, P] float64: d L_n / d
+    g of a factor g = 1 on what that adapter adds. ``tokens`` [S] int64: labels in the loss.
     """
 
     head: NDArray[np.float64] | None
     neuron: NDArray[np.float64] | None
     adapter: NDArray[np.float64] | None
+    gate: NDArray[np.float64] | None
     tokens: NDArray[np.int64]
 
 
@@ -99,10 +101,11 @@ class Capture:
         self.modules = adapted_layers(model) if adapters else {}
         if adapters and not self.modules:
             raise ValueError("model must carry floe adapters to measure their gradients, got none")
+        self.projections = projections(self.modules)
         self._rows = 0
         self._mask = torch.empty(0, 0, dtype=torch.bool)
         self._found: dict[tuple[str, int], Tensor] = {}
-        self._norms: dict[tuple[int, str], Tensor] = {}
+        self._adapter: dict[tuple[int, str], AdapterGradients] = {}
         self._stack = ExitStack()
 
     def __enter__(self) -> Capture:
@@ -118,29 +121,37 @@ class Capture:
     def __exit__(self, *error: object) -> None:
         self._stack.close()
         self._found.clear()
-        self._norms.clear()
+        self._adapter.clear()
 
-    def step(self, batch: Batch) -> RowGradients:
+    def step(self, batch: Batch, numbers: Sequence[int] | None = None) -> RowGradients:
         """Gradients of one batch's rows.
+
+        ``numbers`` names the rows in errors; None counts on from the batch before.
 
         Raises:
             ValueError: a row without labels; a loss or gradient that is not finite, named by layer,
                 unit and row.
         """
         batch = on_device(for_loss(batch, self.tokens), device_of(self.model))
+        if numbers is None:
+            numbers = range(self._rows, self._rows + len(batch["input_ids"]))
         self._mask = token_mask(batch)
         self._found.clear()
-        self._norms.clear()
+        self._adapter.clear()
         with torch.enable_grad():
-            loss, tokens = losses(self.model, batch, self._rows)
+            loss, tokens = losses(self.model, batch, numbers)
             loss.sum().backward()
         masks = {kind: self._stacked(kind) for kind in ("neuron", "head") if self.masks}
-        self._check_finite({f"mask gradient of {kind}": values for kind, values in masks.items()})
-        adapter = self._adapter_norms() if self.adapters else None
-        if adapter is not None:
-            self._check_finite({"squared gradient of adapter": adapter[:, :, None]})
+        found = {f"mask gradient of {kind}": values for kind, values in masks.items()}
+        adapter = gate = None
+        if self.adapters:
+            adapter, gate = self._of_adapters()
+            found |= {"squared gradient of adapter": adapter, "gate gradient of adapter": gate}
+        self._check_finite(found, numbers)
         self._rows += len(loss)
-        return RowGradients(masks.get("head"), masks.get("neuron"), adapter, tokens.cpu().numpy())
+        return RowGradients(
+            masks.get("head"), masks.get("neuron"), adapter, gate, tokens.cpu().numpy()
+        )
 
     def _mask_hooks(self) -> list[RemovableHandle]:
         if not self.masks:
@@ -159,7 +170,7 @@ class Capture:
 
     def _adapter_hooks(self) -> list[RemovableHandle]:
         return [
-            module.register_forward_hook(_tap_output(self._adapter_sink(layer, name, module)))
+            module.register_forward_hook(tap_output(self._adapter_sink(layer, name, module)))
             for layer, modules in self.modules.items()
             for name, module in modules.items()
         ]
@@ -182,7 +193,7 @@ class Capture:
     def _adapter_sink(self, layer: int, name: str, module: MoELoRALinear) -> Sink:
         def sink(x: Tensor, grad_y: Tensor) -> None:
             mask = self._mask.to(x.device)
-            self._norms[layer, name] = squared_gradient_norms(module, x, grad_y, mask)
+            self._adapter[layer, name] = adapter_gradients(module, x, grad_y, mask)
 
         return sink
 
@@ -197,15 +208,18 @@ class Capture:
         values: NDArray[np.float64] = np.stack(layers, axis=1)
         return values
 
-    def _adapter_norms(self) -> NDArray[np.float64]:
-        rows = len(self._mask)
-        norms = np.zeros((rows, len(self.blocks)))
+    def _of_adapters(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Squared norms and gate gradients, [S, L, P] each; 0 where a layer has no adapter."""
+        shape = (len(self._mask), len(self.blocks), len(self.projections))
+        squared, gate = np.zeros(shape), np.zeros(shape)
         for layer, modules in self.modules.items():
-            for name in modules:  # the module's order, not that of the backward pass
-                norms[:, layer] += self._norms.pop((layer, name)).cpu().numpy()
-        return norms
+            for name in modules:
+                found, place = self._adapter.pop((layer, name)), self.projections.index(name)
+                squared[:, layer, place] = found.squared_norm.cpu().numpy()
+                gate[:, layer, place] = found.gate.cpu().numpy()
+        return squared, gate
 
-    def _check_finite(self, found: dict[str, NDArray[np.float64]]) -> None:
+    def _check_finite(self, found: dict[str, NDArray[np.float64]], numbers: Sequence[int]) -> None:
         """Name the last layer's first bad value: gradients come from behind, so it arose there."""
         for layer in reversed(range(len(self.blocks))):
             for what, values in found.items():
@@ -214,8 +228,13 @@ class Capture:
                     row, unit = (int(i) for i in bad[0])
                     raise ValueError(
                         f"{what} {unit} in layer {layer} must be finite, "
-                        f"got {values[row, layer, unit]} for row {self._rows + row}"
+                        f"got {values[row, layer, unit]} for row {numbers[row]}"
                     )
+
+
+def projections(layers: Mapping[int, Mapping[str, MoELoRALinear]]) -> tuple[str, ...]:
+    """Names of the adapted projections, P of them, in the order of the blocks."""
+    return tuple(dict.fromkeys(name for modules in layers.values() for name in modules))
 
 
 def head_width(sizes: Geometry, head_unit: str) -> int:
@@ -252,7 +271,9 @@ def _tap_input(sink: Sink) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, 
     return hook
 
 
-def _tap_output(sink: Sink) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:
+def tap_output(sink: Sink) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:
+    """A forward hook; the sink gets the module's input and the gradient of its output."""
+
     def hook(_module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         tapped: Tensor = _Tap.apply(output, args[0].detach(), sink)
         return tapped

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import os
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,31 +14,51 @@ from torch import nn
 
 from floe.importance.capture import Capture, RowGradients
 from floe.importance.frozen import Batch
+from floe.importance.identity import data_fingerprint, model_fingerprint
+from floe.importance.rows import Row, chunks, collate, passes, rows_of
+from floe.importance.workbook import Arrays, Workbook
 
 FloatArray = NDArray[np.float64]
 Progress = Callable[[int, int, str], None]
 REDUCTIONS = ("sample", "batch", "token")
+_PER_ROW = ("adapter_samples", "gate_gradient", "head_gradient", "neuron_gradient")
 
 
 @dataclass(frozen=True, eq=False)
 class Fisher:
-    """Sums over N rows; L layers, H heads (or KV groups), I neurons. All float64.
+    """Sums over N rows; L layers, H heads (or KV groups), I neurons, P adapted projections.
 
-    ``head`` [L, H], ``neuron`` [L, I]: Fisher information, nats^2. ``adapter`` [L] or None: sum of
-    the rows' squared adapter gradient norms. ``head_mean``, ``neuron_mean``: first-order term, mean
-    of d L_n / d m, or None. ``head_gradient`` [N, L, H], ``neuron_gradient`` [N, L, I] float32: the
-    rows' own gradients, or None. ``rows``, ``tokens``: how many went in.
+    Attributes:
+        head, neuron: Fisher information of the masks, [L, H] and [L, I] float64, nats^2; None
+            without masks.
+        module: sum of the rows' squared adapter gradient norms, [L, P] float64, 0 where there is no
+            adapter; None without adapters.
+        adapter_samples: the rows' own, summed over projections, [N, L] float64, or None.
+        gate_gradient: d L_n / d g of a factor g = 1 on each adapter, [N, L, P] float32, or None.
+        projections: names of the P projections.
+        head_mean, neuron_mean: first-order term, mean of d L_n / d m, float64, or None.
+        head_gradient, neuron_gradient: d L_n / d m of every row, [N, L, H] and [N, L, I]
+            float32, or None.
+        rows, tokens: how many went in.
     """
 
-    head: FloatArray
-    neuron: FloatArray
-    adapter: FloatArray | None
     rows: int
     tokens: int
+    projections: tuple[str, ...] = ()
+    head: FloatArray | None = None
+    neuron: FloatArray | None = None
+    module: FloatArray | None = None
+    adapter_samples: FloatArray | None = None
+    gate_gradient: NDArray[np.float32] | None = None
     head_mean: FloatArray | None = None
     neuron_mean: FloatArray | None = None
     head_gradient: NDArray[np.float32] | None = None
     neuron_gradient: NDArray[np.float32] | None = None
+
+    @property
+    def adapter(self) -> FloatArray | None:
+        """``module`` summed over projections, [L] float64."""
+        return None if self.module is None else self.module.sum(axis=1)
 
 
 def measure_fisher(
@@ -45,132 +68,191 @@ def measure_fisher(
     reduction: str = "sample",
     scope: str = "base",
     head_unit: str = "head",
+    masks: bool = True,
     adapters: bool = False,
     keep_samples: bool = False,
     first_order: bool = False,
+    folder: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
 ) -> Fisher:
     """Fisher information of every head and neuron mask, ``tau = sum_n (d L_n / d m)^2`` (Eq. 9).
 
-    L_n is row n's mean NLL over its response tokens, in eval mode. The result does not depend on
-    how rows are batched or padded, except with ``reduction="batch"``, whose meaning does.
+    L_n is row n's mean NLL over its response tokens, in eval mode. Rows are measured in chunks and
+    passes of their own (floe.importance.rows), summed in float64 in row order within a chunk and in
+    chunk order: the same bits whatever batches they came in and however many workers share them
+    (on machines and thread counts that are alike).
 
     Args:
         model: plain or adapted causal language model; neither its parameters nor its flags change.
         batches: dicts passed to the model, with labels (-100 = no loss).
         reduction: "sample" squares each row's gradient (Eq. 8-9); "batch" squares the gradient of
-            each batch's mean loss, so opposite rows cancel; "token" squares each token's product (a
-            diagnostic).
+            each given batch's mean loss, so opposite rows cancel; "token" squares each token's
+            product (a diagnostic).
         scope, head_unit: see :class:`~floe.importance.capture.Capture`.
-        adapters: also sum the adapters' squared gradient norms.
-        keep_samples: also return each row's gradients (not with "token"). first_order: also return
-            their mean.
-        progress: called as progress(batches done, batches in all, "fisher").
+        masks, adapters: what to measure; adapters also gives every row's norms and gate gradients.
+        keep_samples: also return each row's mask gradients (not with "token"). first_order: also
+            return their mean.
+        folder: where finished chunks are kept, for a later run and for other workers.
+        progress: called as progress(rows done, rows this worker measures, "fisher").
 
     Raises:
         ValueError: an unknown option, no rows, a row without labels, or a value that is not finite.
     """
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"reduction must be one of {REDUCTIONS}, got {reduction!r}")
-    if reduction == "token" and (keep_samples or first_order):
-        raise ValueError(
-            'keep_samples and first_order need reduction "sample" or "batch", got "token"'
-        )
-    batches = list(batches)
-    kept: list[RowGradients] = []
-    sums = _Sums(reduction)
-    token_wise = reduction == "token"
-    with Capture(
-        model, scope=scope, head_unit=head_unit, adapters=adapters, per_token=token_wise
-    ) as capture:
-        for done, batch in enumerate(batches, 1):
-            rows = capture.step(batch)
-            sums.add(rows)
-            if keep_samples:
-                kept.append(rows)
-            if progress is not None:
-                progress(done, len(batches), "fisher")
-    return sums.result(first_order, kept)
+    plan = FisherPlan(
+        model, rows_of(batches), reduction, scope, head_unit, masks, adapters, keep_samples,
+        first_order,
+    )  # fmt: skip
+    book = Workbook(folder, plan.identity | {"model": model_fingerprint(model)})
+    plan.work(book, progress)
+    book.wait()
+    return plan.result(book)
 
 
-def measure_adapter_fisher(
-    model: nn.Module,
-    batches: Iterable[Batch],
-    progress: Progress | None = None,
-    what: str = "probe",
-) -> FloatArray:
-    """``sum_n || d L_n / d phi_k ||^2`` of each layer's adapters alone, float64 [L]."""
-    batches = list(batches)
-    total: FloatArray | None = None
-    with Capture(model, scope="full", masks=False, adapters=True) as capture:
-        for done, batch in enumerate(batches, 1):
-            norms = capture.step(batch).adapter
-            assert norms is not None
-            total = add_in_order(np.zeros(norms.shape[1]) if total is None else total, norms)
-            if progress is not None:
-                progress(done, len(batches), what)
-    if total is None:
-        raise ValueError("batches must hold at least one row, got none")
-    return total
+@dataclass(frozen=True)
+class FisherPlan:
+    """What ``measure_fisher`` was asked for; ``name`` starts the names of its pieces."""
+
+    model: nn.Module
+    rows: Sequence[Row]
+    reduction: str = "sample"
+    scope: str = "base"
+    head_unit: str = "head"
+    masks: bool = True
+    adapters: bool = False
+    keep_samples: bool = False
+    first_order: bool = False
+    name: str = "fisher"
+
+    def __post_init__(self) -> None:
+        if self.reduction not in REDUCTIONS:
+            raise ValueError(f"reduction must be one of {REDUCTIONS}, got {self.reduction!r}")
+        if self.reduction == "token" and (self.keep_samples or self.first_order):
+            raise ValueError(
+                'keep_samples and first_order need reduction "sample" or "batch", got "token"'
+            )
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What decides the numbers, the model aside."""
+        hidden = ("model", "rows")
+        options = {k: v for k, v in vars(self).items() if k not in hidden}
+        return options | {"data": data_fingerprint(self.rows)} | self._batches()
+
+    def work(self, book: Workbook, progress: Progress | None) -> None:
+        """Measure this worker's missing chunks."""
+        parts = self._chunks()
+        mine = sum(len(parts[place]) for place, _ in book.missing(self._names()))
+        if not mine:
+            return
+        done = 0
+        with self._capture() as capture:
+
+            def build(place: int) -> Arrays:
+                nonlocal done
+                done += len(parts[place])
+                arrays = self._measured(capture, parts[place])
+                if progress is not None:
+                    progress(done, mine, self.name)
+                return arrays
+
+            book.work(self._names(), build)
+
+    def result(self, book: Workbook) -> Fisher:
+        """The chunks' sums added up in their order."""
+        sums: dict[str, Any] = {}
+        each: dict[str, list[Any]] = {name: [] for name in _PER_ROW}
+        for name in self._names():
+            for key, value in book.take(name).items():
+                if key in each:
+                    each[key].append(value)
+                else:
+                    sums[key] = sums[key] + value if key in sums else value
+        rows = len(self.rows)
+        means = {
+            f"{kind}_mean": sums.pop(f"{kind}_sum") / rows
+            for kind in ("head", "neuron")
+            if f"{kind}_sum" in sums
+        }
+        samples: dict[str, Any] = {
+            key: np.concatenate(parts) for key, parts in each.items() if parts
+        }
+        tokens = int(sums.pop("tokens"))
+        names = self._capture().projections
+        return Fisher(rows, tokens, names, **sums, **means, **samples)
+
+    def _capture(self) -> Capture:
+        return Capture(
+            self.model, scope=self.scope, head_unit=self.head_unit, masks=self.masks,
+            adapters=self.adapters, per_token=self.reduction == "token",
+        )  # fmt: skip
+
+    def _chunks(self) -> list[range]:
+        return chunks(self.rows, whole_batches=self.reduction == "batch")
+
+    def _names(self) -> list[str]:
+        return [f"{self.name}-{place:05d}" for place in range(len(self._chunks()))]
+
+    def _batches(self) -> dict[str, Any]:
+        """The given batches, where the estimator means them."""
+        if self.reduction != "batch":
+            return {}
+        return {"batches": [len(list(rows)) for _, rows in groupby(r.batch for r in self.rows)]}
+
+    def _measured(self, capture: Capture, chunk: range) -> Arrays:
+        found = _in_row_order(capture, self.rows, chunk)
+        arrays: Arrays = {"tokens": np.array(found.tokens.sum())}
+        batches = [self.rows[n].batch for n in chunk]
+        for kind, gradients in (("head", found.head), ("neuron", found.neuron)):
+            if gradients is None:
+                continue
+            arrays[kind] = added(terms(gradients, self.reduction, batches))
+            if self.first_order:
+                arrays[f"{kind}_sum"] = added(gradients)
+            if self.keep_samples:
+                arrays[f"{kind}_gradient"] = gradients.astype(np.float32)
+        if found.adapter is not None and found.gate is not None:
+            arrays["module"] = added(found.adapter)
+            arrays["adapter_samples"] = found.adapter.sum(axis=2)
+            arrays["gate_gradient"] = found.gate.astype(np.float32)
+        return arrays
 
 
-def add_in_order(total: FloatArray, rows: FloatArray) -> FloatArray:
-    """``total`` plus every row, one after the other: the same additions whatever the batch size."""
+def _in_row_order(capture: Capture, rows: Sequence[Row], chunk: range) -> RowGradients:
+    """The gradients of a chunk's rows, measured pass by pass and put back in order."""
+    groups = passes(rows, chunk)
+    found = [capture.step(collate([rows[n] for n in group]), group) for group in groups]
+    order = np.argsort([n for group in groups for n in group])
+
+    def joined(parts: list[Any]) -> Any:
+        return None if parts[0] is None else np.concatenate(parts)[order]
+
+    return RowGradients(
+        joined([part.head for part in found]),
+        joined([part.neuron for part in found]),
+        joined([part.adapter for part in found]),
+        joined([part.gate for part in found]),
+        joined([part.tokens for part in found]),
+    )
+
+
+def added(rows: NDArray[Any]) -> FloatArray:
+    """The sum of the rows, one after the other, in float64."""
+    total = np.zeros(rows.shape[1:])
     for row in rows:
-        total = total + row
+        total += row
     return total
 
 
-def squared(gradients: FloatArray, reduction: str) -> FloatArray:
-    """What is summed into the Fisher information: [S, ...] row gradients to [S or 1, ...] terms."""
+def terms(gradients: FloatArray, reduction: str, batches: Sequence[int]) -> FloatArray:
+    """What is summed into the Fisher information, from the gradients [S, ...] of a chunk's rows.
+
+    ``batches`` holds the number of the batch each row came in.
+    """
     if reduction == "token":
         return gradients  # squared token by token already
     if reduction == "batch":
-        gradients = gradients.mean(axis=0, keepdims=True)
-    terms: FloatArray = np.square(gradients)
-    return terms
-
-
-class _Sums:
-    """Fixed-order float64 sums over rows."""
-
-    def __init__(self, reduction: str) -> None:
-        self.reduction = reduction
-        self.fisher: list[FloatArray] = []
-        self.gradient: list[FloatArray] = []
-        self.adapter: FloatArray | None = None
-        self.rows = self.tokens = 0
-
-    def add(self, rows: RowGradients) -> None:
-        assert rows.head is not None
-        assert rows.neuron is not None
-        values = (rows.head, rows.neuron)
-        if not self.rows:
-            self.fisher = [np.zeros(v.shape[1:]) for v in values]
-            self.gradient = [np.zeros(v.shape[1:]) for v in values]
-        self.fisher = [
-            add_in_order(total, squared(v, self.reduction))
-            for total, v in zip(self.fisher, values, strict=True)
-        ]
-        self.gradient = [add_in_order(t, v) for t, v in zip(self.gradient, values, strict=True)]
-        if rows.adapter is not None:
-            start = np.zeros(rows.adapter.shape[1]) if self.adapter is None else self.adapter
-            self.adapter = add_in_order(start, rows.adapter)
-        self.rows += len(rows.tokens)
-        self.tokens += int(rows.tokens.sum())
-
-    def result(self, first_order: bool, kept: list[RowGradients]) -> Fisher:
-        if not self.rows:
-            raise ValueError("batches must hold at least one row, got none")
-        mean = [total / self.rows for total in self.gradient] if first_order else [None, None]
-        samples: list[NDArray[np.float32] | None] = [None, None]
-        if kept:
-            heads, neurons = [r.head for r in kept], [r.neuron for r in kept]
-            samples = [
-                np.concatenate([g.astype(np.float32) for g in part if g is not None])
-                for part in (heads, neurons)
-            ]
-        return Fisher(
-            self.fisher[0], self.fisher[1], self.adapter, self.rows, self.tokens,
-            mean[0], mean[1], samples[0], samples[1],
-        )  # fmt: skip
+        numbers = np.asarray(batches)
+        means = [gradients[numbers == n].mean(axis=0) for n in dict.fromkeys(batches)]
+        gradients = np.stack(means)
+    squares: FloatArray = np.square(gradients)
+    return squares

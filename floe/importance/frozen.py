@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -109,12 +109,12 @@ def for_loss(batch: Batch, tokens: str) -> dict[str, Any]:
     return dict(batch)
 
 
-def losses(model: nn.Module, batch: Batch, first_row: int) -> tuple[Tensor, Tensor]:
+def losses(model: nn.Module, batch: Batch, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
     """Mean NLL of each row's labelled tokens, float [S] in nats, and how many they are, int64 [S].
 
     Raises:
-        ValueError: a row has no label to learn from, or its loss is not finite; ``first_row`` is
-            its number.
+        ValueError: a row has no label to learn from, or its loss is not finite; ``rows`` are the
+            rows' numbers.
     """
     inputs = {k: v for k, v in batch.items() if k != "labels"}
     logits = model(**inputs, use_cache=False).logits
@@ -123,5 +123,5 @@ def losses(model: nn.Module, batch: Batch, first_row: int) -> tuple[Tensor, Tens
         if bool(problem.any()):
             row = int(problem.nonzero()[0, 0])
             came = f"{nll[row].item()} nats over {tokens[row].item()} tokens"
-            raise ValueError(f"row {first_row + row} must have {rule}, got {came}")
+            raise ValueError(f"row {rows[row]} must have {rule}, got {came}")
     return nll / tokens, tokens

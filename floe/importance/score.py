@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
+import os
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from importlib import metadata
 from typing import Any
@@ -18,12 +18,15 @@ from torch import Tensor, nn
 import floe
 from floe.adapters.moe_lora import MoELoRALinear, module_generator
 from floe.adapters.targets import adapted_layers, adapted_modules
-from floe.blocks import base_of
+from floe.blocks import base_of, find_blocks
 from floe.importance.adapter import active_adapters
-from floe.importance.fisher import Fisher, Progress, measure_adapter_fisher, measure_fisher
-from floe.importance.frozen import Batch, token_mask
+from floe.importance.fisher import Fisher, FisherPlan, Progress
+from floe.importance.frozen import Batch
+from floe.importance.identity import data_fingerprint, model_fingerprint
+from floe.importance.rows import CHUNK_ROWS, PASS_TOKENS, rows_of
 from floe.importance.scores import Scores
-from floe.importance.taylor import Taylor, measure_taylor
+from floe.importance.taylor import Taylor, TaylorPlan
+from floe.importance.workbook import Workbook
 
 TAYLOR_ROWS = 32
 _PACKAGES = ("torch", "transformers", "peft", "numpy")
@@ -36,6 +39,7 @@ def score(
     taylor_batches: Iterable[Batch] | None = None,
     reduction: str = "sample",
     mask_scope: str = "base",
+    first_order: bool = False,
     taylor_kind: str = "element",
     taylor_aggregate: str = "abs_of_mean",
     taylor_tokens: str = "all",
@@ -43,6 +47,7 @@ def score(
     keep_samples: bool = False,
     probe: bool = False,
     seed: int = 41,
+    folder: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
 ) -> Scores:
     """Importance of every head, neuron and layer of an adapted model (FLoE Eq. 4-11).
@@ -50,70 +55,69 @@ def score(
     Mask Fisher and adapter Fisher come from the same backward passes over ``batches``, in eval mode
     with everything frozen; Taylor costs from the base model alone. The model is left unchanged.
 
+    The scores do not depend on how rows are batched. They are measured in chunks of 32 rows; with
+    torch.distributed (torchrun), every worker measures some, and all return the same scores: the
+    same bits for any number of workers, on machines and thread counts that are alike.
+
     Args:
         model: the warm-up model, a PeftModel with floe adapters.
-        batches: calibration rows: dicts passed to the model, with labels.
-        taylor_batches: rows of the Taylor cost; None = the first batches, up to 32 rows or so.
-        reduction, mask_scope, head_unit, keep_samples: see ``measure_fisher``.
+        batches: calibration rows: dicts passed to the model, with labels. The same for all workers.
+        taylor_batches: rows of the Taylor cost; None = the first 32 of ``batches``.
+        reduction, mask_scope, head_unit, keep_samples, first_order: see ``measure_fisher``.
         taylor_kind, taylor_aggregate, taylor_tokens: see ``measure_taylor``.
         probe: also measure the adapter Fisher at fresh adapters (B = 0), which needs no warm-up;
             the adapters are put back bit by bit. seed: of that draw.
-        progress: called as progress(done, in all, "fisher", "taylor" or "probe").
+        folder: keeps finished chunks, so that a killed measurement continues; needed, and shared,
+            with several workers.
+        progress: called as progress(done, in all, "fisher", "taylor" or "probe") about this
+            worker's part.
 
     Raises:
-        ValueError: the model carries no floe adapters, an unknown option, or bad rows or values.
+        ValueError: the model carries no floe adapters, an unknown option, bad rows or values, or
+            workers that disagree.
 
     Warns:
-        RuntimeWarning: when a whole kind of score is zero and can rank nothing.
+        RuntimeWarning: when a whole kind of score is zero and can rank nothing, or the base is
+            quantised and "vector" costs are measured instead of "element" ones.
     """
     if not adapted_modules(model):
         raise ValueError("model must carry floe adapters (floe.get_model), got none")
-    batches = list(batches)
-    taylor_rows = leading(batches, TAYLOR_ROWS) if taylor_batches is None else list(taylor_batches)
-    fisher = measure_fisher(
-        model, batches, reduction=reduction, scope=mask_scope, head_unit=head_unit, adapters=True,
-        keep_samples=keep_samples, progress=progress,
+    rows = rows_of(batches)
+    taylor_rows = rows[:TAYLOR_ROWS] if taylor_batches is None else rows_of(taylor_batches)
+    fisher = FisherPlan(
+        model, rows, reduction, mask_scope, head_unit, adapters=True, keep_samples=keep_samples,
+        first_order=first_order,
     )  # fmt: skip
-    taylor = measure_taylor(
-        model, taylor_rows, kind=taylor_kind, aggregate=taylor_aggregate, tokens=taylor_tokens,
-        head_unit=head_unit, progress=progress,
+    taylor = TaylorPlan(
+        model, taylor_rows, taylor_kind, taylor_aggregate, taylor_tokens, head_unit
     )  # fmt: skip
+    fresh = FisherPlan(model, rows, masks=False, adapters=True, scope="full", name="probe")
     options = {
         "reduction": reduction, "mask_scope": mask_scope, "head_unit": head_unit, "seed": seed,
         "taylor_aggregate": taylor_aggregate, "taylor_loss": taylor_tokens,
-        "taylor_from_calibration": taylor_batches is None,
+        "taylor_kind_asked": taylor_kind, "taylor_from_calibration": taylor_batches is None,
+        "data": data_fingerprint(rows),
+        "taylor_data": data_fingerprint(taylor_rows), "model_values": model_fingerprint(model),
     }  # fmt: skip
-    data = {"data": fingerprint(batches), "taylor_data": fingerprint(taylor_rows)}
-    fresh = _probe(model, batches, seed, progress) if probe else None
-    return _assemble(fisher, taylor, _describe(model, fisher, taylor) | options | data, fresh)
+    book = Workbook(folder, _identity(options, fisher, taylor))
+    taylor.work(book, progress)
+    fisher.work(book, progress)
+    if probe:
+        with fresh_adapters(model, seed):
+            fresh.work(book, progress)
+    book.wait()
+    measured, costs = fisher.result(book), taylor.result(book)
+    drawn = fresh.result(book).adapter if probe else None
+    book.wait()  # a worker may clear the folder when all have read it
+    return _assemble(measured, costs, _describe(model, measured, costs) | options, drawn)
 
 
-def leading(batches: Sequence[Batch], rows: int) -> list[Batch]:
-    """The first batches that together hold at least ``rows`` rows, or all of them."""
-    taken: list[Batch] = []
-    count = 0
-    for batch in batches:
-        if count >= rows:
-            break
-        taken.append(batch)
-        count += len(batch["input_ids"])
-    return taken
-
-
-def fingerprint(batches: Iterable[Batch]) -> str:
-    """SHA-256 over the rows' real tokens and labels in order, whatever batching and padding."""
-    digest = hashlib.sha256()
-    for batch in batches:
-        ids, real = batch["input_ids"].cpu(), token_mask(batch).cpu()
-        labels = torch.full_like(ids, -100)
-        if batch.get("labels") is not None:
-            given = batch["labels"].cpu()
-            labels[:, ids.shape[1] - given.shape[1] :] = given
-        for row in range(len(ids)):
-            for part in (ids[row, real[row]], labels[row, real[row]]):
-                values = part.numpy().astype("<i8")
-                digest.update(np.int64(len(values)).astype("<i8").tobytes() + values.tobytes())
-    return digest.hexdigest()
+def _identity(options: dict[str, Any], fisher: FisherPlan, taylor: TaylorPlan) -> dict[str, Any]:
+    """Everything that decides the bits of a piece, as far as one program can tell."""
+    return options | {
+        "fisher": fisher.identity, "taylor": taylor.identity, "versions": _versions(),
+        "chunk_rows": CHUNK_ROWS, "pass_tokens": PASS_TOKENS,
+    }  # fmt: skip
 
 
 @contextmanager
@@ -144,32 +148,38 @@ def _draw(module: MoELoRALinear, name: str, generator: torch.Generator) -> None:
 def _assemble(
     fisher: Fisher, taylor: Taylor, meta: dict[str, Any], probe: NDArray[np.float64] | None
 ) -> Scores:
+    assert fisher.head is not None
+    assert fisher.neuron is not None
     assert fisher.adapter is not None
     scores = Scores(
-        fisher.head, fisher.neuron, taylor.head, taylor.neuron, fisher.adapter, meta, probe,
-        fisher.head_gradient, fisher.neuron_gradient,
+        head_fisher=fisher.head, neuron_fisher=fisher.neuron, head_taylor=taylor.head,
+        neuron_taylor=taylor.neuron, adapter_fisher=fisher.adapter, meta=meta, probe_fisher=probe,
+        module_fisher=fisher.module, adapter_samples=fisher.adapter_samples,
+        gate_gradient=fisher.gate_gradient, head_mean=fisher.head_mean,
+        neuron_mean=fisher.neuron_mean, head_gradient=fisher.head_gradient,
+        neuron_gradient=fisher.neuron_gradient,
     )  # fmt: skip
     for name in ("head_fisher", "neuron_fisher", "head_taylor", "neuron_taylor", "adapter_fisher"):
         if not getattr(scores, name).any():
-            warnings.warn(
+            _warn(
                 f"{name} is zero for every unit of every layer, so it ranks nothing; "
-                "check the labels and that the adapters were trained",
-                RuntimeWarning,
-                stacklevel=3,
+                "check the labels and that the adapters were trained"
             )
+    if taylor.quantised and meta["taylor_kind_asked"] == "element":
+        _warn(
+            "taylor_kind is 'vector', not 'element': quantised base weights have no gradient, "
+            "the masks on their inputs do"
+        )
     return scores
 
 
-def _probe(
-    model: nn.Module, batches: Sequence[Batch], seed: int, progress: Progress | None
-) -> NDArray[np.float64]:
-    with fresh_adapters(model, seed):
-        return measure_adapter_fisher(model, batches, progress)
+def _warn(text: str) -> None:
+    warnings.warn(text, RuntimeWarning, stacklevel=4)
 
 
 def _describe(model: nn.Module, fisher: Fisher, taylor: Taylor) -> dict[str, Any]:
     config = getattr(base_of(model), "config", None)
-    counts = [0] * len(fisher.head)
+    counts = [0] * len(find_blocks(model))
     for layer, modules in adapted_layers(model).items():
         for module in modules.values():
             for name in active_adapters(module):
@@ -181,8 +191,12 @@ def _describe(model: nn.Module, fisher: Fisher, taylor: Taylor) -> dict[str, Any
         "taylor_rows": taylor.rows,
         "taylor_tokens": taylor.tokens,
         "taylor_kind": taylor.kind,
+        "adapter_modules": list(fisher.projections),
         "base_quantised": taylor.quantised,
         "adapter_parameters": counts,
-        "versions": {"floe": floe.__version__}
-        | {name: metadata.version(name) for name in _PACKAGES},
+        "versions": _versions(),
     }
+
+
+def _versions() -> dict[str, str]:
+    return {"floe": floe.__version__} | {name: metadata.version(name) for name in _PACKAGES}

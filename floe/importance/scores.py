@@ -20,12 +20,16 @@ from floe.errors import FileError
 FORMAT = 1
 FloatArray = NDArray[np.float64]
 
-_HEADS = ("head_fisher", "head_taylor")
-_NEURONS = ("neuron_fisher", "neuron_taylor")
-_LAYERS = ("adapter_fisher", "probe_fisher")
-_GRADIENTS = ("head_gradient", "neuron_gradient")
-_OPTIONAL = ("probe_fisher", *_GRADIENTS)
-_FIELDS = (*_HEADS, *_NEURONS, *_LAYERS, *_GRADIENTS)
+# Dimensions of every field: L layers, H heads, I neurons, P adapted projections, S samples.
+_FIELDS = {
+    "head_fisher": "LH", "neuron_fisher": "LI", "head_taylor": "LH", "neuron_taylor": "LI",
+    "adapter_fisher": "L", "probe_fisher": "L", "module_fisher": "LP", "adapter_samples": "SL",
+    "gate_gradient": "SLP", "head_mean": "LH", "neuron_mean": "LI", "head_gradient": "SLH",
+    "neuron_gradient": "SLI",
+}  # fmt: skip
+_REQUIRED = ("head_fisher", "neuron_fisher", "head_taylor", "neuron_taylor", "adapter_fisher")
+_GRADIENTS = ("gate_gradient", "head_mean", "neuron_mean", "head_gradient", "neuron_gradient")
+_SINGLE = ("gate_gradient", "head_gradient", "neuron_gradient")  # float32: one value a sample
 _EPOCH = (1980, 1, 1, 0, 0, 0)  # the earliest time a zip can hold: equal content gives equal bytes
 
 
@@ -33,8 +37,8 @@ _EPOCH = (1980, 1, 1, 0, 0, 0)  # the earliest time a zip can hold: equal conten
 class Scores:
     """Fisher information and Taylor cost of every unit of every layer.
 
-    L layers, H heads (or KV groups), I neurons, S samples. Units: Fisher in nats^2 summed over
-    samples, Taylor in nats (mean over samples).
+    L layers, H heads (or KV groups), I neurons, P adapted projections, S samples. Units: Fisher in
+    nats^2 summed over samples, Taylor in nats (mean over samples).
 
     Attributes:
         head_fisher: sum_n (d L_n / d m)^2 per head mask, [L, H] float64 >= 0 (Eq. 9-11).
@@ -45,6 +49,13 @@ class Scores:
         adapter_fisher: sum_n || d L_n / d phi_k ||^2 of a layer's adapters, [L] float64 >= 0.
         meta: how the scores were measured; whatever json can hold.
         probe_fisher: adapter_fisher at freshly drawn adapters, [L] float64, or None.
+        module_fisher: adapter_fisher of every projection, [L, P] float64, or None; the
+            projections' names are meta["adapter_modules"].
+        adapter_samples: adapter_fisher of every sample, [S, L] float64, or None.
+        gate_gradient: d L_n / d g of a factor g = 1 on a projection's adapter, [S, L, P] float32,
+            or None.
+        head_mean: mean over samples of d L_n / d m, the first-order term of Eq. 6, [L, H] float64,
+            or None. neuron_mean: the same per neuron, [L, I].
         head_gradient: d L_n / d m per sample, [S, L, H] float32, or None.
         neuron_gradient: the same per neuron, [S, L, I] float32, or None.
 
@@ -61,6 +72,11 @@ class Scores:
     adapter_fisher: FloatArray
     meta: dict[str, Any] = field(default_factory=dict)
     probe_fisher: FloatArray | None = None
+    module_fisher: FloatArray | None = None
+    adapter_samples: FloatArray | None = None
+    gate_gradient: NDArray[np.float32] | None = None
+    head_mean: FloatArray | None = None
+    neuron_mean: FloatArray | None = None
     head_gradient: NDArray[np.float32] | None = None
     neuron_gradient: NDArray[np.float32] | None = None
 
@@ -110,7 +126,7 @@ class Scores:
         except (OSError, ValueError, EOFError, zipfile.BadZipFile, NotImplementedError) as error:
             raise FileError(path, f"not a readable scores file ({error})") from error
         meta = _read_meta(path, arrays)
-        missing = [name for name in _FIELDS if name not in arrays and name not in _OPTIONAL]
+        missing = [name for name in _REQUIRED if name not in arrays]
         unknown = [name for name in arrays if name not in _FIELDS]
         if missing or unknown:
             raise FileError(
@@ -124,7 +140,7 @@ class Scores:
     def _arrays(self) -> dict[str, NDArray[Any]]:
         """Every array that is there, by name."""
         values = {name: getattr(self, name) for name in _FIELDS}
-        return {name: v for name, v in values.items() if v is not None or name not in _OPTIONAL}
+        return {name: v for name, v in values.items() if v is not None or name in _REQUIRED}
 
     def _write(self, file: Any) -> None:
         meta = json.dumps({"format": FORMAT, "meta": self.meta}, sort_keys=True, allow_nan=False)
@@ -136,32 +152,23 @@ class Scores:
                     npy.write_array(member, np.ascontiguousarray(array), allow_pickle=False)
 
     def _check_shapes(self) -> None:
-        for name, kind in (("head_fisher", "H"), ("neuron_fisher", "I")):
-            if getattr(self, name).ndim != 2:
-                raise ValueError(
-                    f"{name} must be [L, {kind}], got shape {getattr(self, name).shape}"
-                )
-        layers, heads = self.head_fisher.shape
-        neurons = self.neuron_fisher.shape[1]
-        expected: dict[str, tuple[int, ...]] = dict.fromkeys(_LAYERS, (layers,))
-        expected |= dict.fromkeys(_HEADS, (layers, heads)) | dict.fromkeys(
-            _NEURONS, (layers, neurons)
-        )
+        """Every letter of ``_FIELDS`` stands for one number."""
+        sizes: dict[str, int] = {}
         for name, array in self._arrays().items():
-            if name not in _GRADIENTS and array.shape != expected[name]:
-                raise ValueError(f"{name} must have shape {expected[name]}, got {array.shape}")
-        rows = {len(g) for name, g in self._arrays().items() if name in _GRADIENTS and g.ndim}
-        for name, units in (("head_gradient", heads), ("neuron_gradient", neurons)):
-            gradient = getattr(self, name)
-            if gradient is not None and (len(rows) != 1 or gradient.shape[1:] != (layers, units)):
-                raise ValueError(
-                    f"{name} must be [S, {layers}, {units}] with one S for heads and neurons, "
-                    f"got {gradient.shape} and S in {sorted(rows)}"
-                )
+            letters = _FIELDS[name]
+            if array.ndim != len(letters):
+                raise ValueError(f"{name} must be [{', '.join(letters)}], got shape {array.shape}")
+            for letter, size in zip(letters, array.shape, strict=True):
+                if sizes.setdefault(letter, size) != size:
+                    wanted = tuple(sizes.get(x, x) for x in letters)
+                    raise ValueError(
+                        f"{name} must have shape {wanted} as the other scores have, "
+                        f"got {array.shape}"
+                    )
 
 
 def _check_type(name: str, array: Any) -> None:
-    dtype = np.float32 if name in _GRADIENTS else np.float64
+    dtype = np.float32 if name in _SINGLE else np.float64
     if not isinstance(array, np.ndarray) or array.dtype != dtype:
         came = f"numpy {array.dtype}" if isinstance(array, np.ndarray) else type(array).__name__
         raise TypeError(f"{name} must be a numpy array of {np.dtype(dtype).name}, got {came}")
@@ -178,9 +185,8 @@ def _check_values(name: str, array: NDArray[Any]) -> None:
 
 
 def _place(name: str, where: tuple[int, ...]) -> str:
-    kind = name.partition("_")[0]  # "head", "neuron", or a score of whole layers
-    labels = {1: ("layer",), 2: ("layer", kind), 3: ("sample", "layer", kind)}[len(where)]
-    return ", ".join(f"{label} {index}" for label, index in zip(labels, where, strict=True))
+    words = {"L": "layer", "H": "head", "I": "neuron", "P": "projection", "S": "sample"}
+    return ", ".join(f"{words[x]} {n}" for x, n in zip(_FIELDS[name], where, strict=True))
 
 
 def _read_arrays(path: str | os.PathLike[str]) -> dict[str, NDArray[Any]]:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,8 +12,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from floe.blocks import Block, Geometry, find_blocks, geometry, linear_at
-from floe.importance.capture import HEAD_UNITS, Capture
-from floe.importance.fisher import Progress
+from floe.importance.capture import HEAD_UNITS, Capture, RowGradients
+from floe.importance.fisher import Progress, added
 from floe.importance.frozen import (
     Batch,
     base_only,
@@ -23,13 +22,18 @@ from floe.importance.frozen import (
     frozen,
     losses,
     on_device,
+    token_mask,
 )
-from floe.importance.replay import Call, CallRecorder, call_block, device_of_block, hidden_of
+from floe.importance.identity import data_fingerprint
+from floe.importance.replay import CallRecorder, hidden_of
+from floe.importance.rows import Row, chunks, collate, passes, rows_of
+from floe.importance.weight_costs import Record, block_costs
+from floe.importance.workbook import Arrays, Workbook
 
 FloatArray = NDArray[np.float64]
+Announce = Callable[[int, int], None]
 KINDS = ("element", "vector")
 AGGREGATES = ("abs_of_mean", "mean_of_abs")
-_COLUMNS = ("o", "down")  # projections whose columns, not rows, belong to a unit
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,38 +65,81 @@ def measure_taylor(
     """``T_u = sum over u's weights of |w dL/dw|`` on the base model, L the rows' mean loss.
 
     A neuron's weights are its gate and up rows and its down column; a head's its q rows, its o
-    columns and an equal share of its key/value head's k and v rows. Weight gradients of one block
-    exist at a time: blocks are replayed from last to first, each given the gradient of its output,
-    and its gradients are summed in float32.
+    columns and an equal share of its key/value head's k and v rows. Blocks are replayed from last
+    to first, each given the gradient of its output, and |w g| is reduced from the inputs and output
+    gradients of its projections in float32 (floe.importance.weight_costs): at most one block's
+    weight gradients exist at a time, none where the rows take less room.
 
     Args:
         model: plain, or a PeftModel, whose adapters are then off.
         batches: dicts passed to the model; every block's input is kept for all of them, on the CPU.
         kind: "element" as above; "vector" = |sum of w g| over a unit, which is its mask gradient
             (chosen by itself when base weights are quantised and have no gradient).
-        aggregate: "abs_of_mean" = |w * mean_n g_n|; "mean_of_abs" = mean of |w g| over batches
-            weighted by their rows (element) or over rows (vector).
+        aggregate: "abs_of_mean" = |w * mean_n g_n|; "mean_of_abs" = the mean over rows of |w g_n|.
         tokens: loss over "all" tokens or the "response". head_unit: "head" or "kv_group".
         progress: called as progress(done, in all, "taylor").
 
     Raises:
         ValueError: an unknown option, no rows, or a value that is not finite.
     """
-    for name, value, known in (
-        ("kind", kind, KINDS),
-        ("aggregate", aggregate, AGGREGATES),
-        ("head_unit", head_unit, HEAD_UNITS),
-    ):
-        if value not in known:
-            raise ValueError(f"{name} must be one of {known}, got {value!r}")
-    batches = list(batches)
-    if not batches:
-        raise ValueError("batches must hold at least one row, got none")
-    quantised = is_quantised(model)
-    measure = _vector if kind == "vector" or quantised else _element
-    result = measure(model, batches, aggregate, tokens, head_unit, quantised, progress)
-    _check_finite(result)
-    return result
+    plan = TaylorPlan(model, rows_of(batches), kind, aggregate, tokens, head_unit)
+    book = Workbook(None, {})
+    plan.work(book, progress)
+    return plan.result(book)
+
+
+@dataclass(frozen=True)
+class TaylorPlan:
+    """What ``measure_taylor`` was asked for; one piece of work, done by the last worker."""
+
+    model: nn.Module
+    rows: Sequence[Row]
+    kind: str = "element"
+    aggregate: str = "abs_of_mean"
+    tokens: str = "all"
+    head_unit: str = "head"
+
+    def __post_init__(self) -> None:
+        for name, value, known in (
+            ("kind", self.kind, KINDS),
+            ("aggregate", self.aggregate, AGGREGATES),
+            ("head_unit", self.head_unit, HEAD_UNITS),
+        ):
+            if value not in known:
+                raise ValueError(f"{name} must be one of {known}, got {value!r}")
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What decides the numbers, the model aside."""
+        options = {k: v for k, v in vars(self).items() if k not in ("model", "rows")}
+        return options | {"data": data_fingerprint(self.rows)}
+
+    def work(self, book: Workbook, progress: Progress | None) -> None:
+        """Measure, if this worker is the one to do it."""
+
+        def announce(done: int, total: int) -> None:
+            if progress is not None:
+                progress(done, total, "taylor")
+
+        def build(_place: int) -> Arrays:
+            groups = [g for chunk in chunks(self.rows) for g in passes(self.rows, chunk)]
+            measure = _vector if self._kind() == "vector" else _element
+            head, neuron, tokens = measure(self, groups, announce)
+            _check_finite(head, neuron)
+            return {"head": head, "neuron": neuron, "tokens": np.array(tokens)}
+
+        book.work(["taylor"], build, first_worker=book.count - 1)
+
+    def result(self, book: Workbook) -> Taylor:
+        """The finished measurement."""
+        found = book.take("taylor")
+        return Taylor(
+            found["head"], found["neuron"], len(self.rows), int(found["tokens"]),
+            self._kind(), is_quantised(self.model),
+        )  # fmt: skip
+
+    def _kind(self) -> str:
+        return "vector" if is_quantised(self.model) else self.kind
 
 
 def is_quantised(model: nn.Module) -> bool:
@@ -134,87 +181,44 @@ def unit_costs(
     return head, parts["gate"] + parts["up"] + parts["down"]
 
 
-def projection_cost(name: str, weight: Tensor, gradient: Tensor) -> Tensor:
-    """``sum |w g|`` of every row of a projection, or every column of o and down; float64."""
-    wide = torch.promote_types(weight.dtype, torch.float32)
-    product = (weight.detach().to(wide) * gradient.to(wide)).abs_()
-    return product.sum(dim=0 if name in _COLUMNS else 1, dtype=torch.float64)
-
-
-def _vector(
-    model: nn.Module,
-    batches: list[Batch],
-    aggregate: str,
-    tokens: str,
-    head_unit: str,
-    quantised: bool,
-    progress: Progress | None,
-) -> Taylor:
+def _vector(plan: TaylorPlan, groups: list[list[int]], announce: Announce) -> tuple[Any, ...]:
     """|mean over rows of the base model's mask gradients|, or the mean of their absolute values."""
-    total: list[FloatArray] = []
-    rows = labels = 0
-    capture = Capture(model, head_unit=head_unit, tokens=tokens)
-    with frozen(model), base_only(model), capture:
-        for done, batch in enumerate(batches, 1):
-            found = capture.step(batch)
-            assert found.head is not None
-            assert found.neuron is not None
-            pair = [found.head, found.neuron]
-            total = total or [np.zeros(v.shape[1:]) for v in pair]
-            for sums, values in zip(total, pair, strict=True):
-                for row in values:  # one after the other: independent of the batch size
-                    sums += np.abs(row) if aggregate == "mean_of_abs" else row
-            rows += len(found.tokens)
-            labels += int(found.tokens.sum())
-            if progress is not None:
-                progress(done, len(batches), "taylor")
-    head, neuron = (np.abs(sums) / rows for sums in total)
-    return Taylor(head, neuron, rows, labels, "vector", quantised)
+    found: list[RowGradients] = []
+    capture = Capture(plan.model, head_unit=plan.head_unit, tokens=plan.tokens)
+    with frozen(plan.model), base_only(plan.model), capture:
+        for group in groups:
+            found.append(capture.step(collate([plan.rows[n] for n in group]), group))
+            announce(len(found), len(groups))
+    order = np.argsort([n for group in groups for n in group])
+    pair = []
+    for parts in ([part.head for part in found], [part.neuron for part in found]):
+        rows = np.concatenate([part for part in parts if part is not None])[order]
+        rows = np.abs(rows) if plan.aggregate == "mean_of_abs" else rows
+        pair.append(np.abs(added(rows)) / len(rows))
+    return *pair, int(sum(part.tokens.sum() for part in found))
 
 
-@dataclass
-class _Record:
-    """One batch on its way back: its calls, and the gradient of the next block's output."""
-
-    calls: list[Call]
-    gradient: Tensor
-    rows: int
-    tokens: int
-
-
-def _element(
-    model: nn.Module,
-    batches: list[Batch],
-    aggregate: str,
-    tokens: str,
-    head_unit: str,
-    quantised: bool,
-    progress: Progress | None,
-) -> Taylor:
-    blocks = find_blocks(model)
+def _element(plan: TaylorPlan, groups: list[list[int]], announce: Announce) -> tuple[Any, ...]:
+    model, blocks = plan.model, find_blocks(plan.model)
     sizes = geometry(model, blocks)
-    heads = sizes.heads if head_unit == "head" else sizes.kv_heads
+    heads = sizes.heads if plan.head_unit == "head" else sizes.kv_heads
     head, neuron = np.zeros((sizes.layers, heads)), np.zeros((sizes.layers, sizes.neurons))
-    steps = len(batches) + len(blocks)
+    steps = len(groups) + len(blocks)
     with frozen(model), base_only(model):
-        records: list[_Record] = []
-        for batch in batches:
-            rows = sum(record.rows for record in records)
-            records.append(_record(model, blocks, for_loss(batch, tokens), rows))
-            if progress is not None:
-                progress(len(records), steps, "taylor")
-        rows = sum(record.rows for record in records)
+        records = []
+        for group in groups:
+            batch = for_loss(collate([plan.rows[n] for n in group]), plan.tokens)
+            records.append(_record(model, blocks, batch, group))
+            announce(len(records), steps)
         for block in reversed(blocks):
-            parts = _block_costs(model, block, records, aggregate == "mean_of_abs")
-            parts = {name: cost / rows for name, cost in parts.items()}
-            head[block.index], neuron[block.index] = unit_costs(parts, sizes, head_unit)
-            if progress is not None:
-                progress(steps - block.index, steps, "taylor")
-    labels = sum(record.tokens for record in records)
-    return Taylor(head, neuron, rows, labels, "element", quantised)
+            parts = block_costs(model, block, records, plan.aggregate == "mean_of_abs")
+            parts = {name: cost / len(plan.rows) for name, cost in parts.items()}
+            head[block.index], neuron[block.index] = unit_costs(parts, sizes, plan.head_unit)
+            announce(steps - block.index, steps)
+    return head, neuron, sum(record.tokens for record in records)
 
 
-def _record(model: nn.Module, blocks: list[Block], batch: Batch, first_row: int) -> _Record:
+def _record(model: nn.Module, blocks: list[Block], batch: Batch, numbers: list[int]) -> Record:
     """One forward; only what follows the last block (norm, head, loss) is differentiated."""
     batch = on_device(batch, device_of(model))
     leaf: list[Tensor] = []
@@ -226,76 +230,15 @@ def _record(model: nn.Module, blocks: list[Block], batch: Batch, first_row: int)
     hook = blocks[-1].module.register_forward_hook(cut)
     try:
         with CallRecorder(blocks) as recorder, torch.enable_grad():
-            loss, tokens = losses(model, batch, first_row)
+            loss, tokens = losses(model, batch, numbers)
             (gradient,) = torch.autograd.grad(loss.sum(), leaf)
-            return _Record(recorder.take(), gradient.cpu(), len(loss), int(tokens.sum()))
+            return Record(recorder.take(), gradient.cpu(), token_mask(batch), int(tokens.sum()))
     finally:
         hook.remove()
 
 
-def _block_costs(
-    model: nn.Module, block: Block, records: list[_Record], absolute_per_batch: bool
-) -> dict[str, FloatArray]:
-    """Sums of |w g| per row or column of the block's projections, for the sum of row losses.
-
-    Leaves in every record the gradient of the block's input, which is that of the block before's
-    output.
-    """
-    paths = {**block.attention, "o": block.o_proj, **block.mlp, "down": block.down_proj}
-    weights = {name: linear_at(model, path).weight for name, path in paths.items()}
-    sums: dict[str, Tensor] = {}
-    costs: dict[str, Tensor] = {}
-
-    def add(name: str, gradient: Tensor) -> None:
-        cost = projection_cost(name, weights[name], gradient)
-        costs[name] = costs[name] + cost if name in costs else cost
-
-    with _trainable(weights.values()):
-        for record in records:
-            for name, gradient in _replayed(block, record, weights):
-                if absolute_per_batch:
-                    add(name, gradient)
-                elif name in sums:
-                    sums[name] += gradient
-                else:
-                    sums[name] = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
-    for name in list(sums):
-        add(name, sums.pop(name))
-    return {name: cost.cpu().numpy() for name, cost in costs.items()}
-
-
-def _replayed(
-    block: Block, record: _Record, weights: dict[str, Tensor]
-) -> Iterator[tuple[str, Tensor]]:
-    """Gradients of the block's weights on one batch, by name, each let go once it has been used."""
-    device = device_of_block(block)
-    call = record.calls[block.index]
-    assert call.hidden is not None
-    hidden = call.hidden.to(device).requires_grad_()
-    call.hidden = None  # not needed again: memory falls as the replay goes back
-    with torch.enable_grad():
-        output = call_block(block, call, hidden)
-        inputs = [*weights.values(), hidden]
-        gradients = list(torch.autograd.grad(output, inputs, record.gradient.to(device)))
-    record.gradient = gradients.pop().cpu()
-    for name in reversed(list(weights)):
-        yield name, gradients.pop()
-
-
-@contextmanager
-def _trainable(parameters: Iterable[Tensor]) -> Iterator[None]:
-    parameters = list(parameters)
-    for parameter in parameters:
-        parameter.requires_grad_(True)
-    try:
-        yield
-    finally:
-        for parameter in parameters:
-            parameter.requires_grad_(False)
-
-
-def _check_finite(result: Taylor) -> None:
-    for kind, values in (("head", result.head), ("neuron", result.neuron)):
+def _check_finite(head: FloatArray, neuron: FloatArray) -> None:
+    for kind, values in (("head", head), ("neuron", neuron)):
         if not np.isfinite(values).all():
             layer, unit = (int(i) for i in np.argwhere(~np.isfinite(values))[0])
             raise ValueError(

@@ -84,11 +84,41 @@ def run(
         raise ValueError(f"until must be one of {', '.join(STAGES)}, got {until!r}")
     settings = config if isinstance(config, RunConfig) else load_config(config)
     folder = RunFolder(Path(settings.output_dir) / settings.name)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        return _score_together(settings, folder, until, progress or Progress())
     with folder.locked():
-        write_text(folder.path / "config.yaml", dump_config(settings))
-        stages = _Stages(settings, folder, progress or Progress())
+        stages = _open(settings, folder, progress or Progress())
         for name in STAGES[: STAGES.index(until) + 1]:
             getattr(stages, name)()
+    return RunResult(folder.path, until)
+
+
+def _open(settings: RunConfig, folder: RunFolder, progress: Progress) -> _Stages:
+    write_text(folder.path / "config.yaml", dump_config(settings))
+    stages = _Stages(settings, folder, progress)
+    stages.write_environment()
+    return stages
+
+
+def _score_together(
+    settings: RunConfig, folder: RunFolder, until: str, progress: Progress
+) -> RunResult:
+    """The score stage by all workers that torchrun started; worker 0 owns the run folder."""
+    from floe.pipeline import scoring
+
+    if until != "score":
+        raise ValueError(
+            f"several workers can run the score stage alone, got {until!r}: "
+            "torchrun --nproc-per-node N -m floe score CONFIG"
+        )
+    with scoring.workers():
+        if scoring.is_helper():
+            _Stages(settings, folder, Progress()).score()
+            return RunResult(folder.path, until)
+        with folder.locked():
+            stages = _open(settings, folder, progress)
+            stages.search(together=True)
+            stages.score()
     return RunResult(folder.path, until)
 
 
@@ -101,11 +131,12 @@ class _Stages:
         self.config, self.folder, self.progress = config, folder, progress
         self.work = Workspace(config)
         self.path = folder.path
-        write_json(
-            self.path / "env.json",
-            environment() | {"device": str(self.work.device), "dtype": str(self.work.dtype)},
-        )
         self.hashes: dict[str, str] = {}
+
+    def write_environment(self) -> None:
+        """``env.json``: machine and versions."""
+        device, dtype = str(self.work.device), str(self.work.dtype)
+        write_json(self.path / "env.json", environment() | {"device": device, "dtype": dtype})
 
     def _stage(self, name: str, inputs: dict[str, Any], build: Callable[[Path], None]) -> None:
         self.hashes[name] = self.folder.stage(name, inputs, build, self.progress.stage)
@@ -133,8 +164,11 @@ class _Stages:
             "eval_batch": self.config.eval.batch_size,
         }
 
-    def search(self) -> None:
-        """Rank, experts and the warm-up model; without trials, a warm-up at the configured size."""
+    def search(self, together: bool = False) -> None:
+        """Rank, experts and the warm-up model; without trials, a warm-up at the configured size.
+
+        With ``together``, for several workers, it must be there already.
+        """
         from floe.pipeline import warmup
 
         inputs = self._common() | {
@@ -143,6 +177,11 @@ class _Stages:
         }
 
         def build(folder: Path) -> None:
+            if together:
+                raise ValueError(
+                    "the search stage must be finished before several workers score, it is not: "
+                    "run floe search CONFIG in one process"
+                )
             warmup.build(self.work, folder, self._learning("search"), self._announce("search"))
 
         self._stage("search", inputs, build)
@@ -155,41 +194,30 @@ class _Stages:
 
     def score(self) -> None:
         """Mask Fisher, adapter Fisher and Taylor cost."""
-        from floe.adapters import remove_adapters
         from floe.data import fingerprint
-        from floe.importance.score import score
+        from floe.pipeline import scoring
 
-        settings = self.config.score
         probe = "probe" in self._policies()
+        progress = self._announce("score")
+        if scoring.is_helper():
+            scoring.help_build(self.work, self.path, probe, progress)
+            return
         inputs = {
             "search": self.hashes["search"],
-            "score": settings.model_dump(mode="json"),
+            "score": self.config.score.model_dump(mode="json"),
             "rows": fingerprint(self.work.calibration_rows),
             "taylor_rows": fingerprint(self.work.taylor_rows),
             "probe": probe,
         }
+        built = []
 
         def build(folder: Path) -> None:
-            model = self.work.adapted(self.path / "search/adapter")
-            try:
-                scores = score(
-                    model,
-                    self.work.batches(self.work.calibration_rows, settings.batch_size),
-                    taylor_batches=self.work.batches(self.work.taylor_rows, settings.batch_size),
-                    reduction=settings.reduction,
-                    mask_scope=settings.mask_scope,
-                    taylor_kind=settings.taylor_kind,
-                    taylor_aggregate=settings.taylor_aggregate,
-                    taylor_tokens=settings.taylor_tokens,
-                    probe=probe,
-                    seed=settings.seed,
-                    progress=self._announce("score"),
-                )
-            finally:
-                remove_adapters(model)
-            scores.save(folder / "scores.npz")
+            built.append(folder)
+            scoring.build(self.work, self.path, folder, probe, progress)
 
         self._stage("score", inputs, build)
+        if not built:
+            scoring.announce(None)
 
     def _policies(self) -> set[str]:
         return {self.config.select.policy, *(baseline.policy for baseline in self.config.baselines)}

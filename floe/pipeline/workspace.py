@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,8 @@ class Workspace:
             )
         if wanted == "auto":
             wanted = "cuda" if torch.cuda.is_available() else "cpu"
+        if wanted == "cuda" and "LOCAL_RANK" in os.environ:  # one of torchrun's workers
+            return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         return torch.device(wanted)
 
     @cached_property

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import os
 import shutil
 import time
@@ -23,6 +21,7 @@ from floe.adapters.files import load_adapter, save_adapter
 from floe.atomic import copy_folder
 from floe.data import TokenRow, fingerprint
 from floe.evaluate import evaluate_rows, mean_loss
+from floe.importance.identity import model_fingerprint
 from floe.rank_search.proposals import Point, SearchSpace, propose, sampler_settings
 from floe.rank_search.studies import (
     Owner,
@@ -151,7 +150,7 @@ class _Search:
         self.directory, self.space, self.sampler, self.seed = directory, space, sampler, seed
         self.settings, self.adapter, self.prune = settings, adapter, prune
         self.owner = Owner.current()
-        self.fingerprint = base_fingerprint(base)
+        self.fingerprint = model_fingerprint(base)
 
     def open(self, storage: str | None) -> None:
         """The study, with the trials of dead processes given up."""
@@ -218,7 +217,7 @@ class _Search:
             reason = f"failed: out of memory ({str(error).splitlines()[0]})"
         finally:
             remove_adapters(model)
-            if base_fingerprint(self.base) != self.fingerprint:
+            if model_fingerprint(self.base) != self.fingerprint:
                 raise RuntimeError("a trial must leave the base model as it is, its weights differ")
         return None, reason, time.perf_counter() - started
 
@@ -280,14 +279,3 @@ class _Search:
             distinct=len({(t.rank, t.num_experts) for t in found}),
             exhausted=exhausted,
         )
-
-
-def base_fingerprint(model: nn.Module) -> str:
-    """SHA-256 over names, shapes, dtypes and up to 256 evenly spread values of every parameter."""
-    digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        flat = parameter.detach().reshape(-1)
-        picked = flat[:: max(1, flat.numel() // 256)].contiguous().cpu()
-        digest.update(json.dumps([name, list(parameter.shape), str(parameter.dtype)]).encode())
-        digest.update(picked.view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()

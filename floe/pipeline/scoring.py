@@ -1,0 +1,91 @@
+"""The score stage: what is measured on the warm-up model, by one process or by several workers."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from floe.importance.score import score
+from floe.importance.scores import Scores
+from floe.pipeline.workspace import Workspace
+
+
+def worker_count() -> int:
+    """Processes that torchrun (or a launcher like it) started together; 1 without one."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_helper() -> bool:
+    """Whether this process only helps another one, which owns the run folder."""
+    return worker_count() > 1 and os.environ.get("RANK", "0") != "0"
+
+
+@contextmanager
+def workers() -> Iterator[None]:
+    """Within it the workers can exchange small objects; alone, it does nothing."""
+    from torch import distributed
+
+    if worker_count() == 1:
+        yield
+        return
+    distributed.init_process_group("gloo")
+    try:
+        yield
+    finally:
+        distributed.destroy_process_group()
+
+
+def build(work: Workspace, run: Path, folder: Path, probe: bool, progress: Any) -> None:
+    """Write ``folder/scores.npz``, with the help of the other workers if there are any."""
+    announce(folder)
+    scores = _measure(work, run, folder, probe, progress)
+    scores.save(folder / "scores.npz")
+    shutil.rmtree(folder / "pieces")
+
+
+def help_build(work: Workspace, run: Path, probe: bool, progress: Any) -> None:
+    """Do this worker's part of the stage, if worker 0 says that it has to be done."""
+    folder = announce(None)
+    if folder is not None:
+        _measure(work, run, folder, probe, progress)
+
+
+def announce(folder: Path | None) -> Path | None:
+    """Worker 0 tells the others where the stage works, None if nothing is to be done."""
+    if worker_count() == 1:
+        return folder
+    from torch import distributed
+
+    said: list[Any] = [None if folder is None else str(folder.resolve())]
+    distributed.broadcast_object_list(said, src=0)
+    return None if said[0] is None else Path(said[0])
+
+
+def _measure(work: Workspace, run: Path, folder: Path, probe: bool, progress: Any) -> Scores:
+    from floe.adapters import remove_adapters
+
+    settings = work.config.score
+    model = work.adapted(run / "search/adapter")
+    try:
+        return score(
+            model,
+            work.batches(work.calibration_rows, settings.batch_size),
+            taylor_batches=work.batches(work.taylor_rows, settings.batch_size),
+            reduction=settings.reduction,
+            mask_scope=settings.mask_scope,
+            first_order=settings.first_order,
+            taylor_kind=settings.taylor_kind,
+            taylor_aggregate=settings.taylor_aggregate,
+            taylor_tokens=settings.taylor_tokens,
+            keep_samples=settings.keep_samples,
+            probe=probe,
+            seed=settings.seed,
+            folder=folder / "pieces",
+            progress=progress,
+        )
+    finally:
+        remove_adapters(model)
