@@ -61,10 +61,11 @@ def adapter_gradients(
             dtype.
         mask: True at tokens that count, bool [S, T].
 
-    Products are in float32 (float64 for float64 input), squares and their sums in float64.
+    Products of bfloat16 values are bfloat16, as in the adapter itself, of any other at least
+    float32; what lies between them is float32, and sums over products are float64.
     """
     samples, tokens, _ = x.shape
-    wide = torch.promote_types(x.dtype, torch.float32)
+    dtype = x.dtype if x.dtype == torch.bfloat16 else _wide(x)
     squared, gate = torch.zeros(2, samples, dtype=torch.float64, device=x.device)
     for name in active_adapters(module):
         features, experts, rank = module.floe_expand[name].shape
@@ -74,7 +75,7 @@ def adapter_gradients(
         for start in range(0, samples, step):
             rows = slice(start, start + step)
             padding = (~mask[rows]).nonzero(as_tuple=True)
-            values, grads = (v[rows].to(wide, copy=True) for v in (x, grad_y))
+            values, grads = (v[rows].to(dtype, copy=True) for v in (x, grad_y))
             for v in (values, grads):
                 v[padding] = 0  # set, not multiplied: padding may hold NaN
             found = _gradients_of_one(module, name, values, grads)
@@ -88,27 +89,37 @@ def _gradients_of_one(
 ) -> AdapterGradients:
     hidden, gate, routed = _forward(module, name, x)
     experts, rank = gate.shape[-1], hidden.shape[-1]
-    grad_expand = routed.mT @ grad_y  # [s, M r, N]: twice as fast on a CPU as its transpose
-    grad_routed = grad_y @ _expand(module, name, x.dtype)
+    grad_expand = routed.to(x.dtype).mT @ grad_y  # [s, M r, N]: faster than its transpose
+    grad_routed = (grad_y @ _expand(module, name, x.dtype)).to(routed.dtype)
     grad_switch = (routed * grad_routed).double().sum((1, 2))
     grad_routed = (module.scaling[name] * grad_routed).unflatten(-1, (experts, rank))
     grad_hidden = (gate[..., None] * grad_routed).sum(-2)
     grad_gate = (grad_routed * hidden[..., None, :]).sum(-1)
     grad_logits = gate * (grad_gate - (gate * grad_gate).sum(-1, keepdim=True))
-    grad_shrink = torch.cat([grad_hidden, grad_logits], dim=-1).mT @ x  # [s, r + M, K]
+    grad_rows = torch.cat([grad_hidden, grad_logits], dim=-1).to(x.dtype)
+    grad_shrink = grad_rows.mT @ x  # [s, r + M, K]
     squared = sum_of_squares(grad_expand) + sum_of_squares(grad_shrink)
     return AdapterGradients(squared, grad_switch)
 
 
 def sum_of_squares(values: Tensor) -> Tensor:
-    """Sum over all but the first dimension of the squares, float64 [S]."""
-    return values.flatten(1).double().square().sum(1)
+    """Sum over all but the first dimension of the squares of [S, a, b], float64 [S].
+
+    Along the last dimension in float32 at least, then in float64.
+    """
+    values = values.to(_wide(values))
+    return torch.linalg.vecdot(values, values).double().sum(1)
+
+
+def _wide(values: Tensor) -> torch.dtype:
+    return torch.promote_types(values.dtype, torch.float32)
 
 
 def _forward(module: MoELoRALinear, name: str, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """hidden [..., r], gate [..., M] and the scaled routed hidden [..., M r], in x's dtype."""
+    """hidden [..., r], gate [..., M] and the scaled routed hidden [..., M r], float32 at least."""
     rank = module.r[name]
     products = x @ module.floe_shrink[name].detach().to(x.dtype).T
+    products = products.to(_wide(x))
     hidden, gate = products[..., :rank], torch.softmax(products[..., rank:], dim=-1)
     routed = module.scaling[name] * gate[..., :, None] * hidden[..., None, :]
     return hidden, gate, routed.flatten(-2)
