@@ -58,6 +58,7 @@ format: $(VENV)/ready ## rewrite the sources in their formatters' style
 bench: $(VENV)/ready ## the op against its peers on this machine
 	$(BIN)/python -m benchmarks.kernels
 	$(BIN)/python -m benchmarks.fisher
+	$(BIN)/python -m benchmarks.scoring
 	$(BIN)/python -m benchmarks.latency --table all
 
 wheel: $(VENV)/ready ## sdist and, from it, the wheel, in dist/; then every op of the installed wheel checked

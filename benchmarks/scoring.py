@@ -13,6 +13,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -37,25 +38,29 @@ TAYLOR = ("plain, all tokens", "taylor")
 Pass = tuple[dict[str, Any], list[int]]
 
 
+@dataclass(frozen=True)
 class Subject:
-    """The adapted model and its calibration rows, in the passes that scoring would choose."""
+    """An adapted model and its calibration rows."""
 
-    def __init__(self, rows: int, rank: int, experts: int) -> None:
-        models.load(models.SMOLLM2, device=torch.device("cpu"), dtype=torch.bfloat16)
-        config = load_config(models.ROOT / "examples/demo/demo.yaml")
-        work = Workspace(config)
-        self.rows: list[Row] = rows_of(work.batches(work.train_rows[:rows], 8))
-        settings = FloeConfig(r=rank, num_experts=experts, alpha=32)
-        self.model: nn.Module = get_model(work.base_model, settings, seed=0)
-        generator = torch.Generator().manual_seed(0)
-        for module in adapted_modules(self.model).values():
-            expand = module.floe_expand["default"].data
-            expand.copy_(0.02 * torch.randn(expand.shape, generator=generator))
+    model: nn.Module
+    rows: list[Row]
 
     def passes(self, rows: list[Row], tokens: str = "response") -> list[Pass]:
-        """Batches and row numbers."""
+        """Batches and row numbers, in the passes that scoring would choose."""
         groups = [group for chunk in chunks(rows) for group in passes(rows, chunk)]
         return [(for_loss(collate([rows[n] for n in g]), tokens), g) for g in groups]
+
+
+def smollm2(rows: int, rank: int, experts: int) -> Subject:
+    """SmolLM2-135M with routed adapters of random experts, and the demo's training rows."""
+    models.load(models.SMOLLM2, device=torch.device("cpu"), dtype=torch.bfloat16)
+    work = Workspace(load_config(models.ROOT / "examples/demo/demo.yaml"))
+    model = get_model(work.base_model, FloeConfig(r=rank, num_experts=experts, alpha=32), seed=0)
+    generator = torch.Generator().manual_seed(0)
+    for module in adapted_modules(model).values():
+        expand = module.floe_expand["default"].data
+        expand.copy_(0.02 * torch.randn(expand.shape, generator=generator))
+    return Subject(model, rows_of(work.batches(work.train_rows[:rows], 8)))
 
 
 def run_arm(subject: Subject, arm: str) -> None:
@@ -123,7 +128,7 @@ def peak(arm: str, options: argparse.Namespace) -> tuple[int, int]:
 
 def child(arm: str, options: argparse.Namespace) -> None:
     """What the fresh process does."""
-    subject = Subject(options.rows, options.rank, options.experts)
+    subject = smollm2(options.rows, options.rank, options.experts)
     with PeakMemory() as before:
         pass
     with PeakMemory() as memory:
@@ -138,10 +143,8 @@ def main(arguments: list[str] | None = None) -> None:
         child(options.child, options)
         return
     device, clock = harness.prepare(options)
-    environment, subject = (
-        harness.machine(device),
-        Subject(options.rows, options.rank, options.experts),
-    )
+    environment = harness.machine(device)
+    subject = smollm2(options.rows, options.rank, options.experts)
     print(harness.describe(environment))
     records = []
     for arms, rows in ((ARMS, len(subject.rows)), (TAYLOR, TAYLOR_ROWS)):

@@ -108,7 +108,8 @@ def sum_of_squares(values: Tensor) -> Tensor:
     Along the last dimension in float32 at least, then in float64.
     """
     values = values.to(_wide(values))
-    return torch.linalg.vecdot(values, values).double().sum(1)
+    along: Tensor = torch.linalg.vecdot(values, values)
+    return along.double().sum(1)
 
 
 def _wide(values: Tensor) -> torch.dtype:
