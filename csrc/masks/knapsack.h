@@ -3,8 +3,9 @@
 #pragma once
 
 #include <cstdint>
-#include <functional>
 #include <span>
+
+#include "masks/units.h"
 
 namespace floe::masks {
 
@@ -13,7 +14,7 @@ struct KnapsackLimits {
   // that the same input gives the same masks on every machine.
   std::int64_t max_nodes = 20'000'000;
   double seconds = 0.0;        // wall-clock limit of the exact search; 0 means none
-  std::function<void()> poll;  // called about every 100 ms; may throw to cancel
+  Poll poll;             // told the states examined, about every 100 ms; may throw to cancel
 };
 
 struct KnapsackSolution {
