@@ -75,4 +75,13 @@ def refine(
     max_moves: int,
     progress: Callable[[int], object] | None,
 ) -> _Refinement: ...
+def allocate(
+    gain: NDArray[np.float64],
+    cost: NDArray[np.int64],
+    budget: int,
+    progress: Callable[[int], object] | None,
+) -> NDArray[np.int64]: ...
+def allocate_bound(
+    gain: NDArray[np.float64], cost: NDArray[np.int64], budget: int
+) -> float: ...
 def build_info() -> dict[str, str | int]: ...

@@ -7,6 +7,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "masks/allocate.h"
 #include "masks/knapsack.h"
 #include "masks/refine.h"
 #include "masks/two_class.h"
@@ -98,6 +99,32 @@ py::dict refine(const Numbers& value, const Numbers& cost, double budget, const 
   return result;
 }
 
+masks::Choices choices_of(const Numbers& gain, const Integers& cost) {
+  const auto gains = view(gain, 2);
+  const auto costs = view(cost, 2);
+  if (gain.shape(0) != cost.shape(0) || gain.shape(1) != cost.shape(1))
+    throw std::invalid_argument("gain and cost must have the same shape");
+  return {gains, costs, static_cast<std::size_t>(gain.shape(0)),
+          static_cast<std::size_t>(gain.shape(1))};
+}
+
+Integers allocate(const Numbers& gain, const Integers& cost, std::int64_t budget,
+                  const py::object& progress) {
+  const masks::Choices choices = choices_of(gain, cost);
+  Integers index(gain.shape(0));
+  const auto out = writable(index);
+  const masks::Poll poll = poll_of(progress);
+  {
+    const py::gil_scoped_release release;
+    masks::allocate(choices, budget, poll, out);
+  }
+  return index;
+}
+
+double allocate_bound(const Numbers& gain, const Integers& cost, std::int64_t budget) {
+  return masks::allocate_bound(choices_of(gain, cost), budget).value;
+}
+
 py::dict build_info() {
 #if defined(__clang__)
   const std::string compiler = "clang " __clang_version__;
@@ -125,6 +152,9 @@ PYBIND11_MODULE(_native, m) {
   m.def("refine", &refine, "value"_a.noconvert(), "cost"_a.noconvert(), "budget"_a,
         "start"_a.noconvert(), "layers"_a, "heads"_a, "neurons"_a, "pairs"_a, "literal"_a,
         "max_moves"_a, "progress"_a);
+  m.def("allocate", &allocate, "gain"_a.noconvert(), "cost"_a.noconvert(), "budget"_a,
+        "progress"_a);
+  m.def("allocate_bound", &allocate_bound, "gain"_a.noconvert(), "cost"_a.noconvert(), "budget"_a);
   m.def("build_info", &build_info);
 }
 

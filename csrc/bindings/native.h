@@ -21,7 +21,8 @@ using Integers = py::array_t<std::int64_t, py::array::c_style>;
 using Flags = py::array_t<bool, py::array::c_style>;
 
 template <typename T>
-std::span<const T> view(const py::array_t<T, py::array::c_style>& array, py::ssize_t dimensions = 1) {
+std::span<const T> view(const py::array_t<T, py::array::c_style>& array,
+                        py::ssize_t dimensions = 1) {
   if (array.ndim() != dimensions)
     throw std::invalid_argument("arrays must have " + std::to_string(dimensions) +
                                 " dimension(s), got " + std::to_string(array.ndim()));

@@ -144,8 +144,8 @@ KnapsackSolution solve_knapsack(std::span<const double> value, std::span<const d
   filler.fill(end);
   totals_of(value, cost, mask).write_to(solution);
   // The ratio of a finite value to a denormal cost is infinite; any multiplier gives a valid bound.
-  solution.lambda = std::min(ratio_of(value[end.unit], cost[end.unit]),
-                             std::numeric_limits<double>::max());
+  solution.lambda =
+      std::min(ratio_of(value[end.unit], cost[end.unit]), std::numeric_limits<double>::max());
   const double room = std::max(0.0, left_of(budget, end.cost));
   const double bound = std::max(filler.value(), std::min(value[end.unit], room * solution.lambda));
   const double gap = bound - filler.value();

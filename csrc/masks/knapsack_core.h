@@ -1,10 +1,12 @@
 // The exact search among the units near the break of a greedy choice.
 #pragma once
 
+#include <algorithm>
 #include <chrono>
 #include <cstddef>
 #include <cstdint>
 #include <limits>
+#include <utility>
 #include <vector>
 
 #include "masks/knapsack.h"
@@ -35,20 +37,16 @@ class CoreSearch {
   // `best`: the greedy choice's value beyond the prefix; `bound`: the upper bound beyond it.
   // Returns true if the search was exhausted.
   bool run(double best, double bound) {
-    best_ = best;
     bound_ = bound;
-    right_ = next_right(end_);
-    left_ = next_left(end_);
-    states_ = {{0.0, 0.0, kRoot}};
-    bool right_turn = true;
-    while (!states_.empty() && (right_ != kNone || left_ != kNone)) {
-      if (nodes_ > limits_.max_nodes || out_of_time() || history_full()) return false;
-      ticker_.tick(nodes_);
-      const bool right = left_ == kNone || (right_turn && right_ != kNone);
-      step(right);
-      right_turn = !right;
+    const Exchange exchange = best_exchange(best);
+    // Just below it, so that the search finds the choice that it would have found anyway.
+    best_ = std::max(best, exchange.gain - 2.0 * tolerance_);
+    const bool exhausted = search();
+    if (!improved() && exchange.gain > best) {
+      best_node_ = record(kRoot, exchange.first);
+      if (exchange.second != kNone) best_node_ = record(best_node_, exchange.second);
     }
-    return true;
+    return exhausted;
   }
 
   std::int64_t nodes() const { return nodes_; }
@@ -64,6 +62,7 @@ class CoreSearch {
 
  private:
   static constexpr std::size_t kNone = std::numeric_limits<std::size_t>::max();
+  static constexpr std::size_t kNear = 32768;
   static constexpr std::uint32_t kRoot = std::numeric_limits<std::uint32_t>::max();
   struct State {
     double cost;  // both relative to the prefix, so that small differences keep their digits
@@ -74,6 +73,77 @@ class CoreSearch {
     std::uint32_t parent;
     std::uint32_t position;
   };
+
+  // One or two changes at once.
+  struct Exchange {
+    double gain;
+    std::size_t first = kNone;
+    std::size_t second = kNone;
+  };
+  struct Step {
+    double cost;
+    double value;
+    std::size_t position;  // kNone: no change
+  };
+
+  // The changes of single units near the break, by cost.
+  std::vector<Step> single_steps() const {
+    const std::size_t first = end_ - std::min(end_, kNear);
+    const std::size_t last = std::min(units_.size(), end_ + kNear);
+    std::vector<Step> steps{{0.0, 0.0, kNone}};
+    for (std::size_t i = first; i < last; ++i) {
+      const double sign = i < end_ ? -1.0 : 1.0;
+      steps.push_back({sign * units_.cost[i], sign * units_.value[i], i});
+    }
+    std::ranges::stable_sort(steps, {}, &Step::cost);
+    return steps;
+  }
+
+  // The best pair of changes, if it is worth more than `least`: a lower bound that leaves the
+  // search little to do. For every first change the best second one that fits is the most valuable
+  // among the cheapest.
+  Exchange best_exchange(double least) {
+    const std::vector<Step> steps = single_steps();
+    nodes_ += static_cast<std::int64_t>(steps.size());
+    const auto more = [&](std::size_t a, std::size_t b) { return steps[a].value > steps[b].value; };
+    std::vector<std::pair<std::uint32_t, std::uint32_t>> best_two(steps.size());  // of the cheapest
+    for (std::uint32_t i = 1; i < steps.size(); ++i) {
+      auto [one, two] = best_two[i - 1];
+      if (more(i, one)) {
+        two = std::exchange(one, i);
+      } else if (one == two || more(i, two)) {
+        two = i;
+      }
+      best_two[i] = {one, two};
+    }
+    Exchange best{least};
+    std::size_t fitting = steps.size();
+    for (std::size_t i = 0; i < steps.size(); ++i) {
+      while (fitting > 0 && steps[i].cost + steps[fitting - 1].cost > room_) --fitting;
+      if (fitting == 0) break;
+      const auto [one, two] = best_two[fitting - 1];
+      const std::size_t j = one == i ? two : one;
+      if (i == j || !(steps[i].value + steps[j].value > best.gain)) continue;
+      best = {steps[i].value + steps[j].value, steps[i].position, steps[j].position};
+      if (best.first == kNone) std::swap(best.first, best.second);
+    }
+    return best;
+  }
+
+  bool search() {
+    right_ = next_right(end_);
+    left_ = next_left(end_);
+    states_ = {{0.0, 0.0, kRoot}};
+    bool right_turn = true;
+    while (!states_.empty() && (right_ != kNone || left_ != kNone)) {
+      if (nodes_ > limits_.max_nodes || out_of_time() || history_full()) return false;
+      ticker_.tick(nodes_);
+      const bool right = left_ == kNone || (right_turn && right_ != kNone);
+      step(right);
+      right_turn = !right;
+    }
+    return true;
+  }
 
   // How much any choice that differs from the prefix in this unit loses against the bound.
   double reduced_cost(std::size_t i) const {
@@ -106,7 +176,8 @@ class CoreSearch {
       if (right_ != kNone) bound += room * ratio_of(units_.value[right_], units_.cost[right_]);
     } else {
       if (left_ == kNone) return false;
-      bound += room * ratio_of(units_.value[left_], units_.cost[left_]);  // -inf when only free units are left to mask
+      bound += room * ratio_of(units_.value[left_],
+                               units_.cost[left_]);  // -inf when only free units are left to mask
     }
     return bound > best_ + tolerance_;
   }
@@ -145,7 +216,8 @@ class CoreSearch {
     double highest = -std::numeric_limits<double>::infinity();
     auto old = states_.cbegin();
     auto moved = states_.cbegin();
-    while (old != states_.cend() || moved != states_.cend()) {
+    for (std::size_t turn = 1; old != states_.cend() || moved != states_.cend(); ++turn) {
+      if (turn % 65536 == 0) ticker_.tick(nodes_);
       bool take_old = moved == states_.cend();
       if (!take_old && old != states_.cend()) {
         const double moved_cost = moved->cost + cost;

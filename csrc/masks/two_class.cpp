@@ -140,7 +140,8 @@ class RetainSearch {
     if (neurons_left && (h == heads || !head_first(h, paid))) {
       lambda_ = neurons_.at(paid) / prices_.neuron_cost;
     } else if (h < heads) {
-      relaxed_.neurons = first_that(paid, [&](std::size_t neuron) { return head_first(h, neuron); });
+      relaxed_.neurons =
+          first_that(paid, [&](std::size_t neuron) { return head_first(h, neuron); });
       lambda_ = heads_.at(h) / prices_.head_cost;
     } else {
       return;  // everything fits
@@ -239,8 +240,7 @@ void total_up(TwoClassSolution& solution, const Prices& prices, std::span<const 
               std::span<const double> neuron_value, std::span<const bool> head_mask,
               std::span<const bool> neuron_mask, const Counts& kept) {
   std::array<Sum, 2> sums;
-  for (std::size_t i = 0; i < head_value.size(); ++i)
-    sums[head_mask[i] ? 1 : 0].add(head_value[i]);
+  for (std::size_t i = 0; i < head_value.size(); ++i) sums[head_mask[i] ? 1 : 0].add(head_value[i]);
   for (std::size_t i = 0; i < neuron_value.size(); ++i)
     sums[neuron_mask[i] ? 1 : 0].add(neuron_value[i]);
   solution.heads = static_cast<std::int64_t>(kept.heads);
