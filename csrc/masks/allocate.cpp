@@ -211,8 +211,9 @@ void allocate(const Choices& choices, std::int64_t budget, const Poll& poll,
     best_row(options[layer], row(layer + 1), row(layer));
   }
   // Rows ascend, so the first cost with the full gain is the least.
-  auto left = static_cast<std::size_t>(std::ranges::lower_bound(rows.front(), rows.front().back()) -
-                                       rows.front().begin());
+  const auto first = row(0);
+  auto left =
+      static_cast<std::size_t>(std::ranges::lower_bound(first, first.back()) - first.begin());
   for (std::size_t layer = 0; layer < choices.layers; ++layer) {
     const auto found = std::ranges::find_if(options[layer], [&](const Option& option) {
       return option.cost <= left &&
