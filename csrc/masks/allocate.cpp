@@ -1,6 +1,7 @@
 #include "masks/allocate.h"
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <limits>
 #include <memory>
@@ -165,20 +166,45 @@ std::vector<Option> candidates(const Choices& choices, const Relaxation& relaxat
   return kept;
 }
 
+// row[w] = max(row[w], behind[w - cost] + gain) for every option and every w in [from, to).
+template <std::size_t kOptions>
+void raise(double* row, const double* behind, const Option* options, std::size_t from,
+           std::size_t to) {
+  std::array<double, kOptions> gain;
+  std::array<std::size_t, kOptions> cost;
+  for (std::size_t i = 0; i < kOptions; ++i) {
+    gain[i] = options[i].gain;
+    cost[i] = options[i].cost;
+  }
+  for (std::size_t w = from; w < to; ++w) {
+    double best = row[w];
+    for (std::size_t i = 0; i < kOptions; ++i) {
+      const double sum = behind[w - cost[i]] + gain[i];
+      best = sum > best ? sum : best;
+    }
+    row[w] = best;
+  }
+}
+
 // row[w]: the most gain of a layer and those behind it for cost <= w; `behind` is the next one's.
 void best_row(const std::vector<Option>& options, std::span<const double> behind,
               std::span<double> row) {
   constexpr std::size_t kBlock = 2048;  // of the row, so that it stays in the first-level cache
+  constexpr std::size_t kTogether = 4;  // options for one load and store of the row
   for (std::size_t block = 0; block < row.size(); block += kBlock) {
     const std::size_t end = std::min(block + kBlock, row.size());
     std::ranges::fill(row.subspan(block, end - block), -kInfinity);
-    for (const Option& option : options) {
-      const double gain = option.gain;
-      for (std::size_t w = std::max(block, option.cost); w < end; ++w) {
-        const double sum = behind[w - option.cost] + gain;
-        row[w] = sum > row[w] ? sum : row[w];
-      }
+    std::size_t i = 0;
+    for (; i + kTogether <= options.size(); i += kTogether) {
+      const std::span some(&options[i], kTogether);
+      const std::size_t all = std::max(block, std::ranges::max(some, {}, &Option::cost).cost);
+      for (const Option& option : some)
+        raise<1>(row.data(), behind.data(), &option, std::max(block, option.cost),
+                 std::min(all, end));
+      raise<kTogether>(row.data(), behind.data(), some.data(), all, end);
     }
+    for (; i < options.size(); ++i)
+      raise<1>(row.data(), behind.data(), &options[i], std::max(block, options[i].cost), end);
   }
 }
 
