@@ -71,22 +71,34 @@ Ordered Order::sorted(std::span<const Unit> units) const {
   return ordered;
 }
 
+// All that fit the capacity, if they do not fit together.
+std::vector<Unit> Order::all_if_too_many() const {
+  std::vector<Unit> units;
+  Sum total;
+  for (std::size_t i = 0; i < key_.size(); ++i) {
+    if (!fits(i)) continue;
+    units.push_back(static_cast<Unit>(i));
+    total.add(cost_[i]);
+  }
+  if (total.total() <= capacity_) units.clear();
+  return units;
+}
+
 // The units of the bucket in which the budget ends; `before` gets the cost of the buckets before.
 std::vector<Unit> Order::break_bucket(Sum& before) const {
   constexpr std::size_t kShift = kKeyBits - kBucketBits;
   std::vector<Sum> buckets(std::size_t{1} << kBucketBits);
   for (std::size_t i = 0; i < key_.size(); ++i)
-    if (key_[i] != kTooDear) buckets[key_[i] >> kShift].add(cost_[i]);
+    if (fits(i)) buckets[key_[i] >> kShift].add(cost_[i]);
   const std::size_t bucket = first_too_many(buckets, capacity_, before);
   std::vector<Unit> units;
   for (std::size_t i = 0; i < key_.size(); ++i)
-    if (key_[i] >> kShift == bucket && key_[i] != kTooDear) units.push_back(static_cast<Unit>(i));
+    if (key_[i] >> kShift == bucket && fits(i)) units.push_back(static_cast<Unit>(i));
   return units;
 }
 
 // Leaves of `units` only some among which the budget ends; they keep their order.
 void Order::narrow(std::vector<Unit>& units, Sum& before) const {
-  constexpr std::size_t kFew = 8192;
   constexpr int kBits = 12;
   bool by_value = false;  // among equal ratios
   while (units.size() > kFew) {
@@ -110,7 +122,7 @@ void Order::narrow(std::vector<Unit>& units, Sum& before) const {
 
 Order::Break Order::find_break() const {
   Break found;
-  std::vector<Unit> units = break_bucket(found.cost);
+  std::vector<Unit> units = size() <= kFew ? all_if_too_many() : break_bucket(found.cost);
   narrow(units, found.cost);
   units = sorted(units).unit;
   found.exists = !units.empty();

@@ -50,12 +50,14 @@ class Order {
 
  private:
   static constexpr std::uint32_t kTooDear = 0;
+  static constexpr std::size_t kFew = 8192;  // units that are as well sorted at once
   static constexpr std::size_t kKeyBits = 32;
   static constexpr std::size_t kBucketBits = 16;  // 11 of the ratio's exponent, 5 of its fraction
 
   // 64 bits that order as the ratio does, free units above all others.
   std::uint64_t ratio_key(std::size_t unit) const;
   bool before_exactly(std::size_t a, std::size_t b) const;
+  std::vector<Unit> all_if_too_many() const;
   std::vector<Unit> break_bucket(Sum& before) const;
   void narrow(std::vector<Unit>& units, Sum& before) const;
 

@@ -214,6 +214,8 @@ def fit_gain(trials: Sequence[Mapping[str, Any]]) -> GainFit:
             "trials must have at least 3 different rank * sqrt(experts) to fit a gain, got "
             f"{different.tolist()}"
         )
+    if np.ptp(loss) <= _TOLERANCE * np.abs(loss).max():
+        raise ValueError(f"the trials' loss must fall with capacity, got {loss[0]} everywhere")
     r0 = _best_r0(capacity, loss, different)
     a, b, residual = _linear_fit(capacity, loss, r0)
     if not b > 0:
