@@ -224,7 +224,7 @@ def fit_gain(trials: Sequence[Mapping[str, Any]]) -> GainFit:
 
 
 def _best_r0(capacity: Floats, loss: Floats, different: Floats) -> float:
-    """For a given r0 the fit is linear in a and b, so only r0 is searched: on a grid, then finer."""
+    """For a given r0 the fit is linear in a and b, so only r0 is searched, ever finer."""
     positive = different[different > 0]
     low, high = np.log(positive[0] / 30), np.log(30 * positive[-1])
     for _ in range(12):
