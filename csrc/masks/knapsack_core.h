@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "masks/knapsack.h"
+#include "masks/knapsack_changes.h"
 #include "masks/knapsack_order.h"
 #include "masks/units.h"
 
@@ -38,14 +39,14 @@ class CoreSearch {
   // Returns true if the search was exhausted.
   bool run(double best, double bound) {
     bound_ = bound;
-    const Exchange exchange = best_exchange(best);
-    // Just below it, so that the search finds the choice that it would have found anyway.
-    best_ = std::max(best, exchange.gain - 2.0 * tolerance_);
-    const bool exhausted = search();
-    if (!improved() && exchange.gain > best) {
-      best_node_ = record(kRoot, exchange.first);
-      if (exchange.second != kNone) best_node_ = record(best_node_, exchange.second);
-    }
+    best_ = best;
+    const BestChanges pair = best_pair(changes_near(kNear), room_, best);
+    nodes_ += pair.states;
+    // Just below it, so that the search finds what it would have found without.
+    best_ = std::max(best, pair.gain - 2.0 * tolerance_);
+    const std::int64_t few = std::min(limits_.max_nodes, nodes_ + kShort);
+    const bool exhausted = search(few) || join() || search(limits_.max_nodes);
+    if (!improved() && pair.gain > best) take(pair);
     return exhausted;
   }
 
@@ -62,81 +63,65 @@ class CoreSearch {
 
  private:
   static constexpr std::size_t kNone = std::numeric_limits<std::size_t>::max();
-  static constexpr std::size_t kNear = 32768;
   static constexpr std::uint32_t kRoot = std::numeric_limits<std::uint32_t>::max();
   struct State {
     double cost;  // both relative to the prefix, so that small differences keep their digits
     double value;
     std::uint32_t node;
   };
-  struct Change {
+  struct Step {
     std::uint32_t parent;
     std::uint32_t position;
   };
 
-  // One or two changes at once.
-  struct Exchange {
-    double gain;
-    std::size_t first = kNone;
-    std::size_t second = kNone;
-  };
-  struct Step {
-    double cost;
-    double value;
-    std::size_t position;  // kNone: no change
-  };
+  static constexpr std::size_t kNear = 32768;     // units on either side, for the best pair
+  static constexpr std::int64_t kShort = 50'000;  // states of the first search
+  static constexpr std::size_t kFirst = 32;       // changes of the first joined lists
+  static constexpr std::size_t kSets = 1 << 18;   // of changes, in each of the joined lists
 
-  // The changes of single units near the break, by cost.
-  std::vector<Step> single_steps() const {
-    const std::size_t first = end_ - std::min(end_, kNear);
-    const std::size_t last = std::min(units_.size(), end_ + kNear);
-    std::vector<Step> steps{{0.0, 0.0, kNone}};
-    for (std::size_t i = first; i < last; ++i) {
+  // The changes that single units near the break would make, if they are still worth trying.
+  std::vector<Change> changes_near(std::size_t reach) const {
+    std::vector<Change> changes;
+    const std::size_t last = std::min(units_.size(), end_ + std::min(reach, units_.size()));
+    for (std::size_t i = end_ - std::min(end_, reach); i < last; ++i) {
       const double sign = i < end_ ? -1.0 : 1.0;
-      steps.push_back({sign * units_.cost[i], sign * units_.value[i], i});
+      if (open(i))
+        changes.push_back({sign * units_.cost[i], sign * units_.value[i], reduced_cost(i), i});
     }
-    std::ranges::stable_sort(steps, {}, &Step::cost);
-    return steps;
+    return changes;
   }
 
-  // The best pair of changes, if it is worth more than `least`: a lower bound that leaves the
-  // search little to do. For every first change the best second one that fits is the most valuable
-  // among the cheapest.
-  Exchange best_exchange(double least) {
-    const std::vector<Step> steps = single_steps();
-    nodes_ += static_cast<std::int64_t>(steps.size());
-    const auto more = [&](std::size_t a, std::size_t b) { return steps[a].value > steps[b].value; };
-    std::vector<std::pair<std::uint32_t, std::uint32_t>> best_two(steps.size());  // of the cheapest
-    for (std::uint32_t i = 1; i < steps.size(); ++i) {
-      auto [one, two] = best_two[i - 1];
-      if (more(i, one)) {
-        two = std::exchange(one, i);
-      } else if (one == two || more(i, two)) {
-        two = i;
-      }
-      best_two[i] = {one, two};
-    }
-    Exchange best{least};
-    std::size_t fitting = steps.size();
-    for (std::size_t i = 0; i < steps.size(); ++i) {
-      while (fitting > 0 && steps[i].cost + steps[fitting - 1].cost > room_) --fitting;
-      if (fitting == 0) break;
-      const auto [one, two] = best_two[fitting - 1];
-      const std::size_t j = one == i ? two : one;
-      if (i == j || !(steps[i].value + steps[j].value > best.gain)) continue;
-      best = {steps[i].value + steps[j].value, steps[i].position, steps[j].position};
-      if (best.first == kNone) std::swap(best.first, best.second);
-    }
-    return best;
+  void take(const BestChanges& changes) {
+    best_ = changes.gain;
+    best_node_ = kRoot;
+    for (const std::size_t position : changes.positions) best_node_ = record(best_node_, position);
   }
 
-  bool search() {
+  // Tries the sets of those changes that lose least, then of half as many more, and so on: each
+  // better choice lowers what a set may lose. False if there are too many.
+  bool join() {
+    std::vector<Change> changes = changes_near(units_.size());
+    std::ranges::stable_sort(changes, {}, &Change::loss);
+    for (std::size_t count = kFirst;; count += count / 2) {
+      if (nodes_ > limits_.max_nodes || out_of_time()) return false;
+      ticker_.tick(nodes_);
+      const double whole = bound_ - best_ + tolerance_;
+      const double reach = count < changes.size() ? std::min(whole, changes[count].loss) : whole;
+      const BestChanges found = best_join(changes, room_, reach, best_, kSets);
+      nodes_ += found.states;
+      if (!found.positions.empty()) take(found);
+      if (!found.exhausted) return false;
+      if (reach >= bound_ - best_ + tolerance_) return true;
+    }
+  }
+
+  bool search(std::int64_t most) {
     right_ = next_right(end_);
     left_ = next_left(end_);
     states_ = {{0.0, 0.0, kRoot}};
     bool right_turn = true;
     while (!states_.empty() && (right_ != kNone || left_ != kNone)) {
-      if (nodes_ > limits_.max_nodes || out_of_time() || history_full()) return false;
+      if (nodes_ > most || out_of_time() || history_full()) return false;
       ticker_.tick(nodes_);
       const bool right = left_ == kNone || (right_turn && right_ != kNone);
       step(right);
@@ -248,7 +233,7 @@ class CoreSearch {
   std::size_t left_ = kNone;
   std::vector<State> states_;
   std::vector<State> merged_;
-  std::vector<Change> history_;
+  std::vector<Step> history_;
   std::uint32_t best_node_ = kRoot;
   std::int64_t nodes_ = 0;
 };
