@@ -26,19 +26,21 @@ class Filler {
   void fill(const Order::Break& end) {
     fill(end.after);
     const Unit last = end.after.empty() ? end.unit : end.after.back();
-    std::vector<Unit> rest;
-    for (std::size_t i = 0; i < order_.size(); ++i)
-      if (order_.cost(i) <= room() && order_.fits(i) && order_.before(last, i))
-        rest.push_back(static_cast<Unit>(i));
-    while (!rest.empty()) {
-      const std::size_t count = std::min(rest.size(), kChunk);
-      const auto middle = rest.begin() + static_cast<std::ptrdiff_t>(count);
-      if (middle != rest.end())
-        std::nth_element(rest.begin(), middle, rest.end(),
-                         [this](Unit a, Unit b) { return order_.before(a, b); });
-      fill(order_.sorted({rest.begin(), middle}).unit);
-      rest.erase(rest.begin(), middle);
-      std::erase_if(rest, [this](Unit unit) { return order_.cost(unit) > room(); });
+    // Strip by strip, each 256 times as wide as the last: after the first ones there is so little
+    // room that hardly a unit is left to sort.
+    std::uint64_t high = order_.key(last);
+    for (std::uint64_t width = kFirstStrip; high > Order::kTooDear; width *= 256) {
+      const std::uint64_t low = high > width ? high - width : Order::kTooDear;  // not in the strip
+      const double most = room();
+      std::vector<Unit> strip;
+      for (std::size_t i = 0; i < order_.size(); ++i) {
+        const std::uint32_t key = order_.key(i);
+        // One branch that is hardly ever taken instead of three that no predictor can guess.
+        const bool inside = (key > low) & (key <= high) & (order_.cost(i) <= most);
+        if (inside && order_.before(last, i)) strip.push_back(static_cast<Unit>(i));
+      }
+      fill(order_.sorted(strip).unit);
+      high = low;
     }
   }
 
@@ -46,7 +48,7 @@ class Filler {
   const std::vector<Unit>& filled() const { return filled_; }
 
  private:
-  static constexpr std::size_t kChunk = 4096;
+  static constexpr std::uint64_t kFirstStrip = 1 << 16;
 
   // A bound on the cost of what may still fit; whether it does, fill() decides.
   double room() const { return left_of(capacity_, spent_) + capacity_ * kTolerance; }

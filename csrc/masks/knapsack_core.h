@@ -111,7 +111,8 @@ class CoreSearch {
       nodes_ += found.states;
       if (!found.positions.empty()) take(found);
       if (!found.exhausted) return false;
-      if (reach >= bound_ - best_ + tolerance_) return true;
+      const double gap = bound_ - best_;
+      if (gap <= tolerance_ || reach >= gap + tolerance_) return true;
     }
   }
 

@@ -29,7 +29,11 @@ class Order {
  public:
   Order(std::span<const double> value, std::span<const double> cost, double capacity);
 
+  static constexpr std::uint32_t kTooDear = 0;
+
   std::size_t size() const { return key_.size(); }
+  // 32 bits that ascend with the ratio (distinct ratios may agree in them), or kTooDear.
+  std::uint32_t key(std::size_t unit) const { return key_[unit]; }
   bool fits(std::size_t unit) const { return key_[unit] != kTooDear; }
   bool before(std::size_t a, std::size_t b) const {
     return key_[a] != key_[b] ? key_[a] > key_[b] : before_exactly(a, b);
@@ -49,7 +53,6 @@ class Order {
   Break find_break() const;
 
  private:
-  static constexpr std::uint32_t kTooDear = 0;
   static constexpr std::size_t kFew = 8192;  // units that are as well sorted at once
   static constexpr std::size_t kKeyBits = 32;
   static constexpr std::size_t kBucketBits = 16;  // 11 of the ratio's exponent, 5 of its fraction
