@@ -1,3 +1,4 @@
+from collections.abc import Callable
 from typing import TypedDict
 
 import numpy as np
@@ -59,6 +60,7 @@ def solve_knapsack(
     budget: float,
     max_nodes: int,
     seconds: float,
+    progress: Callable[[int], object] | None,
 ) -> _Knapsack: ...
 def refine(
     value: NDArray[np.float64],
@@ -71,5 +73,13 @@ def refine(
     pairs: str,
     literal: bool,
     max_moves: int,
+    progress: Callable[[int], object] | None,
 ) -> _Refinement: ...
+def allocate(
+    gain: NDArray[np.float64],
+    cost: NDArray[np.int64],
+    budget: int,
+    progress: Callable[[int], object] | None,
+) -> NDArray[np.int64]: ...
+def allocate_bound(gain: NDArray[np.float64], cost: NDArray[np.int64], budget: int) -> float: ...
 def build_info() -> dict[str, str | int]: ...

@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+from all_choices import best_values
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -149,6 +150,26 @@ def test_refinement_follows_its_rules(pairs, literal, problem):
         assert found.cost <= budget
         if units.cost[start].sum() <= budget:
             assert found.value >= units.value[start].sum()
+
+
+def test_thousands_of_refinements_end_where_no_move_gains():
+    rng = np.random.default_rng(10)
+    for n in range(1, 15):
+        value, cost = rng.integers(0, 25, (2, 360, n))
+        budget = rng.integers(0, cost.sum(1) + 2)
+        start = rng.random((360, n)) < 0.5
+        best = best_values(value, cost, budget)
+        for v, c, limit, kept, most in zip(value, cost, budget, start, best, strict=True):
+            units = one_layer([], [], v, c)
+            found = refine_masks(units, limit, np.ones((1, 0)), kept[None], pairs="all")
+            mask = found.neuron_mask[0]
+            assert found.cost == c[mask].sum() <= limit
+            assert found.value == v[mask].sum() <= most
+            slack = limit - found.cost
+            gains = v[~mask][:, None] - v[mask]
+            fits = c[~mask][:, None] - c[mask] <= slack
+            assert not (gains[fits] > 0).any()
+            assert not v[~mask][c[~mask] <= slack].any()
 
 
 def test_large_refinement_gains_within_bound_and_budget():

@@ -7,6 +7,7 @@ import threading
 
 import numpy as np
 import pytest
+from all_choices import best_values
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -102,6 +103,26 @@ def test_knapsack_against_brute_force(units, budget, max_nodes):
         assert found.value == best
 
 
+@pytest.mark.parametrize("correlated", [False, True])
+def test_thousands_of_small_knapsacks_are_the_best_of_all(correlated):
+    rng = np.random.default_rng(8)
+    for units in range(1, 15):
+        value, cost = rng.integers(0, 30, (2, 240, units))
+        if correlated:
+            value = np.maximum(0, cost + value % 3 - 1)
+        budget = rng.integers(0, cost.sum(1) + 2)
+        best = best_values(value, cost, budget)
+        for v, c, limit, most in zip(value, cost, budget, best, strict=True):
+            found = solve_mask(v, c, limit)
+            assert found.optimal
+            assert found.value == v[found.mask].sum() == most
+            assert found.cost == c[found.mask].sum() <= limit
+            greedy = solve_mask(v, c, limit, max_nodes=0)
+            assert greedy.value <= most <= greedy.upper_bound * (1 + 1e-12)
+            if greedy.value == most:
+                assert np.array_equal(greedy.mask, found.mask)
+
+
 @pytest.mark.parametrize("spread", [3, 30, 300])
 def test_knapsack_against_dynamic_programming(spread):
     rng = np.random.default_rng(spread)
@@ -190,6 +211,45 @@ def test_knapsack_errors():
         solve_mask([1], [1], 1, max_nodes=-1)
     with pytest.raises(ValueError, match="time_limit must be > 0 seconds, got 0"):
         solve_mask([1], [1], 1, time_limit=0)
+
+
+def test_greedy_of_many_tied_units_follows_its_order():
+    """Above the size where only a bucket is sorted: equal ratios, equal values, free units."""
+    rng = np.random.default_rng(4)
+    for value, cost in (
+        (rng.integers(0, 4, 40_000), rng.integers(0, 3, 40_000)),
+        (np.ones(40_000), np.ones(40_000)),
+        (rng.integers(1, 9, 40_000), None),
+        (rng.random(40_000) * 1e-3 + 1.0, np.ones(40_000)),
+    ):
+        value = value.astype(float)
+        cost = 2.0 * value if cost is None else cost.astype(float)
+        budget = float(0.4 * cost.sum()) + 0.5
+        with np.errstate(divide="ignore", invalid="ignore"):
+            ratio = np.where(cost == 0, np.inf, value / cost)
+        order = np.lexsort((np.arange(40_000), -value, -ratio))
+        expected, left = np.zeros(40_000, dtype=bool), budget
+        for i in order:
+            if cost[i] <= left:
+                expected[i] = True
+                left -= cost[i]
+        assert np.array_equal(solve_mask(value, cost, budget, max_nodes=0).mask, expected)
+
+
+def test_progress_counts_states_and_what_it_raises_cancels():
+    rng = np.random.default_rng(0)
+    cost = rng.integers(10**8, 10**9, 400).astype(float)
+    seen = []
+
+    def stop_later(done):
+        seen.append(done)
+        if len(seen) == 3:
+            raise RuntimeError("enough")
+
+    with pytest.raises(RuntimeError, match="enough"):
+        solve_mask(cost + 10**7, cost, cost.sum() / 3 + 0.1, max_nodes=10**12, progress=stop_later)
+    assert len(seen) == 3
+    assert 0 < seen[0] <= seen[1] <= seen[2]
 
 
 HARD = """

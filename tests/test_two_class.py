@@ -3,6 +3,7 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
+from all_choices import best_values
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -166,6 +167,66 @@ def test_two_classes_are_exact(heads, neurons, head_cost, neuron_cost, budget):
         heads + neurons, [head_cost] * len(heads) + [neuron_cost] * len(neurons), budget
     )
     assert solve_two_class(heads, neurons, head_cost, neuron_cost, budget).value == best
+
+
+def masked_least(values, count):
+    """Retains all but the `count` least, masked in ascending (value, index)."""
+    mask = np.ones(len(values), dtype=bool)
+    mask[np.argsort(values, kind="stable")[:count]] = False
+    return mask
+
+
+def test_thousands_of_small_problems_are_the_best_of_all():
+    rng = np.random.default_rng(9)
+    for heads, neurons in itertools.product(range(8), range(8)):
+        value = rng.integers(0, 20, (80, heads + neurons))
+        prices = rng.integers(0, 9, (80, 2))
+        cost = np.repeat(prices, (heads, neurons), axis=1)
+        budget = rng.integers(0, cost.sum(1) + 2)
+        best = best_values(value, cost, budget)
+        for v, (h, n), limit, most in zip(value, prices, budget, best, strict=True):
+            found = solve_two_class(v[:heads], v[heads:], h, n, limit)
+            kept_heads, kept_neurons = found.head_mask.sum(), found.neuron_mask.sum()
+            assert found.value == v[found.mask].sum() == most
+            assert found.cost == kept_heads * h + kept_neurons * n <= limit
+            assert np.array_equal(found.head_mask, masked_least(v[:heads], heads - kept_heads))
+            assert np.array_equal(
+                found.neuron_mask, masked_least(v[heads:], neurons - kept_neurons)
+            )
+            assert found.upper_bound >= most
+
+
+def two_class_by_sorting(heads, neurons, head_cost, neuron_cost, budget):
+    """Numbers of heads and neurons: every number of heads with all the neurons it leaves."""
+    sums = [np.concatenate([[0.0], np.cumsum(np.sort(v)[::-1])]) for v in (heads, neurons)]
+    n = np.arange(len(heads) + 1)
+    n = n[n * head_cost <= budget]
+    f = np.minimum((budget - n * head_cost) // neuron_cost, len(neurons)).astype(int)
+    best = np.argmax(sums[0][n] + sums[1][f])  # the first: the fewest heads
+    return n[best], f[best]
+
+
+@pytest.mark.parametrize("values", ["integers", "lognormal", "one binade"])
+def test_large_problems_follow_numpy(values):
+    """Above the size where values are sorted by bucket, and only where they are asked for."""
+    rng = np.random.default_rng(12)
+    for heads, neurons, head_cost, neuron_cost in (
+        (5000, 40_000, 96, 7), (30, 50_000, 1024, 1), (50_000, 50_000, 3, 3), (20_000, 9, 2, 5),
+    ):  # fmt: skip
+        draw = {
+            "integers": lambda size: rng.integers(0, 60, size).astype(float),
+            "lognormal": lambda size: np.round(rng.lognormal(0, 3, size) * 1024),
+            "one binade": lambda size: rng.integers(2**20, 2**20 + 2**14, size).astype(float),
+        }[values]
+        a, b = draw(heads) * head_cost, draw(neurons) * neuron_cost
+        for share in (0.0, 0.001, 0.3, 0.5, 0.97, 1.0):
+            budget = int(share * (heads * head_cost + neurons * neuron_cost))
+            found = solve_two_class(a, b, head_cost, neuron_cost, budget)
+            n, f = two_class_by_sorting(a, b, head_cost, neuron_cost, budget)
+            assert (found.head_mask.sum(), found.neuron_mask.sum()) == (n, f)
+            assert np.array_equal(found.head_mask, masked_least(a, heads - n))
+            assert np.array_equal(found.neuron_mask, masked_least(b, neurons - f))
+            assert found.value == a[found.head_mask].sum() + b[found.neuron_mask].sum()
 
 
 def test_order_of_units_does_not_matter():

@@ -1,42 +1,22 @@
 // floe._native: the mask solvers for Python. Arrays come and go without a copy, the interpreter is
 // free while a solver runs, and Ctrl-C ends one. Needs numpy, not torch.
-#include <pybind11/numpy.h>
-#include <pybind11/pybind11.h>
+#include "bindings/native.h"
 
 #include <algorithm>
 #include <cstdint>
-#include <span>
 #include <stdexcept>
 #include <string>
 
+#include "masks/allocate.h"
 #include "masks/knapsack.h"
 #include "masks/refine.h"
 #include "masks/two_class.h"
 
-namespace py = pybind11;
+namespace floe::bindings {
+
 using namespace pybind11::literals;
 
-namespace floe::bindings {
 namespace {
-
-// Only exactly this type and layout is accepted (see noconvert below): conversions belong to the
-// caller, who then knows that a copy was made.
-using Numbers = py::array_t<double, py::array::c_style>;
-using Flags = py::array_t<bool, py::array::c_style>;
-
-std::span<const double> view(const Numbers& numbers) {
-  if (numbers.ndim() != 1) throw std::invalid_argument("arrays must be one-dimensional");
-  return {numbers.data(), static_cast<std::size_t>(numbers.size())};
-}
-
-std::span<bool> writable(Flags& flags) {
-  return {flags.mutable_data(), static_cast<std::size_t>(flags.size())};
-}
-
-void raise_pending_signals() {
-  const py::gil_scoped_acquire gil;
-  if (PyErr_CheckSignals() != 0) throw py::error_already_set();
-}
 
 template <typename Solution>
 py::dict totals(const Solution& solution) {
@@ -52,10 +32,11 @@ py::dict solve_two_class(const Numbers& head_value, const Numbers& neuron_value,
   const auto neurons = view(neuron_value);
   const auto heads_out = writable(head_mask);
   const auto neurons_out = writable(neuron_mask);
+  const masks::Poll poll = poll_of(py::none());
   const auto reading = literal ? masks::Reading::kLiteral : masks::Reading::kRetain;
   const masks::TwoClassSolution solution = [&] {
     const py::gil_scoped_release release;
-    return masks::solve_two_class(heads, neurons, head_cost, neuron_cost, budget, reading,
+    return masks::solve_two_class(heads, neurons, head_cost, neuron_cost, budget, reading, poll,
                                   heads_out, neurons_out);
   }();
   py::dict result = totals(solution);
@@ -67,12 +48,12 @@ py::dict solve_two_class(const Numbers& head_value, const Numbers& neuron_value,
 }
 
 py::dict solve_knapsack(const Numbers& value, const Numbers& cost, double budget,
-                        std::int64_t max_nodes, double seconds) {
+                        std::int64_t max_nodes, double seconds, const py::object& progress) {
   Flags mask(value.size());
   const auto values = view(value);
   const auto costs = view(cost);
   const auto out = writable(mask);
-  const masks::KnapsackLimits limits{max_nodes, seconds, raise_pending_signals};
+  const masks::KnapsackLimits limits{max_nodes, seconds, poll_of(progress)};
   const masks::KnapsackSolution solution = [&] {
     const py::gil_scoped_release release;
     return masks::solve_knapsack(values, costs, budget, limits, out);
@@ -96,14 +77,15 @@ masks::Pairs pairs_from(const std::string& name) {
 
 py::dict refine(const Numbers& value, const Numbers& cost, double budget, const Flags& start,
                 std::int64_t layers, std::int64_t heads, std::int64_t neurons,
-                const std::string& pairs, bool literal, std::int64_t max_moves) {
+                const std::string& pairs, bool literal, std::int64_t max_moves,
+                const py::object& progress) {
   Flags mask(start.size());
   std::copy_n(start.data(), start.size(), mask.mutable_data());
   const auto values = view(value);
   const auto costs = view(cost);
   const auto out = writable(mask);
   const masks::Layout layout{layers, heads, neurons};
-  const masks::RefineOptions options{pairs_from(pairs), literal, max_moves, raise_pending_signals};
+  const masks::RefineOptions options{pairs_from(pairs), literal, max_moves, poll_of(progress)};
   const masks::RefineSolution solution = [&] {
     const py::gil_scoped_release release;
     return masks::refine(values, costs, budget, layout, options, out);
@@ -115,6 +97,32 @@ py::dict refine(const Numbers& value, const Numbers& cost, double budget, const 
   result["swaps"] = solution.swaps;
   result["converged"] = solution.converged;
   return result;
+}
+
+masks::Choices choices_of(const Numbers& gain, const Integers& cost) {
+  const auto gains = view(gain, 2);
+  const auto costs = view(cost, 2);
+  if (gain.shape(0) != cost.shape(0) || gain.shape(1) != cost.shape(1))
+    throw std::invalid_argument("gain and cost must have the same shape");
+  return {gains, costs, static_cast<std::size_t>(gain.shape(0)),
+          static_cast<std::size_t>(gain.shape(1))};
+}
+
+Integers allocate(const Numbers& gain, const Integers& cost, std::int64_t budget,
+                  const py::object& progress) {
+  const masks::Choices choices = choices_of(gain, cost);
+  Integers index(gain.shape(0));
+  const auto out = writable(index);
+  const masks::Poll poll = poll_of(progress);
+  {
+    const py::gil_scoped_release release;
+    masks::allocate(choices, budget, poll, out);
+  }
+  return index;
+}
+
+double allocate_bound(const Numbers& gain, const Integers& cost, std::int64_t budget) {
+  return masks::allocate_bound(choices_of(gain, cost), budget).value;
 }
 
 py::dict build_info() {
@@ -140,10 +148,13 @@ PYBIND11_MODULE(_native, m) {
   m.def("solve_two_class", &solve_two_class, "head_value"_a.noconvert(),
         "neuron_value"_a.noconvert(), "head_cost"_a, "neuron_cost"_a, "budget"_a, "literal"_a);
   m.def("solve_knapsack", &solve_knapsack, "value"_a.noconvert(), "cost"_a.noconvert(), "budget"_a,
-        "max_nodes"_a, "seconds"_a);
+        "max_nodes"_a, "seconds"_a, "progress"_a);
   m.def("refine", &refine, "value"_a.noconvert(), "cost"_a.noconvert(), "budget"_a,
         "start"_a.noconvert(), "layers"_a, "heads"_a, "neurons"_a, "pairs"_a, "literal"_a,
-        "max_moves"_a);
+        "max_moves"_a, "progress"_a);
+  m.def("allocate", &allocate, "gain"_a.noconvert(), "cost"_a.noconvert(), "budget"_a,
+        "progress"_a);
+  m.def("allocate_bound", &allocate_bound, "gain"_a.noconvert(), "cost"_a.noconvert(), "budget"_a);
   m.def("build_info", &build_info);
 }
 

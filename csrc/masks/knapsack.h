@@ -3,8 +3,9 @@
 #pragma once
 
 #include <cstdint>
-#include <functional>
 #include <span>
+
+#include "masks/units.h"
 
 namespace floe::masks {
 
@@ -12,8 +13,8 @@ struct KnapsackLimits {
   // States the exact search may examine; 0 stops after the greedy choice and its bound. A count, so
   // that the same input gives the same masks on every machine.
   std::int64_t max_nodes = 20'000'000;
-  double seconds = 0.0;        // wall-clock limit of the exact search; 0 means none
-  std::function<void()> poll;  // called about every 100 ms; may throw to cancel
+  double seconds = 0.0;  // wall-clock limit of the exact search; 0 means none
+  Poll poll;             // told the states examined, about every 100 ms; may throw to cancel
 };
 
 struct KnapsackSolution {

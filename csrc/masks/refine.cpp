@@ -190,7 +190,7 @@ class Refiner {
     Ticker ticker(options_.poll);
     total_up();
     while (solution_.adds + solution_.swaps < options_.max_moves) {
-      ticker.tick();
+      ticker.tick(solution_.adds + solution_.swaps);
       const std::optional<Move> move = best_move();
       if (!move) {
         solution_.converged = true;
@@ -211,13 +211,13 @@ class Refiner {
   void total_up() {
     const Totals totals = totals_of(value_, cost_, mask_);
     totals.write_to(solution_);
-    retained_value_ = totals.value;
-    retained_cost_ = totals.cost;
+    retained_value_ = Sum(totals.value);
+    retained_cost_ = Sum(totals.cost);
   }
 
   void repair() {
     total_up();
-    if (retained_cost_ <= capacity_) return;
+    if (retained_cost_.total() <= capacity_) return;
     std::vector<std::size_t> droppable;
     for (std::size_t i = 0; i < value_.size(); ++i)
       if (mask_[i] && cost_[i] > 0.0) droppable.push_back(i);
@@ -229,9 +229,9 @@ class Refiner {
       return a > b;
     });
     for (const std::size_t i : droppable) {
-      if (retained_cost_ <= capacity_) return;
+      if (retained_cost_.total() <= capacity_) return;
       mask_[i] = false;
-      retained_cost_ -= cost_[i];
+      retained_cost_.add(-cost_[i]);
       ++solution_.repairs;
     }
   }
@@ -279,9 +279,8 @@ class Refiner {
   }
 
   std::optional<Move> best_move() const {
-    const double slack = options_.literal ? 0.0 : static_cast<double>(capacity_ - retained_cost_);
-    const auto least_gain = static_cast<double>(retained_value_ * kTolerance);
-    MoveSearch search(slack, least_gain);
+    const double slack = options_.literal ? 0.0 : capacity_ - retained_cost_.total();
+    MoveSearch search(slack, retained_value_.total() * kTolerance);
     if (!options_.literal)
       for (const CostTree& tree : trees_) search.try_adding(tree);
     for (const auto& [from, to] : pairs_) search.try_swapping(trees_[from], trees_[to]);
@@ -290,9 +289,9 @@ class Refiner {
 
   void flip(std::int64_t unit) {
     const auto i = static_cast<std::size_t>(unit);
-    const long double sign = mask_[i] ? -1.0L : 1.0L;
-    retained_value_ += sign * value_[i];
-    retained_cost_ += sign * cost_[i];
+    const double sign = mask_[i] ? -1.0 : 1.0;
+    retained_value_.add(sign * value_[i]);
+    retained_cost_.add(sign * cost_[i]);
     mask_[i] = !mask_[i];
     trees_[place_[i].tree].flip(place_[i].position);
   }
@@ -318,8 +317,8 @@ class Refiner {
   std::vector<CostTree> trees_;
   std::vector<std::pair<std::size_t, std::size_t>> pairs_;
   RefineSolution solution_;
-  long double retained_value_ = 0.0L;
-  long double retained_cost_ = 0.0L;
+  Sum retained_value_;
+  Sum retained_cost_;
 };
 
 }  // namespace

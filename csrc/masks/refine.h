@@ -2,8 +2,9 @@
 #pragma once
 
 #include <cstdint>
-#include <functional>
 #include <span>
+
+#include "masks/units.h"
 
 namespace floe::masks {
 
@@ -28,7 +29,7 @@ struct RefineOptions {
   // masked value falls and the masked cost does not rise.
   bool literal = false;
   std::int64_t max_moves = 1'000'000;
-  std::function<void()> poll;  // called about every 100 ms; may throw to cancel
+  Poll poll;  // told the moves made, about every 100 ms; may throw to cancel
 };
 
 struct RefineSolution {

@@ -5,6 +5,8 @@
 #include <cstdint>
 #include <span>
 
+#include "masks/units.h"
+
 namespace floe::masks {
 
 enum class Reading {
@@ -29,6 +31,7 @@ struct TwoClassSolution {
 TwoClassSolution solve_two_class(std::span<const double> head_value,
                                  std::span<const double> neuron_value, double head_cost,
                                  double neuron_cost, double budget, Reading reading,
-                                 std::span<bool> head_mask, std::span<bool> neuron_mask);
+                                 const Poll& poll, std::span<bool> head_mask,
+                                 std::span<bool> neuron_mask);
 
 }  // namespace floe::masks

@@ -1,4 +1,4 @@
-// What the three mask solvers share: checks of their inputs, the budget's tolerance, and a stable
+// What the mask solvers share: checks of their inputs, the budget's tolerance, and a stable
 // radix sort of non-negative doubles. A unit is a head or a neuron; value is its Fisher score (what
 // is lost when it is masked), cost its Taylor score (what retaining it takes from the budget).
 #pragma once
@@ -19,6 +19,8 @@
 #include <string_view>
 #include <utility>
 #include <vector>
+
+#include "masks/units_sum.h"
 
 namespace floe::masks {
 
@@ -64,52 +66,50 @@ inline constexpr double kTolerance = 1e-12;
 inline double capacity_of(double budget) { return budget * (1.0 + kTolerance); }
 
 struct Totals {
-  long double value = 0.0L;  // of the retained units
-  long double cost = 0.0L;
-  long double masked_value = 0.0L;
-  long double masked_cost = 0.0L;
+  double value = 0.0;  // of the retained units
+  double cost = 0.0;
+  double masked_value = 0.0;
+  double masked_cost = 0.0;
 
   // Into the four fields of the same names that every solution has.
   template <typename Solution>
   void write_to(Solution& solution) const {
-    solution.value = static_cast<double>(value);
-    solution.cost = static_cast<double>(cost);
-    solution.masked_value = static_cast<double>(masked_value);
-    solution.masked_cost = static_cast<double>(masked_cost);
+    solution.value = value;
+    solution.cost = cost;
+    solution.masked_value = masked_value;
+    solution.masked_cost = masked_cost;
   }
 };
 
-// Summed in order of index, in extended precision. Adds zeros rather than branch on the mask, which
-// no predictor can guess.
+// Indexes two sums by the mask rather than branch on it: no predictor can guess it.
 inline Totals totals_of(std::span<const double> value, std::span<const double> cost,
                         std::span<const bool> mask) {
-  Totals totals;
-  for (std::size_t i = 0; i < value.size(); ++i) {
-    const double kept = mask[i] ? 1.0 : 0.0;
-    totals.value += kept * value[i];
-    totals.cost += kept * cost[i];
-    totals.masked_value += (1.0 - kept) * value[i];
-    totals.masked_cost += (1.0 - kept) * cost[i];
-  }
-  return totals;
+  std::array<Sums<2>, 2> sums;
+  for (std::size_t i = 0; i < value.size(); ++i) sums[mask[i] ? 1 : 0].add({value[i], cost[i]});
+  return {sums[1].total(0), sums[1].total(1), sums[0].total(0), sums[0].total(1)};
 }
 
-// Calls `poll` about every 100 ms; a poll that throws ends the solver.
+// Told how much is done (search states, moves, layers); may throw to end the solver.
+using Poll = std::function<void(std::int64_t done)>;
+
+// Calls `poll` about every 100 ms.
 class Ticker {
  public:
-  explicit Ticker(std::function<void()> poll) : poll_(std::move(poll)), last_(Clock::now()) {}
+  explicit Ticker(Poll poll) : poll_(std::move(poll)), last_(Clock::now()) {}
+  explicit Ticker(std::function<void()> poll)
+      : Ticker(poll ? Poll([call = std::move(poll)](std::int64_t) { call(); }) : Poll()) {}
 
-  void tick() {
+  void tick(std::int64_t done = 0) {
     if (!poll_) return;
     const auto now = Clock::now();
     if (now - last_ < std::chrono::milliseconds(100)) return;
     last_ = now;
-    poll_();
+    poll_(done);
   }
 
  private:
   using Clock = std::chrono::steady_clock;
-  std::function<void()> poll_;
+  Poll poll_;
   Clock::time_point last_;
 };
 
@@ -126,7 +126,7 @@ inline void check_count(std::size_t count) {
 // Sorts ascending by the bits from `first_bit` up; items that agree there keep their order. Least
 // significant digit first; a digit on which all items agree is skipped. 9 bits a digit: 512 write
 // streams still fit the first-level cache and TLB. O(n).
-inline void radix_sort(std::vector<std::uint64_t>& items, std::size_t first_bit) {
+inline void radix_sort(std::span<std::uint64_t> items, std::size_t first_bit) {
   constexpr std::size_t kBits = 9;
   constexpr std::size_t kBuckets = std::size_t{1} << kBits;
   constexpr std::size_t kSmall = 4096;  // below this the histograms cost more than comparing
@@ -139,16 +139,19 @@ inline void radix_sort(std::vector<std::uint64_t>& items, std::size_t first_bit)
   for (const std::uint64_t item : items)
     for (std::size_t digit = 0; digit < digits; ++digit)
       ++counts[digit][(item >> (first_bit + kBits * digit)) & (kBuckets - 1)];
-  std::vector<std::uint64_t> other(items.size());
+  std::vector<std::uint64_t> scratch(items.size());
+  std::span<std::uint64_t> from = items;
+  std::span<std::uint64_t> to = scratch;
   for (std::size_t digit = 0; digit < digits; ++digit) {
     auto& count = counts[digit];
     const std::size_t shift = first_bit + kBits * digit;
-    if (count[(items.front() >> shift) & (kBuckets - 1)] == items.size()) continue;
+    if (count[(from.front() >> shift) & (kBuckets - 1)] == from.size()) continue;
     std::uint32_t start = 0;
     for (std::uint32_t& slot : count) slot = std::exchange(start, start + slot);
-    for (const std::uint64_t item : items) other[count[(item >> shift) & (kBuckets - 1)]++] = item;
-    items.swap(other);
+    for (const std::uint64_t item : from) to[count[(item >> shift) & (kBuckets - 1)]++] = item;
+    std::swap(from, to);
   }
+  if (from.data() != items.data()) std::ranges::copy(from, items.begin());
 }
 
 }  // namespace floe::masks

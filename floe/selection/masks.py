@@ -5,6 +5,7 @@ L layers of H heads and I neurons; a unit is one of either, True means retained.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -115,6 +116,7 @@ def refine_masks(
     pairs: Pairs = "same_layer_cross",
     literal: bool = False,
     max_moves: int = 1_000_000,
+    progress: Callable[[int], object] | None = None,
 ) -> Refinement:
     """Improve masks by single moves under unit costs, the best move first (Algorithm 2).
 
@@ -132,6 +134,7 @@ def refine_masks(
         literal: Algorithm 2 as printed: a masked unit is retained for a retained one of less value
             and no more cost. It never spends what is left of a budget.
         max_moves: where to stop at the latest; see ``converged``.
+        progress: told the moves made so far about every 100 ms; what it raises ends the call.
 
     Raises:
         ValueError: shapes that differ, a negative or non-finite number, an unknown ``pairs``.
@@ -155,6 +158,7 @@ def refine_masks(
         pairs,
         literal,
         count("max_moves", max_moves),
+        progress,
     )
     kept_heads, kept_neurons = units.split(found["mask"])
     return Refinement(

@@ -6,7 +6,7 @@ cost is its Taylor score, what retaining it takes from the budget. True always m
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any
@@ -66,6 +66,7 @@ def solve_mask(
     *,
     max_nodes: int = DEFAULT_NODES,
     time_limit: float | None = None,
+    progress: Callable[[int], object] | None = None,
 ) -> MaskSolution:
     """Retain the most value at a total cost of at most ``budget``.
 
@@ -81,6 +82,7 @@ def solve_mask(
         budget: >= 0, in the unit of ``cost``; infinity means no limit.
         max_nodes: states the search may examine; 0 returns the greedy choice with its bound.
         time_limit: seconds for the search.
+        progress: told the states examined so far about every 100 ms; what it raises ends the call.
 
     Raises:
         ValueError: a negative or non-finite number (names the first unit), lengths that differ.
@@ -93,7 +95,12 @@ def solve_mask(
         if not seconds > 0:
             raise ValueError(f"time_limit must be > 0 seconds, got {time_limit}")
     found = _native.solve_knapsack(
-        numbers("value", value), numbers("cost", cost), number("budget", budget), nodes, seconds
+        numbers("value", value),
+        numbers("cost", cost),
+        number("budget", budget),
+        nodes,
+        seconds,
+        progress,
     )
     return MaskSolution(
         mask=found["mask"],
