@@ -12,6 +12,7 @@
 #include "masks/knapsack.h"
 #include "masks/refine.h"
 #include "masks/two_class.h"
+#include "native_choice.h"
 
 namespace py = pybind11;
 using namespace pybind11::literals;
@@ -144,6 +145,7 @@ PYBIND11_MODULE(_native, m) {
   m.def("refine", &refine, "value"_a.noconvert(), "cost"_a.noconvert(), "budget"_a,
         "start"_a.noconvert(), "layers"_a, "heads"_a, "neurons"_a, "pairs"_a, "literal"_a,
         "max_moves"_a);
+  bind_choice(m);
   m.def("build_info", &build_info);
 }
 
