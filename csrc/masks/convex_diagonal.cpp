@@ -83,12 +83,12 @@ void sweep(std::vector<double>& inverse, std::vector<double>& diagonal,
 std::vector<double> convex_diagonal(std::span<const double> matrix,
                                     std::span<const double> weight) {
   constexpr int kSweeps = 4;
-  constexpr int kLevels = 14;
+  constexpr int kLevels = 26;  // down to 1e-12 of the start, or as far as rounding lets it
   constexpr double kFall = 0.35;
   const std::size_t n = weight.size();
   double scale = 0.0;
   for (const double entry : matrix) scale = std::max(scale, std::abs(entry));
-  if (scale == 0.0) scale = 1.0;
+  if (scale == 0.0) return std::vector<double>(n, 0.0);
   std::vector<double> best = dominated(matrix, n, 1e-9 * scale);
   std::vector<double> diagonal = best;
   double mu = scale * *std::ranges::max_element(weight);

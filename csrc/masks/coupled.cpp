@@ -12,6 +12,7 @@
 namespace floe::masks {
 namespace {
 
+constexpr double kProof = 1e-10;  // of the summed terms: what counts as equal
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 
 using Numbers = std::vector<double>;
@@ -298,7 +299,7 @@ class Search {
     if (loss >= least_) return;
     least_ = loss;
     best_ = closed;
-    tolerance_ = kTolerance * loss_.mass(closed);
+    tolerance_ = kProof * loss_.mass(closed);
   }
 
   void start() {

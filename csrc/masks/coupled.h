@@ -17,7 +17,7 @@ struct CoupledLimits {
 struct CoupledSolution {
   double loss = 0.0;         // of the closed layers
   double lower_bound = 0.0;  // no choice of as many layers loses less
-  bool optimal = false;      // proven, to a relative 1e-12 of the summed terms
+  bool optimal = false;      // proven, to a relative 1e-10 of the summed terms
   std::int64_t nodes = 0;
 };
 
