@@ -120,12 +120,12 @@ def rearrange_layers(
     Raises:
         ValueError: as rearrange.
     """
-    out = tuple(np.array(mask, dtype=np.bool_) for mask in masks)
+    heads, neurons = (np.array(mask, dtype=np.bool_) for mask in masks)
     before = after = 0.0
     swaps = 0
-    for layer in range(len(out[0])):
-        for gradient, cost, mask in zip(gradients, costs, out, strict=True):
+    for layer in range(len(heads)):
+        for gradient, cost, mask in zip(gradients, costs, (heads, neurons), strict=True):
             done = rearrange(gradient[:, layer], cost[layer], mask[layer], slack=slack, rows=rows)
             mask[layer], slack = done.mask, max(0.0, done.slack)
             before, after, swaps = before + done.loss_before, after + done.loss, swaps + done.swaps
-    return BlockRefinement(*out, before, after, swaps)
+    return BlockRefinement(heads, neurons, before, after, swaps)

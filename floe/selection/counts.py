@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from numbers import Integral
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -44,7 +43,7 @@ def layer_memory(
         ValueError: a negative number, or lengths that differ. TypeError: no integers.
     """
     sizes = [count("parameters", size) for size in parameters]
-    saved = [saved_bytes] * len(sizes) if isinstance(saved_bytes, Integral) else list(saved_bytes)
+    saved = list(saved_bytes) if isinstance(saved_bytes, Sequence) else [saved_bytes] * len(sizes)
     if len(saved) != len(sizes):
         raise ValueError(f"saved_bytes must have {len(sizes)} layers, got {len(saved)}")
     each, rows = count("parameter_bytes", parameter_bytes), count("tokens", tokens)
@@ -59,9 +58,9 @@ def saved_bytes_per_token(
 ) -> int:
     """What the adapters of one layer keep of a token for the backward pass.
 
-    The input x [K] in the activation dtype, once for adapted projections that share it, and for
-    each projection x A^T [r] and the gates [M] as float32. An upper bound where the frozen layer
-    would have kept x anyway.
+    The input x [K], once for adapted projections that share it, and for each projection the
+    products of gates and x A^T [M r], all in the activation dtype, and x A^T [r] and the gates [M]
+    in float32. An upper bound where the frozen layer would have kept x anyway.
 
     Args:
         inputs: in features K of the adapted projections, one entry for each; equal neighbours are
@@ -74,8 +73,9 @@ def saved_bytes_per_token(
     """
     sizes = [count("inputs", size) for size in inputs]
     own = [size for i, size in enumerate(sizes) if i == 0 or sizes[i - 1] != size]
-    kept = count("rank", rank) + count("num_experts", num_experts)
-    return sum(own) * count("element_bytes", element_bytes) + len(sizes) * kept * 4
+    element = count("element_bytes", element_bytes)
+    r, experts = count("rank", rank), count("num_experts", num_experts)
+    return sum(own) * element + len(sizes) * (r * experts * element + (r + experts) * 4)
 
 
 @dataclass(frozen=True, eq=False)

@@ -96,7 +96,8 @@ def keep_layers(
 def closing_loss(matrix: Floats, closed: ArrayLike, linear: Floats | None = None) -> float:
     """1/2 z^T F z - b^T z of closed layers, given as indices or as [L] booleans."""
     z = np.zeros(len(matrix))
-    z[np.asarray(closed)] = 1
+    chosen = np.asarray(closed)
+    z[chosen if chosen.size else slice(0)] = 1
     return float(z @ matrix @ z / 2 - (0 if linear is None else linear @ z))
 
 
