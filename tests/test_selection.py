@@ -102,7 +102,7 @@ def test_layers_by_memory_budget(scores):
     assert select(scores, layers={"memory": 999}).layers == (1,)
     given = select(scores, layers={"memory": 5}, layer_memory=[1, 2, 3, 4, 5, 6])
     assert given.layers == (1,)
-    with pytest.raises(ValueError, match="must fit at least one layer, got 5; layer . takes"):
+    with pytest.raises(ValueError, match=r"must fit at least one layer, got 5; layer . takes"):
         select(scores, layers={"memory": 5})
     with pytest.raises(ValueError, match="needs the bytes of training memory of each layer"):
         select(dataclasses.replace(scores, meta={}), layers={"memory": 5})
