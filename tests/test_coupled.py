@@ -239,7 +239,9 @@ def test_the_diagonal_policy_is_each_gate_alone():
 @pytest.mark.parametrize("policy", [gate_fisher, gate_fisher_diagonal])
 def test_policies_say_what_to_measure(policy):
     bare = SimpleNamespace(scores=SimpleNamespace(), count=2, total=4)
-    with pytest.raises(ValueError, match=r"needs scores.gate_gradient, got None; measure it"):
+    with pytest.raises(
+        ValueError, match=r"needs scores.gate_gradient, got None; floe.score measures it"
+    ):
         policy(bare)
     with pytest.raises(ValueError, match=r"gate_gradient must be \[S, 4, P\] with S > 0"):
         policy(SimpleNamespace(

@@ -9,10 +9,10 @@
 #include <stdexcept>
 #include <string>
 
+#include "bindings/native_choice.h"
 #include "masks/knapsack.h"
 #include "masks/refine.h"
 #include "masks/two_class.h"
-#include "native_choice.h"
 
 namespace py = pybind11;
 using namespace pybind11::literals;

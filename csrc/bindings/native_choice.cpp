@@ -1,4 +1,4 @@
-#include "native_choice.h"
+#include "bindings/native_choice.h"
 
 #include <pybind11/numpy.h>
 

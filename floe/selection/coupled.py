@@ -156,7 +156,7 @@ def _gate_gradient(situation: Situation, policy: str) -> Floats:
     if found is None:
         raise ValueError(
             f"policy {policy!r} needs scores.gate_gradient, got None; "
-            "measure it with floe.score(..., keep_samples=True)"
+            "floe.score measures it with the adapters' Fisher information: score the model again"
         )
     if len(found) == 0 or np.shape(found)[1] != situation.total:
         raise ValueError(
