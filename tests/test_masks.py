@@ -23,6 +23,8 @@ def scores_of(layers=4, heads=3, neurons=20, seed=0):
         return rng.lognormal(0, 1, (layers, units))
 
     return SimpleNamespace(
+        head_gradient=rng.normal(size=(6, layers, heads)).astype(np.float32),
+        neuron_gradient=rng.normal(size=(6, layers, neurons)).astype(np.float32),
         head_fisher=draw(heads),
         neuron_fisher=draw(neurons),
         head_taylor=4 * draw(heads),

@@ -99,6 +99,7 @@ def test_choose_layers():
     assert choose_layers(ranking, {"params": 59}, costs) == (3,)  # layer 2 is not skipped to
     assert choose_layers(ranking, {"params": 60}, costs) == (1, 3)
     assert choose_layers(ranking, {"params": 10**9}, costs) == (0, 1, 2, 3)
+    assert choose_layers(ranking, {"memory": 60}, costs) == (1, 3)
 
 
 def test_choose_layers_errors():
@@ -108,10 +109,14 @@ def test_choose_layers_errors():
         choose_layers([1, 0], {"params": 39})
     with pytest.raises(ValueError, match="parameters must be 2 numbers >= 0"):
         choose_layers([1, 0], {"params": 39}, [1])
-    with pytest.raises(ValueError, match="the one key 'params', got"):
+    with pytest.raises(ValueError, match=r"one key of \['memory', 'params'\], got \['budget'\]"):
         choose_layers([1, 0], {"budget": 39}, [1, 1])
     with pytest.raises(ValueError, match=r"layers\['params'\] must be >= 1, got 0"):
         choose_layers([1, 0], {"params": 0}, [1, 1])
+    with pytest.raises(ValueError, match=r"one key of .* got \['memory', 'params'\]"):
+        choose_layers([1, 0], {"params": 1, "memory": 1}, [1, 1])
+    with pytest.raises(ValueError, match="needs the bytes of training memory of each layer"):
+        choose_layers([1, 0], {"memory": 39})
     with pytest.raises(TypeError, match=r"layers\['params'\] must be an integer, got float"):
         choose_layers([1, 0], {"params": 1.5}, [1, 1])
     for bad in ([0, 0], [1, 2], []):

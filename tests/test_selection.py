@@ -9,6 +9,7 @@ import pytest
 import floe.selection
 from floe.errors import FileError
 from floe.importance.scores import Scores
+from floe.selection.budget_path import BUDGET_PATH, path_score
 from floe.selection.masks import determine
 from floe.selection.presets import PRESETS, Preset
 from floe.selection.ranking import layer_score, rank_layers, spearman
@@ -26,7 +27,12 @@ def scores():
         head_taylor=rng.lognormal(1, 1, (LAYERS, 4)),
         neuron_taylor=rng.lognormal(0, 1, (LAYERS, 40)),
         adapter_fisher=np.array([1.0, 6, 3, 5, 2, 4]),
-        meta={"adapter_parameters": [10, 20, 30, 40, 50, 60]},
+        meta={
+            "adapter_parameters": [10, 20, 30, 40, 50, 60],
+            "adapter_memory": [700, 600, 500, 400, 300, 200],
+        },
+        head_gradient=rng.normal(size=(5, LAYERS, 4)).astype(np.float32),
+        neuron_gradient=rng.normal(size=(5, LAYERS, 40)).astype(np.float32),
     )
 
 
@@ -89,6 +95,54 @@ def test_layers_by_parameter_budget(scores):
     bare = dataclasses.replace(scores, meta={})
     with pytest.raises(ValueError, match="needs the adapter parameters of each layer"):
         select(bare, layers={"params": 60})
+
+
+def test_layers_by_memory_budget(scores):
+    assert select(scores, layers={"memory": 1000}).layers == (1, 3)
+    assert select(scores, layers={"memory": 999}).layers == (1,)
+    given = select(scores, layers={"memory": 5}, layer_memory=[1, 2, 3, 4, 5, 6])
+    assert given.layers == (1,)
+    with pytest.raises(ValueError, match=r"must fit at least one layer, got 5; layer . takes"):
+        select(scores, layers={"memory": 5})
+    with pytest.raises(ValueError, match="needs the bytes of training memory of each layer"):
+        select(dataclasses.replace(scores, meta={}), layers={"memory": 5})
+
+
+def test_the_bottom_of_any_ranking(scores):
+    found = select(scores, layers=2, pick="bottom")
+    assert (found.layers, found.ranking, found.pick) == ((0, 4), (0, 4, 2, 5, 3, 1), "bottom")
+    assert found.layer_scores.tolist() == scores.adapter_fisher.tolist()
+    assert found.paper.layers == select(scores, layers=2).paper.layers
+    top = select(scores, layers=4, policy="masks")
+    rest = select(scores, layers=2, policy="masks", pick="bottom")
+    assert set(top.layers) | set(rest.layers) == set(range(LAYERS))
+    assert select(scores, policy="first", layers=2, pick="bottom").layers == (4, 5)
+    assert select(scores, layers={"params": 60}, pick="bottom").layers == (0, 4)
+    assert select(scores, layers=2, policy="all", pick="bottom").layers == tuple(range(LAYERS))
+    with pytest.raises(ValueError, match=r"pick must be one of .* got 'left'"):
+        select(scores, layers=2, pick="left")
+
+
+def test_equal_scores_go_to_the_lower_index_from_either_end(scores):
+    tied = dataclasses.replace(scores, adapter_fisher=np.array([2.0, 1, 2, 1, 2, 1]))
+    assert select(tied, layers=2).layers == (0, 2)
+    assert select(tied, layers=2, pick="bottom").layers == (1, 3)
+
+
+@pytest.mark.parametrize("preset", sorted(PRESETS))
+def test_score_over_a_path_of_budgets(scores, preset, tmp_path):
+    found = select(scores, preset=preset, policy="masks", score="path", layers=2)
+    expected = path_score(scores, preset)
+    assert found.layer_scores.tolist() == expected.scores.tolist()
+    assert found.paper.layer_scores.tolist() == expected.scores.tolist()
+    assert found.budget_path == BUDGET_PATH
+    other = select(scores, preset=preset, policy="masks", score="path", layers=2, budget=0.9)
+    assert other.ranking == found.ranking  # the single budget decides the masks alone
+    short = select(scores, preset=preset, score="path", layers=2, budget_path=[0.8, 0.2])
+    assert short.budget_path == (0.2, 0.8)
+    short.save(tmp_path)
+    assert Selection.load(tmp_path).budget_path == (0.2, 0.8)
+    assert select(scores, preset=preset, layers=2).budget_path == ()
 
 
 def test_random_follows_the_seed(scores):
@@ -182,7 +236,9 @@ def change(path, **values):
         (lambda p: p.unlink(), "selection.json: no such file"),
         (lambda p: p.write_text(p.read_text()[:100]), "not valid json"),
         (lambda p: p.write_text("[]"), "must hold one object, got list"),
-        (lambda p: change(p, format=2), "format must be 1, got 2"),
+        (lambda p: change(p, format=1), "format must be 2, got 1; select again"),
+        (lambda p: change(p, pick="left"), "pick must be one of .* got 'left'"),
+        (lambda p: change(p, budget_path=["x"]), "not a selection"),
         (lambda p: change(p, extra=1), r"unknown \['extra'\]"),
         (lambda p: change(p, paper={}), "'paper' must hold the keys"),
         (lambda p: change(p, layers=[1, 6]), "layers must be ascending indices below 6"),

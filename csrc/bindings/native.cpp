@@ -7,6 +7,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "bindings/native_choice.h"
 #include "masks/allocate.h"
 #include "masks/knapsack.h"
 #include "masks/refine.h"
@@ -155,6 +156,7 @@ PYBIND11_MODULE(_native, m) {
   m.def("allocate", &allocate, "gain"_a.noconvert(), "cost"_a.noconvert(), "budget"_a,
         "progress"_a);
   m.def("allocate_bound", &allocate_bound, "gain"_a.noconvert(), "cost"_a.noconvert(), "budget"_a);
+  bind_choice(m);
   m.def("build_info", &build_info);
 }
 

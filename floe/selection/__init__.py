@@ -1,5 +1,8 @@
 """Which layers get adapters: masks, layer scores, policies. Only ``tuning`` needs torch."""
 
+from floe.selection.budget_path import path_score
+from floe.selection.counts import choose_count, layer_memory
+from floe.selection.coupled import keep_layers
 from floe.selection.masks import (
     MaskSolution,
     determine,
@@ -8,6 +11,7 @@ from floe.selection.masks import (
     solve_two_class,
     solve_two_class_literal,
 )
+from floe.selection.modules import choose_modules
 from floe.selection.policies import POLICIES
 from floe.selection.presets import PRESETS, Preset
 from floe.selection.ranking import choose_layers, layer_score, rank_layers, spearman
@@ -19,9 +23,14 @@ __all__ = [
     "MaskSolution",
     "Preset",
     "Selection",
+    "choose_count",
     "choose_layers",
+    "choose_modules",
     "determine",
+    "keep_layers",
+    "layer_memory",
     "layer_score",
+    "path_score",
     "rank_layers",
     "refine_masks",
     "select",

@@ -1,4 +1,7 @@
-"""selection.json and masks.npz: a Selection written whole or not at all, and read strictly."""
+"""What a selection is, and its files: selection.json and masks.npz.
+
+Written whole or not at all, and read strictly.
+"""
 
 from __future__ import annotations
 
@@ -7,36 +10,134 @@ import io
 import json
 import os
 import zipfile
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from floe.atomic import write_bytes
 from floe.errors import FileError
+from floe.selection.solvers import Floats
 
-if TYPE_CHECKING:
-    from floe.selection.selection import Selection
-
-FORMAT = 1
+FORMAT = 2  # 2: pick and budget_path
+PICKS = ("top", "bottom")
 _PLAIN = (
     "policy",
     "preset",
     "budget",
     "score",
     "seed",
+    "pick",
     "certificate",
     "moves",
     "tuned",
     "tuning",
     "agreement",
 )
-_KEYS = {*_PLAIN, "format", "layers", "layer_scores", "ranking", "masks", "paper", "versions"}
+_KEYS = {
+    *_PLAIN,
+    "format",
+    "budget_path",
+    "layers",
+    "layer_scores",
+    "ranking",
+    "masks",
+    "paper",
+    "versions",
+}
 _FRACTIONS = ("masked_head_fraction", "masked_neuron_fraction")
 _PAPER = {"preset", "layers", "layer_scores", "ranking", *_FRACTIONS}
 
 
-def save(selection: Selection, path: str | os.PathLike[str]) -> None:
+class Masks(NamedTuple):
+    """[L, H] and [L, I] float64: 0 = masked, 1 = retained, real-valued after tuning."""
+
+    head_mask: Floats
+    neuron_mask: Floats
+
+
+@dataclass(frozen=True, eq=False)
+class PaperSelection:
+    """What the "masks" policy chooses, whatever policy decided.
+
+    layers, layer_scores [L] and ranking as in :class:`Selection`; the masked fractions are shares
+    of m == 0 per layer, [L].
+    """
+
+    preset: str
+    layers: tuple[int, ...]
+    layer_scores: Floats
+    ranking: tuple[int, ...]
+    masked_head_fraction: Floats
+    masked_neuron_fraction: Floats
+
+
+@dataclass(frozen=True, eq=False)
+class Selection:
+    """The chosen layers and how they were chosen. Layers are 0-based indices.
+
+    Attributes:
+        policy, preset, budget, score, seed: the options; budget is a fraction of the Taylor mass.
+        pick: "top" if layers of high score were chosen, "bottom" if those of low score.
+        budget_path: the budgets that score "path" averages over, ascending; empty otherwise.
+        layers: chosen, ascending.
+        layer_scores: [L] float64, higher = more important; their scale is the policy's.
+        ranking: all layers, the first to choose in front: the most important, or with pick "bottom"
+            the least.
+        masks: the paper's masks under ``preset``.
+        certificate: of the masks before tuning: value, cost, budget, upper_bound, gap, optimal.
+        moves: repairs, adds and swaps of the refinement.
+        tuned: whether the masks went through the tuning stage.
+        tuning: one record per tuned component: layer, component, accepted, residual_before,
+            residual_after.
+        paper: the "masks" policy's own choice from the same masks, always from the top.
+        agreement: spearman of the two score vectors (None if one is constant), overlap of the two
+            choices and expected_overlap of two random choices of these sizes.
+        versions: of what computed this.
+    """
+
+    policy: str
+    preset: str
+    budget: float
+    score: str
+    seed: int
+    pick: str
+    budget_path: tuple[float, ...]
+    layers: tuple[int, ...]
+    layer_scores: Floats
+    ranking: tuple[int, ...]
+    masks: Masks
+    certificate: dict[str, Any]
+    moves: dict[str, int]
+    tuned: bool
+    tuning: list[dict[str, Any]]
+    paper: PaperSelection
+    agreement: dict[str, float | int | None]
+    versions: dict[str, str]
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write selection.json and masks.npz beside it; equal selections give equal bytes.
+
+        Args:
+            path: a folder that exists, or a file in one whose name ends in .json.
+
+        Raises:
+            FileError: it cannot be written.
+        """
+        _save(self, path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Selection:
+        """Read what :meth:`save` wrote to the same path.
+
+        Raises:
+            FileError: a file is missing, damaged, or of another format.
+        """
+        return _load(path)
+
+
+def _save(selection: Selection, path: str | os.PathLike[str]) -> None:
     """Write the two files; the json holds the masks' digest, so that no two selections mix."""
     target, masks_path = _places(path)
     buffer = io.BytesIO()
@@ -49,7 +150,7 @@ def save(selection: Selection, path: str | os.PathLike[str]) -> None:
     _write(target, text.encode())
 
 
-def load(path: str | os.PathLike[str]) -> Selection:
+def _load(path: str | os.PathLike[str]) -> Selection:
     """Read the two files back."""
     target, masks_path = _places(path)
     try:
@@ -79,6 +180,7 @@ def _document(selection: Selection) -> dict[str, Any]:
     document = {key: getattr(selection, key) for key in (*_PLAIN, "versions")}
     return document | {
         "format": FORMAT,
+        "budget_path": list(selection.budget_path),
         "layers": list(selection.layers),
         "layer_scores": selection.layer_scores.tolist(),
         "ranking": list(selection.ranking),
@@ -112,8 +214,6 @@ def _check_keys(path: Path, document: Any) -> None:
 
 
 def _selection(document: dict[str, Any], masks: bytes) -> Selection:
-    from floe.selection.selection import Masks, PaperSelection, Selection
-
     with np.load(io.BytesIO(masks), allow_pickle=False) as file:
         head_mask, neuron_mask = file["head_mask"], file["neuron_mask"]
     total = len(head_mask)
@@ -123,8 +223,11 @@ def _selection(document: dict[str, Any], masks: bytes) -> Selection:
             raise ValueError(
                 f"{name} must be [{total}, units] float64, got {mask.shape} {mask.dtype}"
             )
+    if document["pick"] not in PICKS:
+        raise ValueError(f"pick must be one of {PICKS}, got {document['pick']!r}")
     return Selection(
         **{key: document[key] for key in (*_PLAIN, "versions")},
+        budget_path=tuple(float(budget) for budget in document["budget_path"]),
         layers=_layers(document, total),
         layer_scores=_floats(document, "layer_scores", total),
         ranking=_ranking(document, total),

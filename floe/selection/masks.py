@@ -5,26 +5,23 @@ L layers of H heads and I neurons; a unit is one of either, True means retained.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import ArrayLike
 
-from floe import _native
-from floe.selection.presets import Pairs, Preset, preset_of
+from floe.selection.block import Gradients, rearrange_layers
+from floe.selection.presets import Preset, preset_of
+from floe.selection.refinement import Refinement, Units, refine_masks
 from floe.selection.solvers import (
     Flags,
     Floats,
     MaskSolution,
-    count,
     number,
-    numbers,
     solve_mask,
     solve_two_class,
     solve_two_class_literal,
-    totals,
 )
 
 if TYPE_CHECKING:
@@ -46,139 +43,15 @@ __all__ = [
 
 
 @dataclass(frozen=True, eq=False)
-class Refinement:
-    """Refined masks [L, H] and [L, I] (True = retained), their totals, and the moves made."""
-
-    head_mask: Flags
-    neuron_mask: Flags
-    value: float
-    cost: float
-    masked_value: float
-    masked_cost: float
-    repairs: int
-    adds: int
-    swaps: int
-    converged: bool
-
-
-@dataclass(frozen=True, eq=False)
-class Units:
-    """Value and cost of every head [L, H] and neuron [L, I]: finite float64 >= 0."""
-
-    head_value: Floats
-    neuron_value: Floats
-    head_cost: Floats
-    neuron_cost: Floats
-
-    def __post_init__(self) -> None:
-        for name in ("head_value", "neuron_value", "head_cost", "neuron_cost"):
-            object.__setattr__(self, name, numbers(name, getattr(self, name), dimensions=2))
-        heads, neurons = self.head_value.shape, self.neuron_value.shape
-        if (self.head_cost.shape, self.neuron_cost.shape) != (heads, neurons) or heads[
-            0
-        ] != neurons[0]:
-            raise ValueError(
-                "values and costs must be [L, H] for heads and [L, I] for neurons, got "
-                f"{heads} and {self.head_cost.shape}, {neurons} and {self.neuron_cost.shape}"
-            )
-
-    @property
-    def value(self) -> Floats:
-        """Values of all heads, layer by layer, then of all neurons."""
-        return np.concatenate([self.head_value.ravel(), self.neuron_value.ravel()])
-
-    @property
-    def cost(self) -> Floats:
-        """Costs in the same order."""
-        return np.concatenate([self.head_cost.ravel(), self.neuron_cost.ravel()])
-
-    def layer(self, index: int) -> Units:
-        """The units of one layer, with L = 1."""
-        one = slice(index, index + 1)
-        return Units(
-            self.head_value[one], self.neuron_value[one], self.head_cost[one], self.neuron_cost[one]
-        )
-
-    def split(self, mask: Flags) -> tuple[Flags, Flags]:
-        """A mask of all units as [L, H] and [L, I]."""
-        heads = self.head_value.size
-        return mask[:heads].reshape(self.head_value.shape), mask[heads:].reshape(
-            self.neuron_value.shape
-        )
-
-
-def refine_masks(
-    units: Units,
-    budget: float,
-    head_mask: ArrayLike,
-    neuron_mask: ArrayLike,
-    *,
-    pairs: Pairs = "same_layer_cross",
-    literal: bool = False,
-    max_moves: int = 1_000_000,
-    progress: Callable[[int], object] | None = None,
-) -> Refinement:
-    """Improve masks by single moves under unit costs, the best move first (Algorithm 2).
-
-    First units of least value / cost are masked while the cost exceeds the budget. Then the move
-    that gains most is made until none gains more than 1e-12 of the value: retain a masked unit
-    that fits, or let it take the place of a retained one. Ties: more budget freed, then the lower
-    retained, then the lower masked index (heads of all layers come before neurons). Never ends
-    below the repaired start, and never above the budget.
-
-    Args:
-        units: values and costs, L layers.
-        budget: >= 0; infinity means no limit. Not used if ``literal``.
-        head_mask: [L, H], neuron_mask: [L, I]; nonzero = retained. Not changed.
-        pairs: what may swap: a head and a neuron of one layer (Eq. 14), any two of one layer, any.
-        literal: Algorithm 2 as printed: a masked unit is retained for a retained one of less value
-            and no more cost. It never spends what is left of a budget.
-        max_moves: where to stop at the latest; see ``converged``.
-        progress: told the moves made so far about every 100 ms; what it raises ends the call.
-
-    Raises:
-        ValueError: shapes that differ, a negative or non-finite number, an unknown ``pairs``.
-        TypeError: no real numbers.
-    """
-    start = np.concatenate(
-        [
-            _retained("head_mask", head_mask, units.head_value.shape),
-            _retained("neuron_mask", neuron_mask, units.neuron_value.shape),
-        ]
-    )
-    layers, heads = units.head_value.shape
-    found = _native.refine(
-        units.value,
-        units.cost,
-        number("budget", budget),
-        start,
-        layers,
-        heads,
-        units.neuron_value.shape[1],
-        pairs,
-        literal,
-        count("max_moves", max_moves),
-        progress,
-    )
-    kept_heads, kept_neurons = units.split(found["mask"])
-    return Refinement(
-        kept_heads,
-        kept_neurons,
-        **totals(found),
-        repairs=found["repairs"],
-        adds=found["adds"],
-        swaps=found["swaps"],
-        converged=found["converged"],
-    )
-
-
-@dataclass(frozen=True, eq=False)
 class Determination:
     """Binary masks of a model, [L, H] and [L, I] (True = retained), with their certificate.
 
     certificate holds value, cost, budget, upper_bound, gap and optimal, summed over the layers if
     each had a budget of its own; ``cost`` is what the budget limits, so for the printed algorithms
-    the cost of the masked units. moves counts the repairs, adds and swaps of the refinement.
+    the cost of the masked units. Block refinement adds block_loss_before and block_loss (|| sum of
+    the masked units' gradients ||^2, summed over layers and components), masked (how many units)
+    and masked_before_too (how many of them determination had masked). moves counts the repairs,
+    adds and swaps of the refinement.
     """
 
     head_mask: Flags
@@ -194,14 +67,14 @@ def determine(
 
     Args:
         scores: head_fisher [L, H], neuron_fisher [L, I] are the values, head_taylor and
-            neuron_taylor the costs.
+            neuron_taylor the costs. Refinement by blocks needs head_gradient and neuron_gradient.
         preset: a name or a Preset.
         budget: fraction of the total Taylor mass, in (0, 1]; the paper gives none. With
             granularity "layer" every layer gets the same absolute share, budget * total / L.
 
     Raises:
         ValueError: an unknown preset, a budget outside (0, 1], scores that are negative or not
-            finite.
+            finite, no per-sample gradients where the preset needs them.
     """
     chosen = preset_of(preset)
     fraction = number("budget", budget)
@@ -211,14 +84,22 @@ def determine(
         scores.head_fisher, scores.neuron_fisher, scores.head_taylor, scores.neuron_taylor
     )
     limit = fraction * float(units.head_cost.sum() + units.neuron_cost.sum())
+    gradients = _gradients(scores) if chosen.refine == "block" else None
     if chosen.granularity == "global":
-        return _determine(units, chosen, limit)
+        return _determine(units, chosen, limit, gradients)
     layers = len(units.head_value)
-    parts = [_determine(units.layer(i), chosen, limit / layers) for i in range(layers)]
+    parts = []
+    for i in range(layers):
+        own = (
+            None if gradients is None else (gradients[0][:, i : i + 1], gradients[1][:, i : i + 1])
+        )
+        parts.append(_determine(units.layer(i), chosen, limit / layers, own))
     return _joined(parts)
 
 
-def _determine(units: Units, preset: Preset, limit: float) -> Determination:
+def _determine(
+    units: Units, preset: Preset, limit: float, gradients: tuple[Gradients, Gradients] | None
+) -> Determination:
     """One budget's masks. The certificate is about the costs of the last stage that ran."""
     literal = preset.objective == "alg1_literal"
     solution = _first_masks(units, preset, limit)
@@ -227,14 +108,18 @@ def _determine(units: Units, preset: Preset, limit: float) -> Determination:
         bound = solution.upper_bound
         certificate = _certificate(solution, bound, solution.optimal, limit, literal)
         return Determination(heads, neurons, certificate, _moves(None))
-    refined = _refined(units, preset, limit, solution.mask)
+    extra: dict[str, Any] = {}
+    if gradients is None:
+        refined = _refined(units, preset, limit, solution.mask)
+    else:
+        refined, extra = _rearranged(units, preset, limit, solution.mask, gradients)
     if literal:
         bound = refined.value + refined.masked_value  # printed, masking nothing is feasible
     else:
         bound = solve_mask(units.value, units.cost, limit, max_nodes=0).upper_bound
     bound = max(bound, refined.value)
     optimal = bound - refined.value <= _TOLERANCE * bound
-    certificate = _certificate(refined, bound, optimal, limit, literal)
+    certificate = _certificate(refined, bound, optimal, limit, literal) | extra
     return Determination(refined.head_mask, refined.neuron_mask, certificate, _moves(refined))
 
 
@@ -262,6 +147,55 @@ def _refined(units: Units, preset: Preset, limit: float, mask: Flags) -> Refinem
     return max(results, key=lambda refined: refined.value)  # the first of equals
 
 
+def _rearranged(
+    units: Units,
+    preset: Preset,
+    limit: float,
+    start: Flags,
+    gradients: tuple[Gradients, Gradients],
+) -> tuple[Refinement, dict[str, Any]]:
+    """Repaired to the budget in unit costs, then rearranged within what is left of it."""
+    literal = preset.objective == "alg1_literal"
+    repaired = refine_masks(units, limit, *units.split(start), literal=literal, max_moves=0)
+    spent = repaired.masked_cost if literal else repaired.cost
+    sign = -1 if literal else 1  # there the budget limits what is masked
+    done = rearrange_layers(
+        gradients,
+        (sign * units.head_cost, sign * units.neuron_cost),
+        (repaired.head_mask, repaired.neuron_mask),
+        slack=max(0.0, limit - spent),
+        rows=preset.block_rows,
+    )
+    after = refine_masks(units, math.inf, done.head_mask, done.neuron_mask, max_moves=0)
+    mask = np.concatenate([done.head_mask.ravel(), done.neuron_mask.ravel()])
+    record = {
+        "block_loss_before": done.loss_before,
+        "block_loss": done.loss,
+        "masked": int((~mask).sum()),
+        "masked_before_too": int((~mask & ~start).sum()),
+    }
+    moved = replace(after, repairs=repaired.repairs, swaps=done.swaps, converged=True)
+    return moved, record
+
+
+def _gradients(scores: Scores) -> tuple[Gradients, Gradients]:
+    found = []
+    for name, units in (("head", scores.head_fisher), ("neuron", scores.neuron_fisher)):
+        gradient = getattr(scores, f"{name}_gradient", None)
+        if gradient is None:
+            raise ValueError(
+                f"refine 'block' needs scores.{name}_gradient, got None; measure it with "
+                "floe.score(..., keep_samples=True)"
+            )
+        if gradient.shape[1:] != units.shape:
+            raise ValueError(
+                f"{name}_gradient must be [S, {units.shape[0]}, {units.shape[1]}], "
+                f"got shape {gradient.shape}"
+            )
+        found.append(gradient)
+    return found[0], found[1]
+
+
 def _certificate(
     found: MaskSolution | Refinement, bound: float, optimal: bool, limit: float, literal: bool
 ) -> dict[str, Any]:
@@ -285,19 +219,11 @@ def _mean(costs: Floats) -> float:
     return float(costs.mean()) if costs.size else 0.0
 
 
-def _retained(name: str, mask: ArrayLike, shape: tuple[int, ...]) -> Flags:
-    found = np.asarray(mask)
-    if found.dtype.kind not in "bfiu":
-        raise TypeError(f"{name} must be an array of numbers or booleans, got dtype {found.dtype}")
-    if found.shape != shape:
-        raise ValueError(f"{name} must have shape {shape}, got {found.shape}")
-    return np.ascontiguousarray(found != 0).ravel()
-
-
 def _joined(parts: list[Determination]) -> Determination:
     certificate: dict[str, Any] = {
         key: sum(part.certificate[key] for part in parts)
-        for key in ("value", "cost", "budget", "upper_bound", "gap")
+        for key in parts[0].certificate
+        if key != "optimal"
     }
     certificate["optimal"] = all(part.certificate["optimal"] for part in parts)
     return Determination(

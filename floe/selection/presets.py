@@ -10,10 +10,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from floe.selection.solvers import count
+
 Objective = Literal["retain", "alg1_literal"]
 Granularity = Literal["global", "layer"]
 Cost = Literal["class_mean", "unit", "pooled"]
-Refine = Literal["none", "swap", "alg2_literal"]
+Refine = Literal["none", "swap", "alg2_literal", "block"]
 Pairs = Literal["same_layer_cross", "same_layer", "all"]
 Start = Literal["determined", "better"]
 
@@ -34,10 +36,14 @@ class Preset:
             ("class_mean"), each unit its own Taylor score ("unit"), or all units their common mean
             ("pooled").
         refine: "swap" repairs the budget in unit costs, then adds and swaps units while that
-            gains; "alg2_literal" is Algorithm 2 as printed; "none".
+            gains; "alg2_literal" is Algorithm 2 as printed; "block" repairs the budget, then swaps
+            units of one layer and component by what masking them costs together (see
+            floe.selection.block; needs per-sample gradients in the scores); "none".
         pairs: which units may swap; "same_layer_cross" is Eq. 14.
         start: refinement starts at the determined masks, as Algorithm 2 does, or also at the
             ratio-greedy masks and the better result stays.
+        block_rows: refine "block" projects the samples' gradients to so many rows first; 0 keeps
+            all. Its time is proportional to them.
         ridge, bound: of the tuning stage (Eq. 16-21); see floe.selection.tuning.
 
     Raises:
@@ -51,6 +57,7 @@ class Preset:
     refine: Refine = "none"
     pairs: Pairs = "same_layer_cross"
     start: Start = "determined"
+    block_rows: int = 0
     ridge: float = 1e-3
     bound: float = 10.0
 
@@ -66,6 +73,10 @@ class Preset:
             raise ValueError(
                 f"refine {self.refine!r} spends another budget than objective {self.objective!r}"
             )
+        if count("block_rows", self.block_rows) and self.refine != "block":
+            raise ValueError(
+                f"block_rows needs refine 'block', got {self.block_rows} with {self.refine!r}"
+            )
 
 
 _CHOICES = {
@@ -80,33 +91,52 @@ _CHOICES = {
 GLOBAL = Preset("global", refine="swap")
 """One budget for the model, mean costs in determination, unit costs in refinement.
 
-Follows Eq. 3, 5 and 11, the averaged costs of Algorithm 1 and the "global budget" of its text,
-with the trivial optimum of Eq. 12 (mask nothing) corrected. Masks low-Fisher units, so it tends to
-choose layers of low mask-Fisher.
+Follows the objective of Eq. 3 with the cost of Eq. 5, which sums the Taylor importance of what is
+retained, and the loss of Eq. 11; the "global budget C" in the text below Eq. 12, the one Taylor
+score per head and per neuron that Algorithm 1 takes as input, and the unit costs t_p, t_q of Eq. 15
+in refinement. Departs from Eq. 12, whose constraint sums over the masked units and is met by
+masking nothing. Masks low-Fisher units, so it tends to choose layers of low mask-Fisher.
 """
 
 EXACT = Preset("exact", cost="unit")
 """Eq. 12 with unit costs, solved as a knapsack with a certificate; nothing is left to refine.
 
-Masks units of low Fisher information *and* high Taylor score.
+Follows Eq. 12's own cost T_{k,i} of every unit, with the retained sum of Eq. 5, and the text after
+it that calls this a dynamic programming problem; departs from the "greedy solution" that the text
+then takes to save memory, because the exact one fits. Masks units of low Fisher information *and*
+high Taylor score.
 """
 
 PAPER_LAYER = Preset(
     "paper_layer", objective="alg1_literal", granularity="layer", refine="alg2_literal"
 )
-"""Algorithms 1 and 2 as printed, layer by layer ("same layer"), under one common absolute budget.
+"""Algorithms 1 and 2 as printed, layer by layer, under one common absolute budget.
 
-Ranks almost exactly by ascending Taylor score.
+Follows Eq. 12 and Eq. 13 as printed (the budget limits the masked cost), "for each layer k" and
+"within the same layer" in the text before Algorithm 1, the candidates "at the same layer" of Eq.
+14, and the valid swaps below Eq. 15. That every layer gets the same absolute budget is assumed: the
+paper does not say how C is divided. Ranks almost exactly by ascending Taylor score.
 """
 
 ALG1_LITERAL = Preset("alg1_literal", objective="alg1_literal")
 """Algorithm 1 as printed, over the whole model. For the audit of readings.
 
-Where the budget can be spent on neurons alone it returns the masks of the retaining reading at the
-complementary budget; above that it masks every neuron and no head.
+Follows lines 3 to 15 of Algorithm 1: the n heads and as many neurons of least Fisher information as
+the budget pays for are masked, whichever n loses least. Where the budget can be spent on neurons
+alone it returns the masks of the retaining reading at the complementary budget; above that it masks
+every neuron and no head.
 """
 
-PRESETS: dict[str, Preset] = {p.name: p for p in (GLOBAL, EXACT, PAPER_LAYER, ALG1_LITERAL)}
+BLOCK = Preset("block", refine="block")
+"""As "global", but refined by what units of a layer cost together.
+
+Follows Eq. 7 and 8, the full Fisher information matrix, within the heads and within the neurons of
+each layer, where Eq. 9 keeps its diagonal alone; the paper drops cross-layer terms only in words
+("Diagonal Approximation of the FIM"). Replaces Algorithm 2 by the rearrangement of Kwon et al. 2022
+(arXiv 2204.09656) under the budget of Eq. 5.
+"""
+
+PRESETS: dict[str, Preset] = {p.name: p for p in (GLOBAL, EXACT, PAPER_LAYER, ALG1_LITERAL, BLOCK)}
 
 
 def preset_of(preset: str | Preset) -> Preset:

@@ -17,7 +17,10 @@ from numpy.typing import ArrayLike, NDArray
 from floe.selection.solvers import Floats
 
 LayerCount = int | float | Mapping[str, int]
-"""A count of layers, a fraction of all (float in (0, 1]), or {"params": adapter parameters}."""
+"""A count of layers, a fraction of all (float in (0, 1]), or a budget: {"params": n} adapter
+parameters, or {"memory": n} bytes of training memory."""
+
+BUDGETS = {"params": "adapter parameters", "memory": "bytes of training memory"}
 
 How = Literal["soft", "sparsity", "deviation", "unclipped", "pooled"]
 
@@ -94,56 +97,57 @@ def count_layers(layers: int | float, total: int) -> int:
 
 
 def choose_layers(
-    ranking: ArrayLike, layers: LayerCount, parameters: Sequence[int] | None = None
+    ranking: ArrayLike, layers: LayerCount, costs: Sequence[int] | None = None
 ) -> tuple[int, ...]:
     """The first layers of a ranking, in ascending order.
 
     Args:
-        ranking: [L], every layer once, most important first.
-        layers: a count, a fraction (see :func:`count_layers`), or {"params": n}: as many layers
-            from the front of the ranking as fit n adapter parameters together.
-        parameters: adapter parameters of each layer, [L]; needed for {"params": n} only.
+        ranking: [L], every layer once, the one to choose first in front.
+        layers: a count, a fraction (see :func:`count_layers`), or a budget: as many layers from the
+            front of the ranking as fit it together.
+        costs: [L], what each layer takes of the budget: adapter parameters for {"params": n}, bytes
+            for {"memory": n} (see counts.layer_memory). Needed for a budget only.
 
     Raises:
         ValueError: not a ranking, a number out of range, or a budget that not even the first layer
             fits.
-        TypeError: ``layers`` is none of the three.
+        TypeError: ``layers`` is none of these.
     """
     order = _ranking(ranking)
     if not isinstance(layers, Mapping):
         return tuple(sorted(order[: count_layers(layers, len(order))]))
-    budget = parameter_budget(layers)
-    costs = _parameters(parameters, len(order))
+    kind, budget = layer_budget(layers)
+    known = _costs(kind, costs, len(order))
     count, spent = 0, 0
     for layer in order:
-        spent += costs[layer]
+        spent += known[layer]
         if spent > budget:
             break
         count += 1
     if count == 0:
         raise ValueError(
-            f"layers['params'] must fit at least one layer, got {budget}; "
-            f"layer {order[0]} takes {costs[order[0]]}"
+            f"layers[{kind!r}] must fit at least one layer, got {budget}; "
+            f"layer {order[0]} takes {known[order[0]]}"
         )
     return tuple(sorted(order[:count]))
 
 
-def parameter_budget(layers: Mapping[str, int]) -> int:
-    """The number in {"params": n}.
+def layer_budget(layers: Mapping[str, int]) -> tuple[str, int]:
+    """The kind and the number of {"params": n} or {"memory": n}.
 
     Raises:
         ValueError: other keys, or n < 1. TypeError: n is no integer.
     """
-    if set(layers) != {"params"}:
+    if len(layers) != 1 or not set(layers) <= set(BUDGETS):
         raise ValueError(
-            f"layers as a mapping must have the one key 'params', got {sorted(layers)}"
+            f"layers as a mapping must have one key of {sorted(BUDGETS)}, got {sorted(layers)}"
         )
-    budget = layers["params"]
+    ((kind, budget),) = layers.items()
     if isinstance(budget, bool) or not isinstance(budget, Integral):
-        raise TypeError(f"layers['params'] must be an integer, got {type(budget).__name__}")
+        raise TypeError(f"layers[{kind!r}] must be an integer, got {type(budget).__name__}")
     if budget < 1:
-        raise ValueError(f"layers['params'] must be >= 1, got {budget}")
-    return int(budget)
+        raise ValueError(f"layers[{kind!r}] must be >= 1, got {budget}")
+    return kind, int(budget)
 
 
 def spearman(first: ArrayLike, second: ArrayLike) -> float | None:
@@ -213,12 +217,12 @@ def _ranking(ranking: ArrayLike) -> list[int]:
     return order
 
 
-def _parameters(parameters: Sequence[int] | None, total: int) -> list[int]:
-    if parameters is None:
+def _costs(kind: str, costs: Sequence[int] | None, total: int) -> list[int]:
+    if costs is None:
         raise ValueError(
-            "layers as {'params': n} needs the adapter parameters of each layer, got None"
+            f"layers as {{{kind!r}: n}} needs the {BUDGETS[kind]} of each layer, got None"
         )
-    costs = [int(p) for p in parameters]
-    if len(costs) != total or min(costs) < 0:
-        raise ValueError(f"parameters must be {total} numbers >= 0, got {costs}")
-    return costs
+    known = [int(cost) for cost in costs]
+    if len(known) != total or min(known) < 0:
+        raise ValueError(f"{BUDGETS[kind]} must be {total} numbers >= 0, got {known}")
+    return known

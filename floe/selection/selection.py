@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import warnings
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 import floe
-from floe.selection import artifact
+from floe.selection.artifact import PICKS, Masks, PaperSelection, Selection
+from floe.selection.budget_path import BUDGET_PATH, PathScore, path_score
 from floe.selection.masks import Determination, determine
 from floe.selection.policies import POLICIES, Policy, Situation
 from floe.selection.presets import Preset, preset_of
@@ -21,9 +21,9 @@ from floe.selection.ranking import (
     choose_layers,
     count_layers,
     expected_overlap,
+    layer_budget,
     layer_score,
     overlap,
-    parameter_budget,
     rank_layers,
     spearman,
 )
@@ -35,89 +35,9 @@ if TYPE_CHECKING:
     from floe.importance.scores import Scores
     from floe.selection.tuning import TuningResult
 
+__all__ = ["Masks", "PaperSelection", "Selection", "select"]
+
 Progress = Callable[[int, int, str], None]
-
-
-class Masks(NamedTuple):
-    """[L, H] and [L, I] float64: 0 = masked, 1 = retained, real-valued after tuning."""
-
-    head_mask: Floats
-    neuron_mask: Floats
-
-
-@dataclass(frozen=True, eq=False)
-class PaperSelection:
-    """What the "masks" policy chooses, whatever policy decided.
-
-    layers, layer_scores [L] and ranking as in :class:`Selection`; the masked fractions are shares
-    of m == 0 per layer, [L].
-    """
-
-    preset: str
-    layers: tuple[int, ...]
-    layer_scores: Floats
-    ranking: tuple[int, ...]
-    masked_head_fraction: Floats
-    masked_neuron_fraction: Floats
-
-
-@dataclass(frozen=True, eq=False)
-class Selection:
-    """The chosen layers and how they were chosen. Layers are 0-based indices.
-
-    Attributes:
-        policy, preset, budget, score, seed: the options; budget is a fraction of the Taylor mass.
-        layers: chosen, ascending.
-        layer_scores: [L] float64, higher = chosen first; their scale is the policy's.
-        ranking: all layers, most important first.
-        masks: the paper's masks under ``preset``.
-        certificate: of the masks before tuning: value, cost, budget, upper_bound, gap, optimal.
-        moves: repairs, adds and swaps of the refinement.
-        tuned: whether the masks went through the tuning stage.
-        tuning: one record per tuned component: layer, component, accepted, residual_before,
-            residual_after.
-        paper: the "masks" policy's own choice from the same masks.
-        agreement: spearman of the two score vectors (None if one is constant), overlap of the two
-            choices and expected_overlap of two random choices of these sizes.
-        versions: of what computed this.
-    """
-
-    policy: str
-    preset: str
-    budget: float
-    score: str
-    seed: int
-    layers: tuple[int, ...]
-    layer_scores: Floats
-    ranking: tuple[int, ...]
-    masks: Masks
-    certificate: dict[str, Any]
-    moves: dict[str, int]
-    tuned: bool
-    tuning: list[dict[str, Any]]
-    paper: PaperSelection
-    agreement: dict[str, float | int | None]
-    versions: dict[str, str]
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write selection.json and masks.npz beside it; equal selections give equal bytes.
-
-        Args:
-            path: a folder that exists, or a file in one whose name ends in .json.
-
-        Raises:
-            FileError: it cannot be written.
-        """
-        artifact.save(self, path)
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Selection:
-        """Read what :meth:`save` wrote to the same path.
-
-        Raises:
-            FileError: a file is missing, damaged, or of another format.
-        """
-        return artifact.load(path)
 
 
 def select(
@@ -131,6 +51,9 @@ def select(
     layers: LayerCount = 8,
     seed: int = 41,
     score: str = "soft",
+    pick: str = "top",
+    budget_path: Sequence[float] = BUDGET_PATH,
+    layer_memory: Sequence[int] | None = None,
     tune: bool = True,
     tune_tokens: int = 2048,
     progress: Progress | None = None,
@@ -149,10 +72,17 @@ def select(
         preset: a reading of the paper: a name in PRESETS, or a Preset.
         budget: fraction of the Taylor mass, in (0, 1].
         layers: how many: an int is a count, a float in (0, 1] a fraction (rounded up; 1 is one
-            layer, 1.0 all), and {"params": n} the most layers in order of the ranking that fit n
-            adapter parameters (scores.meta["adapter_parameters"]).
+            layer, 1.0 all), and {"params": n} or {"memory": n} the most layers in order of the
+            ranking that fit n adapter parameters (scores.meta["adapter_parameters"]) or n bytes.
         seed: of the policies that draw.
-        score: how masks become layer scores; see layer_score.
+        score: how masks become layer scores; see layer_score. "path" averages over ``budget_path``
+            what share of a layer is masked, so that no single budget decides; it looks at binary
+            masks, whatever is tuned.
+        pick: "top", or "bottom" for the layers of lowest score: the reversed ranking of any policy,
+            an ablation. Ties go to the lower index either way.
+        budget_path: budgets in (0, 1] for score "path".
+        layer_memory: bytes each layer takes while it is trained, [L], for layers={"memory": n}; by
+            default scores.meta["adapter_memory"]. See counts.layer_memory.
         tune: run the tuning stage if model and batches are there.
         tune_tokens: real tokens the tuning stage may use.
         progress: called as progress(done, in all, "tune").
@@ -165,11 +95,15 @@ def select(
         RuntimeWarning: a score is zero everywhere, so that what depends on it is decided by ties.
     """
     share = number("budget", budget)
-    options = _Options(policy, preset_of(preset), share, layers, seed, score)
+    options = _Options(policy, preset_of(preset), share, layers, seed, score, pick, layer_memory)
+    if pick not in PICKS:
+        raise ValueError(f"pick must be one of {PICKS}, got {pick!r}")
     if tune and (model is None) != (batches is None):
         missing = "model" if model is None else "batches"
         raise ValueError(f"model and batches must be given together, got no {missing}")
     _warn_degenerate(scores, policy)
+    if score == "path":
+        options = replace(options, path=path_score(scores, options.preset, budget_path))
     found = determine(scores, options.preset, share)
     binary = _assemble(scores, options, found, None)  # also checks the rest before long work
     if not tune or model is None or batches is None:
@@ -210,6 +144,9 @@ class _Options:
     layers: LayerCount
     seed: int
     score: str
+    pick: str
+    layer_memory: Sequence[int] | None
+    path: PathScore | None = None  # where the score is "path"
 
 
 def _assemble(
@@ -226,9 +163,11 @@ def _assemble(
         budget=options.budget,
         score=options.score,
         seed=options.seed,
+        pick=options.pick,
+        budget_path=() if options.path is None else options.path.budgets,
         layers=chosen,
         layer_scores=layer_scores,
-        ranking=_order(layer_scores),
+        ranking=_order(layer_scores, options.pick),
         masks=masks,
         certificate=found.certificate,
         moves=found.moves,
@@ -255,21 +194,30 @@ def _records(tuning: TuningResult) -> list[dict[str, Any]]:
     return [{key: record[key] for key in keys} for record in tuning.records]
 
 
-def _parameters(options: _Options, scores: Scores) -> Any:
-    """Adapter parameters of each layer, where the number of layers depends on them."""
-    return scores.meta.get("adapter_parameters") if isinstance(options.layers, Mapping) else None
+def _costs(options: _Options, scores: Scores) -> Any:
+    """What each layer takes of the budget, where the number of layers depends on it."""
+    if not isinstance(options.layers, Mapping):
+        return None
+    kind, _ = layer_budget(options.layers)
+    if kind == "memory" and options.layer_memory is not None:
+        return options.layer_memory
+    return scores.meta.get({"params": "adapter_parameters", "memory": "adapter_memory"}[kind])
 
 
-def _order(layer_scores: Floats) -> tuple[int, ...]:
-    return tuple(rank_layers(layer_scores).tolist())
+def _order(layer_scores: Floats, pick: str = "top") -> tuple[int, ...]:
+    found = rank_layers(layer_scores if pick == "top" else -layer_scores)
+    return tuple(found.tolist())
 
 
 def _paper(options: _Options, masks: Masks, scores: Scores) -> PaperSelection:
-    layer_scores = layer_score(*masks, how=options.score)
+    if options.path is None:
+        layer_scores = layer_score(*masks, how=options.score)
+    else:
+        layer_scores = options.path.scores
     ranking = _order(layer_scores)
     return PaperSelection(
         preset=options.preset.name,
-        layers=choose_layers(ranking, options.layers, _parameters(options, scores)),
+        layers=choose_layers(ranking, options.layers, _costs(options, scores)),
         layer_scores=layer_scores,
         ranking=ranking,
         masked_head_fraction=_masked_fraction(masks.head_mask),
@@ -288,27 +236,27 @@ def _apply(
 ) -> tuple[Floats, tuple[int, ...]]:
     """The policy's layer scores and its chosen layers.
 
-    A policy may depend on how many layers are wanted. Under a parameter budget that is the largest
-    count whose own choice fits.
+    A policy may depend on how many layers are wanted. Under a budget that is the largest count
+    whose own choice fits.
     """
     total = len(mask_scores)
 
     def chosen(count: int) -> tuple[Floats, tuple[int, ...]]:
         found = rule(Situation(scores, count, total, options.seed, mask_scores))
-        return found, choose_layers(rank_layers(found), count)
+        return found, choose_layers(_order(found, options.pick), count)
 
     if not isinstance(options.layers, Mapping):
         count = total if options.policy == "all" else count_layers(options.layers, total)
         return chosen(count)
     if options.policy == "all":
         return chosen(total)
-    budget, parameters = parameter_budget(options.layers), _parameters(options, scores)
+    (_, budget), costs = layer_budget(options.layers), _costs(options, scores)
     for count in range(total, 0, -1):
         found, layers = chosen(count)
-        if sum(int(parameters[layer]) for layer in layers) <= budget:
+        if sum(int(costs[layer]) for layer in layers) <= budget:
             return found, layers
     # Not even one layer fits; this says so.
-    return found, choose_layers(rank_layers(found), options.layers, parameters)
+    return found, choose_layers(_order(found, options.pick), options.layers, costs)
 
 
 def _agreement(

@@ -1,0 +1,88 @@
+"""Which projections of which layers get adapters, under a parameter budget. Needs no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from floe.selection.solvers import DEFAULT_NODES, Flags, numbers, solve_mask
+
+
+@dataclass(frozen=True, eq=False)
+class ModuleChoice:
+    """The chosen projections.
+
+    Attributes:
+        modules: layer -> names of its adapted projections, in the given order; layers without any
+            are left out.
+        chosen: [L, P], True = adapted.
+        score: their total. parameters: their total, at most the budget.
+        upper_bound: no choice within the budget scores more. optimal: whether that is proven.
+    """
+
+    modules: dict[int, tuple[str, ...]]
+    chosen: Flags
+    score: float
+    parameters: int
+    upper_bound: float
+    optimal: bool
+
+
+def choose_modules(
+    module_scores: ArrayLike,
+    parameters: ArrayLike,
+    budget: int,
+    names: Sequence[str],
+    *,
+    max_nodes: int = DEFAULT_NODES,
+) -> ModuleChoice:
+    """Adapt the (layer, projection) pairs of most score that fit a parameter budget together.
+
+    Exact, as a 0/1 knapsack problem (see solvers.solve_mask): unlike the front of a ranking it
+    weighs what a projection takes. A pair of score 0 is never chosen. Ties: free pairs first, then
+    the larger score, the lower layer, the earlier name.
+
+    Args:
+        module_scores: [L, P] finite, >= 0; for example the adapter Fisher information of each
+            projection (Scores.module_fisher).
+        parameters: [L, P] adapter parameters, integers >= 0.
+        budget: adapter parameters in all, >= 0.
+        names: of the P projections.
+
+    Raises:
+        ValueError: shapes that do not fit, a negative number, names that repeat.
+        TypeError: no numbers, or parameters that are no integers.
+    """
+    scores = numbers("module_scores", module_scores, dimensions=2)
+    sizes = _integers("parameters", parameters)
+    if sizes.shape != scores.shape or len(names) != scores.shape[1] or len(set(names)) < len(names):
+        raise ValueError(
+            "module_scores and parameters must be [L, P] and names P different ones, got "
+            f"{scores.shape}, {sizes.shape} and {list(names)}"
+        )
+    costs = sizes.astype(np.float64)
+    found = solve_mask(scores.ravel(), costs.ravel(), budget, max_nodes=max_nodes)
+    chosen = found.mask.reshape(scores.shape) & (scores > 0)
+    pairs = {
+        layer: tuple(name for name, taken in zip(names, row, strict=True) if taken)
+        for layer, row in enumerate(chosen)
+        if row.any()
+    }
+    return ModuleChoice(
+        modules=pairs,
+        chosen=chosen,
+        score=found.value,
+        parameters=int(sizes[chosen].sum()),
+        upper_bound=found.upper_bound,
+        optimal=found.optimal,
+    )
+
+
+def _integers(name: str, array: ArrayLike) -> NDArray[np.int64]:
+    found = np.asarray(array)
+    if found.dtype.kind not in "iu":
+        raise TypeError(f"{name} must be integers, got dtype {found.dtype}")
+    return found.astype(np.int64)
