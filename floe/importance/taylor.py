@@ -173,7 +173,7 @@ def _vector(
 
 
 @dataclass
-class _Record:
+class BackwardRecord:
     """One batch on its way back: its calls, and the gradient of the next block's output."""
 
     calls: list[Call]
@@ -197,10 +197,10 @@ def _element(
     head, neuron = np.zeros((sizes.layers, heads)), np.zeros((sizes.layers, sizes.neurons))
     steps = len(batches) + len(blocks)
     with frozen(model), base_only(model):
-        records: list[_Record] = []
+        records: list[BackwardRecord] = []
         for batch in batches:
             rows = sum(record.rows for record in records)
-            records.append(_record(model, blocks, for_loss(batch, tokens), rows))
+            records.append(record_backward(model, blocks, for_loss(batch, tokens), rows))
             if progress is not None:
                 progress(len(records), steps, "taylor")
         rows = sum(record.rows for record in records)
@@ -214,7 +214,9 @@ def _element(
     return Taylor(head, neuron, rows, labels, "element", quantised)
 
 
-def _record(model: nn.Module, blocks: list[Block], batch: Batch, first_row: int) -> _Record:
+def record_backward(
+    model: nn.Module, blocks: list[Block], batch: Batch, first_row: int
+) -> BackwardRecord:
     """One forward; only what follows the last block (norm, head, loss) is differentiated."""
     batch = on_device(batch, device_of(model))
     leaf: list[Tensor] = []
@@ -228,13 +230,13 @@ def _record(model: nn.Module, blocks: list[Block], batch: Batch, first_row: int)
         with CallRecorder(blocks) as recorder, torch.enable_grad():
             loss, tokens = losses(model, batch, first_row)
             (gradient,) = torch.autograd.grad(loss.sum(), leaf)
-            return _Record(recorder.take(), gradient.cpu(), len(loss), int(tokens.sum()))
+            return BackwardRecord(recorder.take(), gradient.cpu(), len(loss), int(tokens.sum()))
     finally:
         hook.remove()
 
 
 def _block_costs(
-    model: nn.Module, block: Block, records: list[_Record], absolute_per_batch: bool
+    model: nn.Module, block: Block, records: list[BackwardRecord], absolute_per_batch: bool
 ) -> dict[str, FloatArray]:
     """Sums of |w g| per row or column of the block's projections, for the sum of row losses.
 
@@ -265,7 +267,7 @@ def _block_costs(
 
 
 def _replayed(
-    block: Block, record: _Record, weights: dict[str, Tensor]
+    block: Block, record: BackwardRecord, weights: dict[str, Tensor]
 ) -> Iterator[tuple[str, Tensor]]:
     """Gradients of the block's weights on one batch, by name, each let go once it has been used."""
     device = device_of_block(block)

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from floe.importance.scores import Scores
+    from floe.importance.statistics import LayerStatistics
     from floe.selection.tuning import TuningResult
 
 Progress = Callable[[int, int, str], None]
@@ -133,6 +134,7 @@ def select(
     score: str = "soft",
     tune: bool = True,
     tune_tokens: int = 2048,
+    statistics: LayerStatistics | None = None,
     progress: Progress | None = None,
 ) -> Selection:
     """Choose the layers to adapt.
@@ -155,6 +157,7 @@ def select(
         score: how masks become layer scores; see layer_score.
         tune: run the tuning stage if model and batches are there.
         tune_tokens: real tokens the tuning stage may use.
+        statistics: of the same model's layers, for the policies that need them (policies.NEEDS).
         progress: called as progress(done, in all, "tune").
 
     Raises:
@@ -165,7 +168,7 @@ def select(
         RuntimeWarning: a score is zero everywhere, so that what depends on it is decided by ties.
     """
     share = number("budget", budget)
-    options = _Options(policy, preset_of(preset), share, layers, seed, score)
+    options = _Options(policy, preset_of(preset), share, layers, seed, score, statistics)
     if tune and (model is None) != (batches is None):
         missing = "model" if model is None else "batches"
         raise ValueError(f"model and batches must be given together, got no {missing}")
@@ -210,6 +213,7 @@ class _Options:
     layers: LayerCount
     seed: int
     score: str
+    statistics: LayerStatistics | None
 
 
 def _assemble(
@@ -294,7 +298,7 @@ def _apply(
     total = len(mask_scores)
 
     def chosen(count: int) -> tuple[Floats, tuple[int, ...]]:
-        found = rule(Situation(scores, count, total, options.seed, mask_scores))
+        found = rule(Situation(scores, count, total, options.seed, mask_scores, options.statistics))
         return found, choose_layers(rank_layers(found), count)
 
     if not isinstance(options.layers, Mapping):
