@@ -38,7 +38,7 @@ def explained_variance(
         names: the P projections, by the last component of their path.
 
     Raises:
-        ValueError: rank < 1, or a projection that a block lacks.
+        ValueError: rank < 1, a projection that a block lacks, or an input that is not finite.
     """
     if rank < 1:
         raise ValueError(f"rank must be >= 1, got {rank}")
@@ -48,7 +48,10 @@ def explained_variance(
         records = [_first_block(model, blocks, batch) for batch in batches]
         for block in blocks:
             found = _inputs_covariance(model, block, records, names)
-            ratios = {key: one.leading(rank) for key, one in found.items()}
+            for path, one in found.items():
+                if not bool(one.products.isfinite().all()):
+                    raise ValueError(f"inputs of {path} must be finite, got NaN or infinity")
+            ratios = {path: one.leading(rank) for path, one in found.items()}
             shares[block.index] = [ratios[_input_of(block, name)] for name in names]
             if progress is not None:
                 progress(block.index + 1, len(blocks), "eva")

@@ -95,7 +95,7 @@ def lamp_kept(model: nn.Module, keep: float = 0.5, progress: Progress | None = N
 
 def lamp_scores(weight: Tensor) -> Tensor:
     """LAMP scores of a matrix in ascending order of |w|, float64 [n m]; a zero weight has 0."""
-    squares = weight.detach().flatten().double().square_().sort().values
+    squares = weight.detach().flatten().double().square().sort().values
     upwards = squares.flip(0).cumsum(0).flip(0)
     return torch.where(squares > 0, squares / upwards, 0.0)
 
