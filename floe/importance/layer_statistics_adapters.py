@@ -100,7 +100,7 @@ def shapley(
     0. Costs ``sets`` + 2 forwards.
 
     Args:
-        sets: how many sets; None = two for each adapted layer. seed: of their draw.
+        sets: how many to draw; None = two for each adapted layer. seed: of their draw.
 
     Raises:
         ValueError: a model without floe adapters, or too few sets.
@@ -128,10 +128,10 @@ def shapley(
 
 
 def draw_sets(players: int, count: int, seed: int) -> Flags:
-    """Random sets of players, bool [count, players], every set followed by its complement.
+    """Distinct random sets of players and their complements, bool [<= count, players], sorted.
 
     Sizes go round: 1 (with n - 1), 2 (with n - 2), ... n // 2, and again; within a size sets are
-    uniform.
+    uniform. What is drawn twice counts once, so few players give fewer than ``count``.
 
     Raises:
         ValueError: count is odd or negative, or too small to have every size once.
@@ -146,7 +146,7 @@ def draw_sets(players: int, count: int, seed: int) -> Flags:
     for pair in range(len(drawn) // 2):
         drawn[2 * pair, rng.permutation(players)[: 1 + pair % sizes]] = True
         drawn[2 * pair + 1] = ~drawn[2 * pair]
-    return drawn
+    return np.unique(drawn, axis=0)
 
 
 def shapley_values(sets: Flags, payoffs: FloatArray, empty: float, full: float) -> FloatArray:
@@ -157,7 +157,7 @@ def shapley_values(sets: Flags, payoffs: FloatArray, empty: float, full: float) 
     they always sum to full - empty. What the sets leave open is shared evenly.
 
     Args:
-        sets: bool [m, n], none of them empty or full. payoffs: [m].
+        sets: distinct, bool [m, n], none of them empty or full. payoffs: [m].
     """
     players = sets.shape[1]
     if players == 1:
