@@ -84,5 +84,5 @@ def test_what_is_refused():
     with pytest.raises(ValueError, match="batches must hold at least one row, got none"):
         measure_statistics(plain(), [], ["eva"])
     for name in ("gradient_norm", "kl_guided", "shapley"):
-        with pytest.raises(ValueError, match="must carry .*got none"):
+        with pytest.raises(ValueError, match=r"must carry .*got none"):
             measure_statistics(plain(), batches(), [name])

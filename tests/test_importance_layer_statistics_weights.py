@@ -113,7 +113,7 @@ def test_half_precision_is_measured_in_float32():
     before = snapshot(model)
     seen = []
     share = signal_share(model, lambda *step: seen.append(step))
-    assert seen == [(1, 3, "svd"), (2, 3, "svd"), (3, 3, "svd")]
+    assert seen == [(1, 3, "spectrum"), (2, 3, "spectrum"), (3, 3, "spectrum")]
     wide = plain(dtype=torch.bfloat16).double()
     np.testing.assert_allclose(share, signal_share(wide), atol=1e-5)
     assert lamp_kept(model) == pytest.approx(lamp_kept(wide))

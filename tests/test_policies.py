@@ -1,3 +1,5 @@
+import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -192,3 +194,10 @@ def test_random_follows_its_seed():
     for seed in range(600):
         hits[chosen("random", seed=seed)] += 1
     assert abs(hits / 600 - 8 / 30).max() < 5 * np.sqrt(8 / 30 * 22 / 30 / 600)
+
+
+def test_every_policy_and_schedule_is_documented():
+    text = (Path(__file__).parent.parent / "docs" / "POLICIES.md").read_text(encoding="utf-8")
+    rows = "\n".join(line.split("|")[1] for line in text.splitlines() if line.startswith("| `"))
+    named = re.findall(r"`(\w+)`", rows)
+    assert sorted(named) == sorted([*POLICIES, "lisa", "alast"])

@@ -31,7 +31,9 @@ def signal_share(model: nn.Module, progress: Progress | None = None) -> FloatArr
     Raises:
         ValueError: quantised weights, or blocks with different projections.
     """
-    rows = [[_share_of(weight) for weight in block] for block in _weights(model, progress, "svd")]
+    rows = [
+        [_share_of(weight) for weight in block] for block in _weights(model, progress, "spectrum")
+    ]
     return np.array(rows, dtype=np.float64)
 
 
