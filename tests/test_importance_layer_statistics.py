@@ -64,6 +64,8 @@ def test_options_reach_their_measures(tmp_path):
     for name in ("gradient_norm", "error_propagation", "coarse_to_fine"):
         assert np.array_equal(of(name, seed=1), of(name, seed=1))
         assert not np.array_equal(of(name, seed=1), of(name, seed=2))
+    one, two = of("coarse_to_fine", probes=1), of("coarse_to_fine", probes=2)
+    assert not np.allclose(one, two, rtol=0.01)
     with pytest.raises(ValueError, match="sets must be an even number >= 2 for 3 layers, got 3"):
         of("shapley", sets=3)
 

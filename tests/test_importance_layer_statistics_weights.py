@@ -128,6 +128,10 @@ def test_what_is_refused():
     assert projections(plain("phi3")) == ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
     assert signal_share(plain("phi3")).shape == (3, 4)
     linear = linear_at(model, find_blocks(model)[1].down_proj)
+    linear.weight.data[3, 4] = float("nan")
+    for measure in (signal_share, lamp_kept):
+        with pytest.raises(ValueError, match=r"weights of model.layers.1.mlp.down_proj must be f"):
+            measure(model)
     linear.weight = torch.nn.Parameter(torch.ones(32, 40, dtype=torch.int8), requires_grad=False)
     for measure in (signal_share, lamp_kept):
         with pytest.raises(ValueError, match="got quantised ones"):

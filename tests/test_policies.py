@@ -100,6 +100,9 @@ def test_the_best_segment_comes_first_and_in_order():
     assert ranking("segment", total=6, count=3, adapter_fisher=fisher)[:3] == [3, 4, 5]
     flat = np.ones(5)  # equal windows: the lowest start
     assert ranking("segment", total=5, count=2, adapter_fisher=flat) == [0, 1, 2, 3, 4]
+    for equal in ([0.1, 0.2, 0.3, 0, 0.3, 0.2, 0.1], [0.3, 0.2, 0.1, 0, 0.1, 0.2, 0.3]):
+        found = ranking("segment", total=7, count=3, adapter_fisher=np.array(equal))
+        assert found[:3] == [0, 1, 2]  # equal whatever order the scores are added in
     last = segment_of(POLICIES["last"])(situation(total=5, count=2))
     assert sorted(rank_layers(last)[:2]) == [3, 4]
     with pytest.raises(ValueError, match=r"adapter_fisher\[0\] must be finite"):

@@ -47,15 +47,7 @@ def gradient_norm(
         ValueError: a model without floe adapters, a row without labels, or a loss that is not
             finite.
     """
-    layers = adapted_layers(model)
-    if not layers:
-        raise ValueError("model must carry floe adapters to measure their gradients, got none")
-    found = [
-        (layer, module.floe_expand[name])
-        for layer, modules in layers.items()
-        for module in modules.values()
-        for name in active_adapters(module)
-    ]
+    found = _experts(model)
     parameters = [parameter for _, parameter in found]
     sums = [torch.zeros(parameter.shape, dtype=torch.float64) for parameter in parameters]
     rows = 0
@@ -76,6 +68,19 @@ def gradient_norm(
     for (layer, _), total in zip(found, sums, strict=True):
         squares[layer] += float(total.square().sum())
     return np.asarray(np.sqrt(squares))
+
+
+def _experts(model: nn.Module) -> list[tuple[int, nn.Parameter]]:
+    """The active adapters' experts with their layers."""
+    layers = adapted_layers(model)
+    if not layers:
+        raise ValueError("model must carry floe adapters to measure their gradients, got none")
+    return [
+        (layer, module.floe_expand[name])
+        for layer, modules in layers.items()
+        for module in modules.values()
+        for name in active_adapters(module)
+    ]
 
 
 def layer_card(
@@ -104,7 +109,7 @@ def layer_card(
             if not bool(gradient.isfinite().all() and moment.isfinite().all()):
                 raise ValueError(f"gradients and states of layer {block.index} must be finite")
             energy[block.index] = float(moment.trace())
-            normalised[block.index] = (gradient / rows @ _inverse_root(moment)).float()
+            normalised[block.index] = (gradient / rows @ _inverse_root(moment)).float().cpu()
             if progress is not None:
                 progress(done, len(blocks), "layer_card")
     flat = [normalised[layer].flatten() for layer in range(len(blocks))]

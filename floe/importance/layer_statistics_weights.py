@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -29,7 +29,8 @@ def signal_share(model: nn.Module, progress: Progress | None = None) -> FloatArr
     8192 x 8192 takes minutes.
 
     Raises:
-        ValueError: quantised weights, or blocks with different projections.
+        ValueError: quantised weights, a weight that is not finite, or blocks with different
+            projections.
     """
     rows = [
         [_share_of(weight) for weight in block] for block in _weights(model, progress, "spectrum")
@@ -77,7 +78,7 @@ def lamp_kept(model: nn.Module, keep: float = 0.5, progress: Progress | None = N
         keep: share of all projection weights to keep, in (0, 1].
 
     Raises:
-        ValueError: keep out of range, or quantised weights.
+        ValueError: keep out of range, quantised weights, or a weight that is not finite.
     """
     if not 0 < keep <= 1:
         raise ValueError(f"keep must be in (0, 1], got {keep}")
@@ -143,14 +144,20 @@ def _share_of(weight: Tensor) -> float:
     return float(min(1.0, signal / total))
 
 
+def _finite_weight(model: nn.Module, path: str) -> Tensor:
+    weight = linear_at(model, path).weight.detach()
+    if not bool(weight.isfinite().all()):
+        raise ValueError(f"weights of {path} must be finite, got NaN or infinity")
+    return weight
+
+
 def _weights(model: nn.Module, progress: Progress | None, what: str) -> Iterator[Iterator[Tensor]]:
     """The projections' weights, block by block."""
     if is_quantised(model):
         raise ValueError("base weights must be plain floating-point matrices, got quantised ones")
     blocks = find_blocks(model)
     names = projections(model)
-    at: Callable[[str], Tensor] = lambda path: linear_at(model, path).weight  # noqa: E731
     for block in blocks:
-        yield (at(block.linears[name]) for name in names)
+        yield (_finite_weight(model, block.linears[name]) for name in names)
         if progress is not None:
             progress(block.index + 1, len(blocks), what)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 from numpy.typing import ArrayLike
 
@@ -93,7 +95,9 @@ def segment_of(base: Policy) -> Policy:
 
     def segment(situation: Situation) -> Floats:
         values = finite("score", base(situation))
-        sums = np.convolve(values, np.ones(situation.count), mode="valid")
+        starts = range(situation.total - situation.count + 1)
+        # fsum: equal windows stay equal in whatever order they hold their scores
+        sums = [math.fsum(values[start : start + situation.count]) for start in starts]
         return best_window(sums, situation.count)
 
     return segment
