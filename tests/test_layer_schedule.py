@@ -108,7 +108,7 @@ def test_a_resumed_run_ends_bit_by_bit_like_an_uninterrupted_one(kind, tmp_path)
         schedule = SCHEDULES[kind](model, count=2, interval=interval, seed=9)
         steps = Steps(model, schedule)
         resume = tmp_path / f"checkpoint-{checkpoint}" if checkpoint else None
-        run(model, schedule, tmp_path, steps, resume=resume, save_steps=1)
+        run(model, schedule, tmp_path, steps, resume=resume, save_steps=None if resume else 1)
         return steps, schedule.trained
 
     expected, trained = resumed(None)
