@@ -20,8 +20,11 @@ from floe.errors import FileError
 Fraction = Annotated[float, Field(gt=0.0, le=1.0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
 Policy = Literal[
-    "adapter_fisher", "masks", "probe", "random", "even", "first", "middle", "last", "all"
-]
+    "adapter_fisher", "masks", "probe", "fisher_high", "fisher_low", "taylor_high", "taylor_low",
+    "segment", "gradient_norm", "layer_card", "spectrum", "eva", "lamp", "angular", "angular_all",
+    "angular_block", "error_propagation", "coarse_to_fine", "kl_guided", "shapley",
+    "random", "even", "first", "middle", "last", "all",
+]  # fmt: skip
 
 
 class _Section(BaseModel):

@@ -109,12 +109,12 @@ def for_loss(batch: Batch, tokens: str) -> dict[str, Any]:
     return dict(batch)
 
 
-def losses(model: nn.Module, batch: Batch, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
+def losses(model: nn.Module, batch: Batch, rows: int | Sequence[int]) -> tuple[Tensor, Tensor]:
     """Mean NLL of each row's labelled tokens, float [S] in nats, and how many they are, int64 [S].
 
     Raises:
         ValueError: a row has no label to learn from, or its loss is not finite; ``rows`` are the
-            rows' numbers.
+            rows' numbers, or the first one's.
     """
     inputs = {k: v for k, v in batch.items() if k != "labels"}
     logits = model(**inputs, use_cache=False).logits
@@ -122,6 +122,7 @@ def losses(model: nn.Module, batch: Batch, rows: Sequence[int]) -> tuple[Tensor,
     for problem, rule in ((tokens == 0, "at least one label"), (~nll.isfinite(), "a finite loss")):
         if bool(problem.any()):
             row = int(problem.nonzero()[0, 0])
+            number = rows + row if isinstance(rows, int) else rows[row]
             came = f"{nll[row].item()} nats over {tokens[row].item()} tokens"
-            raise ValueError(f"row {rows[row]} must have {rule}, got {came}")
+            raise ValueError(f"row {number} must have {rule}, got {came}")
     return nll / tokens, tokens

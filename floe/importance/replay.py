@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from floe.blocks import Block
+from floe.importance.frozen import Batch, device_of, losses, on_device, token_mask
 
 
 @dataclass
@@ -19,6 +20,19 @@ class Call:
     hidden: Tensor | None
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+
+
+@dataclass
+class BackwardRecord:
+    """One batch on its way back: its blocks' calls and the gradient of the next block's output.
+
+    ``real`` is True at tokens, bool [S, T]; ``tokens`` counts the labels in the loss.
+    """
+
+    calls: list[Call]
+    gradient: Tensor
+    real: Tensor
+    tokens: int
 
 
 class CallRecorder:
@@ -77,6 +91,31 @@ class CallRecorder:
                 self._moved[id(value)] = (value, value.detach().cpu())
             return self._moved[id(value)][1]
         return _map(self._offload, value)
+
+
+def record_backward(
+    model: nn.Module, blocks: list[Block], batch: Batch, rows: int | Sequence[int]
+) -> BackwardRecord:
+    """One forward; only what follows the last block (norm, head, loss) is differentiated.
+
+    The gradient is that of the sum of the rows' mean losses; ``rows`` numbers them in errors.
+    """
+    batch = on_device(batch, device_of(model))
+    leaf: list[Tensor] = []
+
+    def cut(_module: nn.Module, _args: object, output: object) -> object:
+        leaf.append(hidden_of(output).detach().requires_grad_())
+        return (leaf[0], *output[1:]) if isinstance(output, tuple) else leaf[0]
+
+    hook = blocks[-1].module.register_forward_hook(cut)
+    try:
+        with CallRecorder(blocks) as recorder, torch.enable_grad():
+            loss, tokens = losses(model, batch, rows)
+            (gradient,) = torch.autograd.grad(loss.sum(), leaf)
+            calls = recorder.take()
+            return BackwardRecord(calls, gradient.cpu(), token_mask(batch), int(tokens.sum()))
+    finally:
+        hook.remove()
 
 
 def call_block(block: Block, call: Call, hidden: Tensor) -> Tensor:

@@ -7,27 +7,22 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from floe.blocks import Block, Geometry, find_blocks, geometry, linear_at
+from floe.blocks import Geometry, find_blocks, geometry, linear_at
 from floe.importance.capture import HEAD_UNITS, Capture, RowGradients
 from floe.importance.fisher import Progress, added
 from floe.importance.frozen import (
     Batch,
     base_only,
-    device_of,
     for_loss,
     frozen,
-    losses,
-    on_device,
-    token_mask,
 )
 from floe.importance.identity import data_fingerprint
-from floe.importance.replay import CallRecorder, hidden_of
+from floe.importance.replay import record_backward
 from floe.importance.rows import Row, chunks, collate, passes, rows_of
-from floe.importance.weight_costs import Record, block_costs
+from floe.importance.weight_costs import block_costs
 from floe.importance.workbook import Arrays, Workbook
 
 FloatArray = NDArray[np.float64]
@@ -208,7 +203,7 @@ def _element(plan: TaylorPlan, groups: list[list[int]], announce: Announce) -> t
         records = []
         for group in groups:
             batch = for_loss(collate([plan.rows[n] for n in group]), plan.tokens)
-            records.append(_record(model, blocks, batch, group))
+            records.append(record_backward(model, blocks, batch, group))
             announce(len(records), steps)
         for block in reversed(blocks):
             parts = block_costs(model, block, records, plan.aggregate == "mean_of_abs")
@@ -216,25 +211,6 @@ def _element(plan: TaylorPlan, groups: list[list[int]], announce: Announce) -> t
             head[block.index], neuron[block.index] = unit_costs(parts, sizes, plan.head_unit)
             announce(steps - block.index, steps)
     return head, neuron, sum(record.tokens for record in records)
-
-
-def _record(model: nn.Module, blocks: list[Block], batch: Batch, numbers: list[int]) -> Record:
-    """One forward; only what follows the last block (norm, head, loss) is differentiated."""
-    batch = on_device(batch, device_of(model))
-    leaf: list[Tensor] = []
-
-    def cut(_module: nn.Module, _args: object, output: object) -> object:
-        leaf.append(hidden_of(output).detach().requires_grad_())
-        return (leaf[0], *output[1:]) if isinstance(output, tuple) else leaf[0]
-
-    hook = blocks[-1].module.register_forward_hook(cut)
-    try:
-        with CallRecorder(blocks) as recorder, torch.enable_grad():
-            loss, tokens = losses(model, batch, numbers)
-            (gradient,) = torch.autograd.grad(loss.sum(), leaf)
-            return Record(recorder.take(), gradient.cpu(), token_mask(batch), int(tokens.sum()))
-    finally:
-        hook.remove()
 
 
 def _check_finite(head: FloatArray, neuron: FloatArray) -> None:

@@ -19,24 +19,11 @@ from torch import Tensor, nn
 
 from floe.blocks import Block, linear_at
 from floe.importance.capture import tap_output
-from floe.importance.replay import Call, call_block, device_of_block
+from floe.importance.replay import BackwardRecord, call_block, device_of_block
 
 FloatArray = NDArray[np.float64]
 TILE_ROWS = 256
 _COLUMNS = ("o", "down")  # projections whose columns, not rows, belong to a unit
-
-
-@dataclass
-class Record:
-    """One pass on its way back: its blocks' calls and the gradient of the next block's output.
-
-    ``real`` is True at tokens, bool [S, T].
-    """
-
-    calls: list[Call]
-    gradient: Tensor
-    real: Tensor
-    tokens: int
 
 
 @dataclass
@@ -109,7 +96,7 @@ def _wide(values: Tensor) -> torch.dtype:
 
 
 def block_costs(
-    model: nn.Module, block: Block, records: Iterable[Record], per_row: bool
+    model: nn.Module, block: Block, records: Iterable[BackwardRecord], per_row: bool
 ) -> dict[str, FloatArray]:
     """``sum |w g|`` per row of the block's q, k, v (or qkv), gate, up; per column of o and down.
 
@@ -150,7 +137,7 @@ def _kept(real: Tensor, per_row: bool) -> Iterator[tuple[Tensor, Tensor]]:
         yield rows[rows == row], tokens[rows == row]
 
 
-def _replay(block: Block, record: Record) -> None:
+def _replay(block: Block, record: BackwardRecord) -> None:
     """The block on one pass, forward and back; no parameter gets a gradient."""
     device = device_of_block(block)
     call = record.calls[block.index]

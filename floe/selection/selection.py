@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from floe.importance.scores import Scores
+    from floe.importance.statistics import LayerStatistics
     from floe.selection.tuning import TuningResult
 
 __all__ = ["Masks", "PaperSelection", "Selection", "select"]
@@ -56,6 +57,7 @@ def select(
     layer_memory: Sequence[int] | None = None,
     tune: bool = True,
     tune_tokens: int = 2048,
+    statistics: LayerStatistics | None = None,
     progress: Progress | None = None,
 ) -> Selection:
     """Choose the layers to adapt.
@@ -85,6 +87,7 @@ def select(
             default scores.meta["adapter_memory"]. See counts.layer_memory.
         tune: run the tuning stage if model and batches are there.
         tune_tokens: real tokens the tuning stage may use.
+        statistics: of the same model's layers, for the policies that need them (policies.NEEDS).
         progress: called as progress(done, in all, "tune").
 
     Raises:
@@ -95,7 +98,9 @@ def select(
         RuntimeWarning: a score is zero everywhere, so that what depends on it is decided by ties.
     """
     share = number("budget", budget)
-    options = _Options(policy, preset_of(preset), share, layers, seed, score, pick, layer_memory)
+    options = _Options(
+        policy, preset_of(preset), share, layers, seed, score, pick, layer_memory, statistics
+    )
     if pick not in PICKS:
         raise ValueError(f"pick must be one of {PICKS}, got {pick!r}")
     if tune and (model is None) != (batches is None):
@@ -146,6 +151,7 @@ class _Options:
     score: str
     pick: str
     layer_memory: Sequence[int] | None
+    statistics: LayerStatistics | None
     path: PathScore | None = None  # where the score is "path"
 
 
@@ -242,7 +248,7 @@ def _apply(
     total = len(mask_scores)
 
     def chosen(count: int) -> tuple[Floats, tuple[int, ...]]:
-        found = rule(Situation(scores, count, total, options.seed, mask_scores))
+        found = rule(Situation(scores, count, total, options.seed, mask_scores, options.statistics))
         return found, choose_layers(_order(found, options.pick), count)
 
     if not isinstance(options.layers, Mapping):

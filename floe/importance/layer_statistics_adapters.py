@@ -1,0 +1,205 @@
+"""Statistics of a warmed-up adapter: what single layers, and sets of them, do for the model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from floe.adapters.targets import adapted_layers
+from floe.blocks import find_blocks
+from floe.importance.fisher import Progress
+from floe.importance.frozen import (
+    Batch,
+    base_only,
+    device_of,
+    for_loss,
+    frozen,
+    losses,
+    on_device,
+)
+from floe.importance.layer_statistics_states import forward_states, starting_at
+from floe.losses import IGNORE_INDEX
+
+FloatArray = NDArray[np.float64]
+Flags = NDArray[np.bool_]
+_RIDGE = 1e-9  # of the mean weight: decides only what the sets leave open
+_POSITIONS_AT_ONCE = 256
+
+
+@contextmanager
+def closed_adapters(model: nn.Module, layers: Iterable[int]) -> Iterator[None]:
+    """Within it the adapters of these layers add nothing; then all are as before.
+
+    Raises:
+        ValueError: a layer without adapters.
+    """
+    adapted = adapted_layers(model)
+    wanted = set(layers)
+    missing = sorted(wanted - adapted.keys())
+    if missing:
+        raise ValueError(f"layers must carry adapters to be closed, got {missing} without")
+    modules = [module for layer in sorted(wanted) for module in adapted[layer].values()]
+    before = [module._disable_adapters for module in modules]
+    try:
+        for module in modules:
+            module._disable_adapters = True
+        yield
+    finally:
+        for module, value in zip(modules, before, strict=True):
+            module._disable_adapters = value
+
+
+def kl_to_full(
+    model: nn.Module, batches: Sequence[Batch], progress: Progress | None = None
+) -> FloatArray:
+    """KL from the model with all adapters to the one with layer k's alone, [L] nats.
+
+    sum_v p_all (log p_all - log p_k) at the positions that predict a label, mean over a row's
+    positions, then over rows; logits in float32, sums in float64. A layer without adapters gives
+    the base model's. Costs a forward with all adapters, one with none, and as many block forwards
+    as L / 2 forwards.
+
+    Raises:
+        ValueError: a model without floe adapters, or a row without labels.
+    """
+    layers, blocks = _adapted(model), find_blocks(model)
+    total, rows = np.zeros(len(blocks)), 0
+    with frozen(model), torch.no_grad():
+        for done, batch in enumerate(batches, 1):
+            batch = on_device(for_loss(batch, "response"), device_of(model))
+            with base_only(model):
+                states = forward_states(model, batch, rows)
+            full = _logits(model, batch)
+            for block in blocks:
+                others = [layer for layer in layers if layer != block.index]
+                with starting_at(blocks, block.index, states), closed_adapters(model, others):
+                    alone = _logits(model, batch)
+                total[block.index] += float(_row_kl(full, alone, batch["labels"]).sum())
+            rows += len(states.loss)
+            if progress is not None:
+                progress(done, len(batches), "kl_guided")
+    return np.maximum(total / rows, 0.0)
+
+
+def shapley(
+    model: nn.Module,
+    batches: Sequence[Batch],
+    sets: int | None = None,
+    seed: int = 41,
+    progress: Progress | None = None,
+) -> FloatArray:
+    """Shapley value of each layer's adapters for v(S) = -loss with only the layers S open, [L].
+
+    From a linear surrogate of v over random sets of every size; see :func:`shapley_values` and
+    :func:`draw_sets`. Loss: mean over rows of their mean NLL, in nats. Layers without adapters have
+    0. Costs ``sets`` + 2 forwards.
+
+    Args:
+        sets: how many to draw; None = two for each adapted layer. seed: of their draw.
+
+    Raises:
+        ValueError: a model without floe adapters, or too few sets.
+    """
+    layers = _adapted(model)
+    players = len(layers)
+    drawn = draw_sets(players, 2 * players if sets is None else sets, seed)
+    games = np.concatenate([np.zeros((1, players), bool), np.ones((1, players), bool), drawn])
+    total, rows = np.zeros(len(games)), 0
+    with frozen(model), torch.no_grad():
+        for done, batch in enumerate(batches, 1):
+            batch = on_device(for_loss(batch, "response"), device_of(model))
+            for place, game in enumerate(games):
+                closed = [layer for layer, open_ in zip(layers, game, strict=True) if not open_]
+                with closed_adapters(model, closed):
+                    loss, _ = losses(model, batch, rows)
+                total[place] += float(loss.sum(dtype=torch.float64))
+            rows += len(loss)
+            if progress is not None:
+                progress(done, len(batches), "shapley")
+    value = -total / rows
+    found = np.zeros(len(find_blocks(model)))
+    found[layers] = shapley_values(drawn, value[2:], float(value[0]), float(value[1]))
+    return found
+
+
+def draw_sets(players: int, count: int, seed: int) -> Flags:
+    """Distinct random sets of players and their complements, bool [<= count, players], sorted.
+
+    Sizes go round: 1 (with n - 1), 2 (with n - 2), ... n // 2, and again; within a size sets are
+    uniform. What is drawn twice counts once, so few players give fewer than ``count``.
+
+    Raises:
+        ValueError: count is odd or negative, or too small to have every size once.
+    """
+    sizes = players // 2
+    if count % 2 or count < 2 * sizes:
+        raise ValueError(
+            f"sets must be an even number >= {2 * sizes} for {players} layers, got {count}"
+        )
+    drawn = np.zeros((count if sizes else 0, players), dtype=bool)
+    rng = np.random.default_rng(seed)
+    for pair in range(len(drawn) // 2):
+        drawn[2 * pair, rng.permutation(players)[: 1 + pair % sizes]] = True
+        drawn[2 * pair + 1] = ~drawn[2 * pair]
+    return np.unique(drawn, axis=0)
+
+
+def shapley_values(sets: Flags, payoffs: FloatArray, empty: float, full: float) -> FloatArray:
+    """Values of the best linear surrogate of a game that is exact for no and for all players, [n].
+
+    Least squares under the Shapley kernel: a size s weighs (n - 1) / (s (n - s)), shared by the
+    sets of that size. With all sets these are the game's Shapley values (Charnes et al. 1988);
+    they always sum to full - empty. What the sets leave open is shared evenly.
+
+    Args:
+        sets: distinct, bool [m, n], none of them empty or full. payoffs: [m].
+    """
+    players = sets.shape[1]
+    if players == 1:
+        return np.array([full - empty])
+    sizes = sets.sum(axis=1)
+    counts = np.bincount(sizes, minlength=players)
+    weights = (players - 1) / (sizes * (players - sizes)) / counts[sizes]
+    even = (full - empty) / players
+    # Relative to an even share, with the constraint that the differences sum to zero
+    design = sets.astype(np.float64)
+    target = payoffs - empty - even * sizes
+    root = np.sqrt(weights)[:, None]
+    basis = np.linalg.qr(np.eye(players)[:, 1:] - 1 / players)[0]  # of the sum-zero subspace
+    left = root * (design @ basis)
+    gram = left.T @ left + _RIDGE * weights.mean() * np.eye(players - 1)
+    differences = basis @ np.linalg.solve(gram, left.T @ (root[:, 0] * target))
+    return np.asarray(even + differences)
+
+
+def _adapted(model: nn.Module) -> list[int]:
+    layers = sorted(adapted_layers(model))
+    if not layers:
+        raise ValueError("model must carry a warmed-up floe adapter, got none")
+    return layers
+
+
+def _logits(model: nn.Module, batch: Batch) -> Tensor:
+    inputs = {k: v for k, v in batch.items() if k != "labels"}
+    logits: Tensor = model(**inputs, use_cache=False).logits
+    return logits
+
+
+def _row_kl(full: Tensor, other: Tensor, labels: Tensor) -> Tensor:
+    """Mean over a row's predicting positions of KL(full || other), float64 [S]."""
+    wanted = labels[:, 1:] != IGNORE_INDEX
+    each = [logits[:, :-1][wanted].split(_POSITIONS_AT_ONCE) for logits in (full, other)]
+    parts = [_kl(p, q) for p, q in zip(*each, strict=True)]
+    found = torch.zeros(wanted.shape, dtype=torch.float64, device=full.device)
+    return found.masked_scatter(wanted, torch.cat(parts)).sum(1) / wanted.sum(1)
+
+
+def _kl(full: Tensor, other: Tensor) -> Tensor:
+    wide = torch.promote_types(full.dtype, torch.float32)
+    p, q = (torch.log_softmax(logits.to(wide), -1).double() for logits in (full, other))
+    return (p.exp() * (p - q)).sum(-1)

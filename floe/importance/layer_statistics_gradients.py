@@ -1,0 +1,166 @@
+"""Statistics from backward passes: gradients of fresh adapters and of linear ones beside blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from floe.adapters.targets import adapted_layers
+from floe.blocks import Block, find_blocks
+from floe.importance.adapter import active_adapters
+from floe.importance.fisher import Progress
+from floe.importance.frozen import (
+    Batch,
+    base_only,
+    device_of,
+    for_loss,
+    frozen,
+    losses,
+    on_device,
+)
+from floe.importance.replay import BackwardRecord, call_block, device_of_block, record_backward
+from floe.importance.score import fresh_adapters
+
+FloatArray = NDArray[np.float64]
+RIDGE = 1e-3  # of the covariance's mean eigenvalue; there may be fewer tokens than channels
+
+
+def gradient_norm(
+    model: nn.Module, batches: Sequence[Batch], seed: int = 41, progress: Progress | None = None
+) -> FloatArray:
+    """|| sum_n dL_n / dB || over a layer's experts at fresh adapters (B = 0), [L].
+
+    L_n is row n's mean NLL. The gradients of A and the router are zero there. A layer without
+    adapters has 0. Sums over batches in float64 on the CPU: 8 bytes an expert parameter.
+
+    Args:
+        model: with floe adapters, which come back bit by bit. seed: of the draw of A and the
+            routers, as in floe.score(..., probe=True).
+
+    Raises:
+        ValueError: a model without floe adapters, a row without labels, or a loss that is not
+            finite.
+    """
+    found = _experts(model)
+    parameters = [parameter for _, parameter in found]
+    sums = [torch.zeros(parameter.shape, dtype=torch.float64) for parameter in parameters]
+    rows = 0
+    with fresh_adapters(model, seed), frozen(model), torch.enable_grad():
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+        for done, batch in enumerate(batches, 1):
+            batch = on_device(for_loss(batch, "response"), device_of(model))
+            loss, _ = losses(model, batch, rows)
+            rows += len(loss)
+            for total, gradient in zip(
+                sums, torch.autograd.grad(loss.sum(), parameters), strict=True
+            ):
+                total += gradient.cpu()
+            if progress is not None:
+                progress(done, len(batches), "gradient_norm")
+    squares = np.zeros(len(find_blocks(model)))
+    for (layer, _), total in zip(found, sums, strict=True):
+        squares[layer] += float(total.square().sum())
+    return np.asarray(np.sqrt(squares))
+
+
+def _experts(model: nn.Module) -> list[tuple[int, nn.Parameter]]:
+    """The active adapters' experts with their layers."""
+    layers = adapted_layers(model)
+    if not layers:
+        raise ValueError("model must carry floe adapters to measure their gradients, got none")
+    return [
+        (layer, module.floe_expand[name])
+        for layer, modules in layers.items()
+        for module in modules.values()
+        for name in active_adapters(module)
+    ]
+
+
+def layer_card(
+    model: nn.Module, batches: Sequence[Batch], progress: Progress | None = None
+) -> dict[str, FloatArray]:
+    """Residual norm [L], activation energy [L] and coupling [L, L] of linear adapters of blocks.
+
+    Block k maps x [T, d] to y; an adapter y + x D^T at D = 0 has the gradient G = sum_t g_t x_t^T
+    of the rows' mean loss. With Sigma = mean_t x_t x_t^T (plus RIDGE times its mean eigenvalue):
+    residual_norm ||G Sigma^-1/2||_F, activation_energy tr Sigma, coupling the absolute cosine of
+    two layers' G Sigma^-1/2. Blocks are replayed from last to first; G and Sigma exist for one
+    block at a time, summed in float64, the normalised gradients (4 d^2 bytes a layer) for all.
+
+    Raises:
+        ValueError: a row without labels, or a loss or gradient that is not finite.
+    """
+    blocks = find_blocks(model)
+    energy, normalised = np.zeros(len(blocks)), dict[int, Tensor]()
+    with frozen(model), base_only(model):
+        records, rows = list[BackwardRecord](), 0
+        for batch in batches:
+            records.append(record_backward(model, blocks, for_loss(batch, "response"), rows))
+            rows += len(records[-1].real)
+        for done, block in enumerate(reversed(blocks), 1):
+            gradient, moment = _moments(block, records)
+            if not bool(gradient.isfinite().all() and moment.isfinite().all()):
+                raise ValueError(f"gradients and states of layer {block.index} must be finite")
+            energy[block.index] = float(moment.trace())
+            normalised[block.index] = (gradient / rows @ _inverse_root(moment)).float().cpu()
+            if progress is not None:
+                progress(done, len(blocks), "layer_card")
+    flat = [normalised[layer].flatten() for layer in range(len(blocks))]
+    norms = np.array([float(g.double().norm()) for g in flat])
+    return {
+        "residual_norm": norms,
+        "activation_energy": energy,
+        "coupling": _coupling(flat, norms),
+    }
+
+
+def _coupling(flat: list[Tensor], norms: FloatArray) -> FloatArray:
+    """Absolute cosines; 0 with a gradient of zero, 1 on the diagonal."""
+    found = np.eye(len(flat))
+    for i, one in enumerate(flat):
+        for j in range(i):
+            size = norms[i] * norms[j]
+            inner = float(one.double() @ flat[j].double())
+            found[i, j] = found[j, i] = min(1.0, abs(inner) / size) if size else 0.0
+    return found
+
+
+def _moments(block: Block, records: list[BackwardRecord]) -> tuple[Tensor, Tensor]:
+    """Sum of g x^T and mean of x x^T over real tokens, [d, d] float64.
+
+    Leaves in every record the gradient of the block's input, which is that of the block before's
+    output.
+    """
+    device = device_of_block(block)
+    gradient = moment = torch.zeros((), dtype=torch.float64, device=device)
+    tokens = 0
+    for record in records:
+        call = record.calls[block.index]
+        assert call.hidden is not None
+        hidden = call.hidden.to(device).requires_grad_()
+        call.hidden = None  # not needed again: memory falls as the replay goes back
+        above = record.gradient.to(device)
+        with torch.enable_grad():
+            (below,) = torch.autograd.grad(call_block(block, call, hidden), [hidden], above)
+        record.gradient = below.cpu()
+        real = record.real.to(device)
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        x, g = hidden.detach()[real].to(wide), above[real].to(wide)
+        gradient = gradient + g.T @ x
+        moment = moment + x.T @ x
+        tokens += len(x)
+    return gradient, moment / tokens
+
+
+def _inverse_root(moment: Tensor) -> Tensor:
+    """(moment + ridge)^-1/2 of a symmetric matrix; zero for a zero matrix."""
+    values, vectors = torch.linalg.eigh(moment)
+    raised = values.clamp(min=0) + RIDGE * values.clamp(min=0).mean()
+    roots = torch.where(raised > 0, raised.rsqrt(), 0.0)
+    root: Tensor = (vectors * roots) @ vectors.T
+    return root

@@ -1,0 +1,65 @@
+"""Rules that order layers: functions of a :class:`Situation` to one score per layer, [L] float64.
+
+Layers are ranked by descending score, ties to the lower index, so every policy gives a full
+ranking. What the rules are worth is an empirical question: in our runs with a 135M model (8 of 30
+layers), adapter sensitivity learned fastest over 100 steps and was level with evenly spread and
+random layers at the end of longer training, where no rule separated from another. No policy here
+is claimed to do better than that. docs/POLICIES.md lists them with their sources.
+"""
+
+from __future__ import annotations
+
+from floe.selection.policies import from_statistics as measured
+from floe.selection.policies.baselines import (
+    all_layers,
+    even,
+    even_layers,
+    first,
+    last,
+    middle,
+    random,
+)
+from floe.selection.policies.from_scores import (
+    adapter_fisher,
+    fisher_high,
+    fisher_low,
+    masks,
+    probe,
+    segment,
+    segment_of,
+    taylor_high,
+    taylor_low,
+)
+from floe.selection.policies.from_statistics import NEEDS
+from floe.selection.policies.situation import Policy, Situation
+
+__all__ = ["NEEDS", "POLICIES", "Policy", "Situation", "even_layers", "segment_of"]
+
+POLICIES: dict[str, Policy] = {
+    "masks": masks,
+    "adapter_fisher": adapter_fisher,
+    "probe": probe,
+    "fisher_high": fisher_high,
+    "fisher_low": fisher_low,
+    "taylor_high": taylor_high,
+    "taylor_low": taylor_low,
+    "segment": segment,
+    "gradient_norm": measured.gradient_norm,
+    "layer_card": measured.layer_card,
+    "spectrum": measured.spectrum,
+    "eva": measured.eva,
+    "lamp": measured.lamp,
+    "angular": measured.angular,
+    "angular_all": measured.angular_all,
+    "angular_block": measured.angular_block,
+    "error_propagation": measured.error_propagation,
+    "coarse_to_fine": measured.coarse_to_fine,
+    "kl_guided": measured.kl_guided,
+    "shapley": measured.shapley,
+    "random": random,
+    "even": even,
+    "first": first,
+    "last": last,
+    "middle": middle,
+    "all": all_layers,
+}
