@@ -74,7 +74,8 @@ def test_it_trains_every_arm_of_the_plan_and_reports_it(study):
 def test_arms_share_rows_and_differ_in_layers_alone(study):
     runs = [json.loads(file.read_text()) for file in study[0].glob("runs/one-seed1-*.json")]
     assert len({json.dumps(run["test"]["tokens"]) for run in runs}) == 1
-    assert {run["parameters"] for run in runs} == {runs[0]["parameters"]}
+    up, down = 12 * 32 + 64 * 32, 12 * 64 + 32 * 32  # shrink [8 + 4, K] and expand [N, 4, 8]
+    assert {run["parameters"] for run in runs} == {2 * (2 * up + down)}
     chosen = {(run["arm"], run["draw"]): run["layers"] for run in runs}
     assert chosen["even", 0] == [0, 3]
     assert all(len(layers) == 2 for layers in chosen.values())
@@ -84,12 +85,49 @@ def test_arms_share_rows_and_differ_in_layers_alone(study):
     assert len(set.union(*splits)) == 50
 
 
-def test_a_random_draw_has_its_own_layers(tmp_path, study):
-    layers = {
-        tuple(json.loads(file.read_text())["layers"])
-        for file in study[0].glob("runs/*-random-*.json")
-    }
-    assert len(layers) > 1
+def test_a_random_draw_has_its_own_layers_whatever_the_rate(study):
+    runs = [json.loads(file.read_text()) for file in study[0].glob("runs/*-random-*.json")]
+    layers = {}
+    for run in runs:
+        layers.setdefault((run["mix"], run["seed"], run["draw"]), set()).add(tuple(run["layers"]))
+    assert {len(sets) for sets in layers.values()} == {1}
+    for mix in ("one", "two"):
+        by_draw = [{key[2]: s for key, s in layers.items() if key[:2] == (mix, n)} for n in (0, 1)]
+        assert any(draws[0] != draws[1] for draws in by_draw)
+        assert by_draw[0] != by_draw[1]
+
+
+def test_forgetting_is_the_rise_of_the_other_mixs_loss(study):
+    bases = {(b["mix"], b["seed"]): b for b in quality_report.read(study[0]).bases.values()}
+    for run in quality_report.read(study[0]).runs:
+        mix = {"one": "two", "two": "one"}[run["mix"]]
+        assert run["other"]["tokens"] == bases[mix, run["seed"]]["validation"]["tokens"]
+        assert bases[run["mix"], run["seed"]]["other"] == bases[mix, run["seed"]]["validation"]
+
+
+def test_the_comparison_is_that_of_the_files(study):
+    records = quality_report.read(study[0])
+    for row in quality_report.summarise(records):
+        runs = {
+            (run["seed"], run["arm"], run["draw"]): run["test"]["mean"]
+            for run in records.runs
+            if run["mix"] == row["mix"]
+            and run["rate"] == quality_report.best_rate(records.runs, row["mix"], run["arm"], 4)
+        }
+        draws = range(row["runs"] // 2)
+        gaps = [
+            runs[seed, "adapter_fisher", 0] - runs[seed, row["arm"], draw]
+            for seed in (0, 1)
+            for draw in draws
+        ]
+        if row["arm"] != "adapter_fisher":
+            assert row["default_minus_this"]["value"] == pytest.approx(np.mean(gaps), abs=1e-12)
+            assert row["default_minus_this"]["lower"] == sum(gap < 0 for gap in gaps)
+
+
+def test_a_seed_weighs_the_same_however_many_draws_it_has():
+    runs = [{"seed": 0}, {"seed": 0}, {"seed": 1}]
+    assert quality_report._over_seeds(runs, [1.0, 3.0, 10.0]) == 6.0
 
 
 def test_what_is_there_is_not_trained_again_and_the_report_needs_the_files_alone(
