@@ -1,6 +1,6 @@
 """Tables of `benchmarks.quality` from the files of its runs alone.
 
-The first arm named in ``DEFAULT`` is compared with every other on the same rows of the same seeds.
+The arm ``DEFAULT`` is compared with every other, on the same rows of the seeds that both have.
 Intervals are 95 % percentiles of a two-level bootstrap: seeds, and the draws of a random arm, are
 drawn with replacement, then rows within each seed. With one seed they hold no seed noise.
 """
