@@ -235,6 +235,7 @@ class Study:
     def train(self, run: Run) -> dict[str, Any]:
         """Train one run, measure it, write its file."""
         assert run.rate is not None
+        self.warm_up(run.mix, run.seed)  # its time is no run's
         began, layers = time.monotonic(), self.layers(run)
         work, other = self.work(run.mix, run.seed), self.work(self.other(run.mix), run.seed)
         self.run_folder.event(run=run.name, what="started")
