@@ -84,3 +84,11 @@ def opening_a_study(folder, statements):
             os.kill(os.getpid(), signal.SIGKILL)
 
     open_study(f"sqlite:///{folder}/study.db", {"space": 1}, prune=False)
+
+
+def comparing(folder, options):
+    """The comparison of policies with these options."""
+    from benchmarks import quality
+
+    gc.freeze()
+    quality.main(options)

@@ -1,0 +1,73 @@
+"""Step times of `benchmarks.quality`: every set of layers its runs chose, in turn, in one run."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from benchmarks import harness, models
+from benchmarks.harness import Candidate
+from benchmarks.quality_report import read
+from benchmarks.quality_runs import Study
+from floe.adapters import get_model
+from floe.atomic import write_json
+from floe.data import Collator
+from floe.pipeline.workspace import Workspace
+from floe.training.train import adapter_parameters, training_order
+from floe.training.trainer import step_loss
+
+BATCHES = 5
+
+
+def measure(study: Study, rounds: int, clock_name: str, clock: Callable[[], float]) -> None:
+    """Write ``times.json``: the median seconds of a training step, by mix and layers.
+
+    A step is forward, backward, clipping and AdamW, on the same batches for all sets of a mix.
+
+    Raises:
+        ValueError: there is no run yet.
+    """
+    runs = read(study.folder).runs
+    if not runs:
+        raise ValueError("the folder must hold at least one run to time, got none")
+    rows: list[dict[str, Any]] = []
+    for mix in sorted({run["mix"] for run in runs}):
+        here = [run for run in runs if run["mix"] == mix]
+        work = study.work(mix, min(run["seed"] for run in here))
+        sets = sorted({tuple(run["layers"]) for run in here})
+        found = [Candidate(str(layers), _step(study, work, layers), list) for layers in sets]
+        seconds = harness.measure(found, rounds=rounds, device=torch.device("cpu"), clock=clock)
+        for layers in sets:
+            times = harness.summary(seconds[str(layers)])
+            rows.append({"mix": mix, "layers": list(layers), "seconds": times})
+    facts = {"clock": clock_name, "environment": study.environment}
+    write_json(study.folder / "times.json", {"format": 1, "rows": rows, **facts})
+
+
+def _step(study: Study, work: Workspace, layers: tuple[int, ...]) -> Callable[[], None]:
+    """One training step of adapters on these layers, called again and again."""
+    s = study.settings
+    config = work.adapter_config(s.r, s.num_experts, list(layers))
+    model = get_model(models.share(work.base_model), config).train()
+    parameters = list(adapter_parameters(model).values())
+    settings = study.steps(work, BATCHES, s.rates[0])
+    optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=0.0)
+    order = training_order([len(row) for row in work.train_rows], settings)
+    collate, size = Collator.for_model(model), s.batch_size
+    chosen = [work.train_rows[i] for i in order]
+    batches = [collate(chosen[i : i + size]) for i in range(0, len(chosen), size)]
+    turn = itertools.cycle(batches)
+
+    def step() -> None:
+        batch = dict(next(turn))
+        labels = batch.pop("labels")
+        loss = step_loss(model(**batch), labels, int((labels[:, 1:] != -100).sum()))
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
+        optimizer.step()
+
+    return step
