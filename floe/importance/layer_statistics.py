@@ -20,6 +20,8 @@ from floe.importance import layer_statistics_gradients as gradients
 from floe.importance import layer_statistics_weights as weights
 from floe.importance.fisher import Progress
 from floe.importance.frozen import Batch, token_mask
+from floe.importance.identity import data_fingerprint
+from floe.importance.rows import rows_of
 from floe.importance.statistics import LayerStatistics
 from floe.selection.policies import NEEDS, POLICIES
 
@@ -167,7 +169,7 @@ def _describe(job: _Job, names: list[str]) -> dict[str, Any]:
         "policies": names,
         "rows": sum(len(batch["input_ids"]) for batch in job.batches),
         "tokens": sum(int(token_mask(batch).sum()) for batch in job.batches),
-        "data": fingerprint(job.batches),
+        "data": data_fingerprint(rows_of(job.batches)),
         "seed": job.seed,
         "rank": job.rank,
         "keep": job.keep,

@@ -9,6 +9,7 @@ is claimed to do better than that. docs/POLICIES.md lists them with their source
 
 from __future__ import annotations
 
+from floe.selection.coupled import gate_fisher, gate_fisher_diagonal
 from floe.selection.policies import from_statistics as measured
 from floe.selection.policies.baselines import (
     all_layers,
@@ -39,6 +40,8 @@ POLICIES: dict[str, Policy] = {
     "masks": masks,
     "adapter_fisher": adapter_fisher,
     "probe": probe,
+    "gate_fisher": gate_fisher,
+    "gate_fisher_diagonal": gate_fisher_diagonal,
     "fisher_high": fisher_high,
     "fisher_low": fisher_low,
     "taylor_high": taylor_high,
