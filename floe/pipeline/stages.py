@@ -8,10 +8,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from floe.atomic import copy_folder, write_json, write_text
-from floe.config import Baseline, RunConfig, dump_config, load_config
+from floe.config import Baseline, RunConfig, Schedule, dump_config, load_config
 from floe.progress import Progress
 from floe.runs import RunFolder, environment, read_json
 
@@ -196,24 +196,25 @@ class _Stages:
         """Mask Fisher, adapter Fisher and Taylor cost."""
         from floe.data import fingerprint
         from floe.pipeline import scoring
+        from floe.selection.policies import NEEDS
 
-        probe = "probe" in self._policies()
+        policies = self._policies()
         progress = self._announce("score")
         if scoring.is_helper():
-            scoring.help_build(self.work, self.path, probe, progress)
+            scoring.help_build(self.work, self.path, policies, progress)
             return
         inputs = {
             "search": self.hashes["search"],
             "score": self.config.score.model_dump(mode="json"),
             "rows": fingerprint(self.work.calibration_rows),
             "taylor_rows": fingerprint(self.work.taylor_rows),
-            "probe": probe,
+            "measured_for": sorted(policies & {"probe", *NEEDS}),
         }
         built = []
 
         def build(folder: Path) -> None:
             built.append(folder)
-            scoring.build(self.work, self.path, folder, probe, progress)
+            scoring.build(self.work, self.path, folder, policies, progress)
 
         self._stage("score", inputs, build)
         if not built:
@@ -271,9 +272,24 @@ class _Stages:
                 "num_experts": experts,
                 "layers": layers,
                 "policy": policy,
+                "schedule": self._schedule_settings(arm),
             }
             self._stage(f"train/{arm}", inputs, partial(self._train, arm, policy, layers))
         copy_folder(self.path / "train/main/adapter", self.path / "adapter")
+
+    def _schedule_settings(self, arm: str) -> dict[str, Any] | None:
+        """How the trained layers move in this arm; None where they stay."""
+        found = [b for b in self.config.baselines if b.name == arm]
+        if not found or found[0].policy not in get_args(Schedule):
+            return None
+        own, count = found[0], len(read_json(self.path / "select/selection.json")["layers"])
+        return {"kind": own.policy, "count": count, "interval": own.interval, "seed": own.seed}
+
+    def _schedule(self, arm: str, model: Any) -> Any:
+        from floe.training.layer_schedule import SCHEDULES
+
+        settings = self._schedule_settings(arm)
+        return settings and SCHEDULES[settings.pop("kind")](model, **settings)
 
     def _train(self, arm: str, policy: str, layers: list[int], folder: Path) -> None:
         from floe.adapters import remove_adapters
@@ -292,6 +308,7 @@ class _Stages:
                 output_dir=folder / "checkpoints",
                 validation=self.work.validation_rows,
                 on_progress=self._learning(f"train/{arm}"),
+                layer_schedule=self._schedule(arm, model),
             )
             save_adapter(model, folder / "adapter")
         finally:
