@@ -138,6 +138,9 @@ def test_what_sets_leave_open_is_shared_evenly():
     sets = np.array([[True, False, False], [False, True, True]])
     found = shapley_values(sets, np.array([4.0, 2.0]), 0.0, 6.0)
     np.testing.assert_allclose(found, [4, 1, 1], atol=1e-6)
+    # a set without its complement: what no layers give counts, too
+    found = shapley_values(sets[:1], np.array([14.0]), 10.0, 16.0)
+    np.testing.assert_allclose(found, [4, 1, 1], atol=1e-6)
 
 
 def test_sets_are_stratified_pairs():
