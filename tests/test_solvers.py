@@ -11,7 +11,7 @@ from all_choices import best_values
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from floe.selection.solvers import solve_mask
+from floe.selection.solvers import solve_mask, solve_two_class
 
 INFINITY = float("inf")
 NAN = float("nan")
@@ -136,6 +136,30 @@ def test_knapsack_against_dynamic_programming(spread):
         found = solve_mask(value, cost, budget)
         assert found.optimal
         assert found.value == best[-1]
+
+
+@pytest.mark.parametrize("seed", [10, 11, 13])
+def test_knapsacks_beyond_the_first_search_against_dynamic_programming(seed):
+    """More than its 50,000 states: the answer comes from the joined lists of changes."""
+    rng = np.random.default_rng(seed)
+    cost = rng.integers(1, 3000, 600)
+    value = cost * 1000 + rng.integers(-20_000, 20_000, 600).clip(-1000 * cost)
+    budget = int(cost.sum() * 0.3)
+    best = np.zeros(budget + 1)
+    for v, c in zip(value, cost, strict=True):
+        best[c:] = np.maximum(best[c:], best[:-c] + v)
+    found = solve_mask(value, cost, budget)
+    assert found.nodes > 50_000
+    assert found.optimal
+    assert found.value == value[found.mask].sum() == best[-1]
+    assert found.cost == cost[found.mask].sum() <= budget
+
+
+def test_totals_keep_what_rounding_would_lose():
+    large, ones = [1e16], [1.0] * 1000
+    found = solve_mask(large + ones, [0.0] * 1001, 1.0)
+    assert found.value == 1e16 + 1000
+    assert solve_two_class(large, ones, 0.0, 1.0, 1000).value == 1e16 + 1000
 
 
 FLOATS = st.floats(1e-9, 1e9)
