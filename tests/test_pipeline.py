@@ -17,6 +17,7 @@ from floe.adapters import adapted_layers
 from floe.adapters.files import load_adapter
 from floe.config import parse_config
 from floe.importance.scores import Scores
+from floe.importance.statistics import LayerStatistics
 from floe.pipeline import run
 from floe.progress import Progress
 from floe.runs import sha256
@@ -123,6 +124,34 @@ def test_workers_of_torchrun_share_the_score_stage(config, finished, folder):
     log = Log()
     run(parse_config(workers), until="score", progress=log)
     assert log.said == {"search": "unchanged", "score": "unchanged"}
+
+
+def test_schedules_statistics_and_other_ways_to_choose(config, finished, folder):
+    """One run with what the other has not: trained once, looked at all over."""
+    name = "others"
+    target = finished.parent / name
+    shutil.copytree(finished / "search", target / "search")
+    lisa = {"name": "lisa", "policy": "lisa", "interval": 2}
+    spectrum = {"name": "spectrum", "policy": "spectrum"}
+    bottom = {"name": "bottom", "policy": "adapter_fisher", "pick": "bottom"}
+    block = {"name": "block", "policy": "masks", "preset": "block"}
+    changed = {
+        **renamed(config, name, baselines=[lisa, spectrum, bottom, block]),
+        "score": {**config["score"], "keep_samples": True, "statistic_rows": 4},
+        "select": {"layers": {"memory": 300_000}, "score": "path", "tune": False},
+        "profile": {"steps": 0},
+    }
+    with torch.random.fork_rng():
+        run(parse_config(changed), until="train")
+    arms = {p.parent.name: json.loads(p.read_text()) for p in target.glob("train/*/metrics.json")}
+    selection = Selection.load(target / "select")
+    count = len(selection.layers)
+    assert 0 < count < 4
+    assert arms["lisa"]["layers"] == [0, 1, 2, 3]
+    assert set(arms["bottom"]["layers"]).isdisjoint(selection.layers) or count > 2
+    assert {len(arms[name]["layers"]) for name in ("spectrum", "bottom", "block")} == {count}
+    assert selection.budget_path == (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+    assert sorted(LayerStatistics.load(target / "score/statistics.npz").values) == ["signal_share"]
 
 
 def test_every_baseline_has_as_many_layers_and_the_same_steps(finished):
