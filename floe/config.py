@@ -197,6 +197,9 @@ class SelectConfig(_Section):
 
     policy: Policy = "adapter_fisher"
     preset: Preset = "global"
+    first_order: bool = Field(
+        False, description="Value units with the first-order term; needs score.first_order."
+    )
     budget: Fraction = Field(0.5, description="Share of the Taylor mass the masks retain.")
     layers: Count | Fraction | dict[Literal["params", "memory"], Count] = Field(
         0.25,

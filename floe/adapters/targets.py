@@ -97,7 +97,9 @@ def target_paths(model: nn.Module, config: FloeConfig) -> dict[str, int]:
         path: block.index
         for block in blocks
         if block.index in set(wanted)
-        for path in _block_targets(block.linears, targets)
+        for path in _block_targets(
+            block.linears, config.layer_modules.get(str(block.index), targets)
+        )
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -13,6 +14,7 @@ from floe.importance.statistics import LayerStatistics
 from floe.pipeline.workspace import Workspace
 from floe.runs import read_json
 from floe.selection.counts import layer_memory, saved_bytes_per_token
+from floe.selection.presets import PRESETS, Preset
 from floe.selection.selection import Selection, select
 
 
@@ -21,8 +23,9 @@ def choose(work: Workspace, run: Path, progress: Any) -> Selection:
     settings = work.config.select
     scores = Scores.load(run / "score/scores.npz")
     arguments: dict[str, Any] = {
-        "policy": settings.policy, "preset": settings.preset, "budget": settings.budget,
-        "layers": settings.layers, "score": settings.score, "seed": settings.seed,
+        "policy": settings.policy, "preset": _preset(settings.preset, settings.first_order),
+        "budget": settings.budget, "layers": settings.layers, "score": settings.score,
+        "seed": settings.seed,
         "pick": settings.pick, "budget_path": settings.budget_path,
         "statistics": _statistics(run), "layer_memory": _layer_memory(work, run),
     }  # fmt: skip
@@ -52,11 +55,16 @@ def choose_baseline(work: Workspace, run: Path, chosen: Selection, baseline: Bas
     if baseline.policy == "masks" and same:
         return sorted(int(layer) for layer in chosen.paper.ranking[: len(chosen.layers)])
     other = select(
-        scores, policy=baseline.policy, preset=baseline.preset, budget=settings.budget,
+        scores, policy=baseline.policy, preset=_preset(baseline.preset, settings.first_order),
+        budget=settings.budget,
         layers=len(chosen.layers), score=settings.score, seed=baseline.seed, pick=baseline.pick,
         budget_path=settings.budget_path, statistics=_statistics(run),
     )  # fmt: skip
     return list(other.layers)
+
+
+def _preset(name: str, first_order: bool) -> Preset:
+    return replace(PRESETS[name], first_order=first_order)
 
 
 def _statistics(run: Path) -> LayerStatistics | None:
