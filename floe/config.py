@@ -25,6 +25,7 @@ Policy = Literal[
     "eva", "lamp", "angular", "angular_all", "angular_block", "error_propagation",
     "coarse_to_fine", "kl_guided", "shapley", "random", "even", "first", "middle", "last", "all",
 ]  # fmt: skip
+Sweep = Annotated[list[Count], Field(min_length=2)]
 Schedule = Literal["lisa", "alast"]
 Preset = Literal["global", "exact", "block", "paper_layer", "alg1_literal"]
 
@@ -201,10 +202,13 @@ class SelectConfig(_Section):
         False, description="Value units with the first-order term; needs score.first_order."
     )
     budget: Fraction = Field(0.5, description="Share of the Taylor mass the masks retain.")
-    layers: Count | Fraction | dict[Literal["params", "memory"], Count] = Field(
+    layers: (
+        Count | Fraction | dict[Literal["params", "memory"], Count] | dict[Literal["sweep"], Sweep]
+    ) = Field(
         0.25,
-        description="A count, a fraction, {params: the adapter's parameter budget} or "
-        "{memory: bytes that training the adapters may take beyond the frozen model}.",
+        description="A count, a fraction, {params: the adapter's parameter budget}, {memory: bytes "
+        "that training the adapters may take beyond the frozen model}, or {sweep: [8, 12, 16]}: "
+        "counts that are trained and compared on the validation rows.",
     )
     pick: Literal["top", "bottom"] = Field(
         "top", description="bottom: the reversed ranking, an ablation."

@@ -154,6 +154,26 @@ def test_schedules_statistics_and_other_ways_to_choose(config, finished, folder)
     assert sorted(LayerStatistics.load(target / "score/statistics.npz").values) == ["signal_share"]
 
 
+def test_a_sweep_chooses_the_number_of_layers_on_validation_rows(config, finished):
+    target = finished.parent / "swept"
+    shutil.copytree(finished / "search", target / "search")
+    shutil.copytree(finished / "score", target / "score")
+    select = {**config["select"], "layers": {"sweep": [3, 1]}, "tune": False}
+    with torch.random.fork_rng():
+        run(parse_config(renamed(config, "swept", select=select, baselines=[])), until="select")
+    sweep = json.loads((target / "select/sweep.json").read_text())
+    rows = {n: json.loads((target / f"sweep/{n}/losses.json").read_text())["rows"] for n in (1, 3)}
+    assert {len(values) for values in rows.values()} == {8}
+    assert sweep["counts"] == [1, 3]
+    assert np.allclose(sweep["means"], [np.mean(rows[1]), np.mean(rows[3])])
+    assert len(Selection.load(target / "select").layers) == sweep["count"]
+    log = Log()
+    with torch.random.fork_rng():
+        again = parse_config(renamed(config, "swept", select=select, baselines=[]))
+        run(again, until="select", progress=log)
+    assert set(log.said.values()) == {"unchanged"}
+
+
 def test_every_baseline_has_as_many_layers_and_the_same_steps(finished):
     arms = {p.parent.name: json.loads(p.read_text()) for p in finished.glob("train/*/metrics.json")}
     assert {arm: len(m["layers"]) for arm, m in arms.items()} == {

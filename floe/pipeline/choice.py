@@ -18,13 +18,16 @@ from floe.selection.presets import PRESETS, Preset
 from floe.selection.selection import Selection, select
 
 
-def choose(work: Workspace, run: Path, progress: Any) -> Selection:
-    """Apply ``config.select`` to the run's scores; tuning uses the warm-up model."""
+def choose(work: Workspace, run: Path, progress: Any, count: int | None = None) -> Selection:
+    """Apply ``config.select`` to the run's scores; tuning uses the warm-up model.
+
+    ``count``: choose so many layers, whatever the configuration says.
+    """
     settings = work.config.select
     scores = Scores.load(run / "score/scores.npz")
     arguments: dict[str, Any] = {
         "policy": settings.policy, "preset": _preset(settings.preset, settings.first_order),
-        "budget": settings.budget, "layers": settings.layers, "score": settings.score,
+        "budget": settings.budget, "layers": count or settings.layers, "score": settings.score,
         "seed": settings.seed,
         "pick": settings.pick, "budget_path": settings.budget_path,
         "statistics": _statistics(run), "layer_memory": _layer_memory(work, run),

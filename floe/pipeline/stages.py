@@ -225,16 +225,24 @@ class _Stages:
 
     def select(self) -> None:
         """The layers, and the paper's masks beside them whatever decided."""
+        from floe.pipeline import sweep
         from floe.pipeline.choice import choose, choose_baseline
 
+        counts = self._sweep()
         inputs = {
             "score": self.hashes["score"],
             "select": self.config.select.model_dump(mode="json"),
             "baselines": [b.model_dump(mode="json") for b in self.config.baselines],
+            "sweep": {count: self.hashes[f"sweep/{count}"] for count in counts},
         }
 
         def build(folder: Path) -> None:
-            selection = choose(self.work, self.path, self._announce("select"))
+            count = None
+            if counts:
+                found = sweep.swept_choice(self.path, counts)
+                write_json(folder / "sweep.json", sweep.describe(found))
+                count = found.count
+            selection = choose(self.work, self.path, self._announce("select"), count)
             selection.save(folder)
             arms = {
                 b.name: choose_baseline(self.work, self.path, selection, b)
@@ -246,6 +254,27 @@ class _Stages:
             )
 
         self._stage("select", inputs, build)
+
+    def _sweep(self) -> list[int]:
+        """Train and validate one arm for every number of layers that is to be tried."""
+        from floe.pipeline import sweep
+        from floe.pipeline.choice import choose
+
+        rank, experts = self.size
+        counts = sweep.swept_counts(self.work)
+        for count in counts:
+            chosen = choose(self.work, self.path, self._announce("select"), count)
+            layers = list(chosen.layers)
+            inputs = self._common() | {"rank": rank, "num_experts": experts, "layers": layers}
+
+            self._stage(f"sweep/{count}", inputs, partial(self._swept, f"sweep/{count}", layers))
+        return counts
+
+    def _swept(self, name: str, layers: list[int], folder: Path) -> None:
+        from floe.pipeline import sweep
+
+        self._train(name, self.config.select.policy, layers, folder)
+        sweep.validate(self.work, folder)
 
     def _arms(self) -> dict[str, tuple[str, list[int]]]:
         """Arm -> its policy and layers; the chosen one is ``main``."""
