@@ -183,3 +183,14 @@ def test_a_quantised_base_is_scored_by_its_masks_and_says_so():
     assert (meta["taylor_kind"], meta["taylor_kind_asked"]) == ("vector", "element")
     assert meta["base_quantised"]
     assert (scores.neuron_taylor > 0).all()
+
+
+def test_without_taylor_rows_the_first_32_are_taken():
+    given = batches([(5 + n % 4, 1 + n % 2) for n in range(40)], size=7)
+    scores = score(adapted(), given)
+    assert (scores.meta["rows"], scores.meta["taylor_rows"]) == (40, 32)
+    assert scores.meta["taylor_from_calibration"]
+    first = measure_taylor(
+        adapted(), batches([(5 + n % 4, 1 + n % 2) for n in range(40)], size=32)[:1]
+    )
+    assert np.array_equal(scores.neuron_taylor, first.neuron)
