@@ -138,18 +138,18 @@ def test_knapsack_against_dynamic_programming(spread):
         assert found.value == best[-1]
 
 
-@pytest.mark.parametrize("seed", [10, 11, 13])
+@pytest.mark.parametrize("seed", [1, 2, 6, 13, 15, 20, 23, 26, 27, 28, 55])
 def test_knapsacks_beyond_the_first_search_against_dynamic_programming(seed):
     """More than its 50,000 states: the answer comes from the joined lists of changes."""
     rng = np.random.default_rng(seed)
-    cost = rng.integers(1, 3000, 600)
-    value = cost * 1000 + rng.integers(-20_000, 20_000, 600).clip(-1000 * cost)
+    cost = rng.integers(1, 3000, 300)
+    value = cost * 1000 + rng.integers(-3000, 3000, 300).clip(-1000 * cost)
     budget = int(cost.sum() * 0.3)
     best = np.zeros(budget + 1)
     for v, c in zip(value, cost, strict=True):
         best[c:] = np.maximum(best[c:], best[:-c] + v)
     found = solve_mask(value, cost, budget)
-    assert found.nodes > 50_000
+    assert 50_000 < found.nodes < 100_000  # without the lists, millions
     assert found.optimal
     assert found.value == value[found.mask].sum() == best[-1]
     assert found.cost == cost[found.mask].sum() <= budget
