@@ -88,7 +88,7 @@ def test_gates_are_found_in_their_layer_and_projection():
             own, losses = module.scaling["default"], []
             for factor in (1 + 1e-3, 1 - 1e-3):
                 module.scaling["default"] = own * factor
-                losses.append(float(mean_nll(model, row)))
+                losses.append(mean_nll(model, row).item())
             module.scaling["default"] = own
             slope = (losses[0] - losses[1]) / 2e-3
             assert found[0, layer, place] == pytest.approx(slope, rel=1e-3, abs=1e-7)

@@ -186,7 +186,8 @@ def test_a_quantised_base_is_scored_by_its_masks_and_says_so():
 
 
 def test_without_taylor_rows_the_first_32_are_taken():
-    given = batches([(5 + n % 4, 1 + n % 2) for n in range(40)], size=7)
+    lengths = [(5 + n % 4, 1 + n % 2) for n in range(40)]
+    given = batches(lengths, size=7)
     scores = score(adapted(), given)
     assert (scores.meta["rows"], scores.meta["taylor_rows"]) == (40, 32)
     assert scores.meta["taylor_from_calibration"]
