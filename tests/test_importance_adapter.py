@@ -91,7 +91,9 @@ def test_gates_are_found_in_their_layer_and_projection():
                 losses.append(mean_nll(model, row).item())
             module.scaling["default"] = own
             slope = (losses[0] - losses[1]) / 2e-3
-            assert found[0, layer, place] == pytest.approx(slope, rel=1e-2, abs=1e-5)  # norms stay float32
+            assert found[0, layer, place] == pytest.approx(
+                slope, rel=1e-2, abs=1e-5
+            )  # norms stay float32
 
 
 def test_padding_is_left_out_whatever_it_holds():
