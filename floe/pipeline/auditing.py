@@ -79,12 +79,19 @@ def audit_run(
     folder = RunFolder(Path(config.output_dir) / config.name)
     check_stages(config, folder)
     progress = progress or Progress()
+    selection = Selection.load(folder.path / "select")
+    if selection.pick != "top":
+        raise ValueError(
+            f"an audit is about the layers of highest score, got select.pick {selection.pick!r}"
+        )
+    if names and selection.policy in NEEDS:
+        names = tuple(dict.fromkeys((*names, selection.policy)))
     with folder.locked():
         measured = _Measurements(config, folder, rows, progress)
         found = measured.statistics(names)
         router = measured.routers() if names else []
         progress.stage("audit", "started")
-        result = _audit(config, folder.path, found, router, bootstrap, progress)
+        result = _audit(folder.path, selection, found, router, bootstrap, progress)
         (folder.path / "audit").mkdir(exist_ok=True)
         result.save(folder.path / "audit/audit.json")
         progress.stage("audit", "finished")
@@ -126,14 +133,13 @@ def check_stages(config: RunConfig, folder: RunFolder) -> None:
 
 
 def _audit(
-    config: RunConfig,
     run: Path,
+    selection: Selection,
     statistics: LayerStatistics | None,
     router: list[dict[str, Any]],
     bootstrap: int,
     progress: Progress,
 ) -> Audit:
-    selection = Selection.load(run / "select")
     policy = selection.policy
     return audit(
         Scores.load(run / "score/scores.npz"),
@@ -174,14 +180,13 @@ def arm_losses(run: Path) -> dict[int, Any] | None:
 class _Measurements:
     """What the audit measures on the warm-up model; kept under ``audit/``, each part once."""
 
-    def __init__(
-        self, config: RunConfig, folder: RunFolder, rows: int, progress: Progress
-    ) -> None:
+    def __init__(self, config: RunConfig, folder: RunFolder, rows: int, progress: Progress) -> None:
         from floe.pipeline.workspace import Workspace
 
         self.folder, self.progress, self.rows = folder, progress, rows
         self.work: Workspace = Workspace(config)
         self.seed = config.select.seed
+        self.rank = int(read_json(folder.path / "search/result.json")["rank"])
 
     def statistics(self, names: Sequence[str]) -> LayerStatistics | None:
         """The statistics that the policies ``names`` need, those of one measurement at a time."""
@@ -219,7 +224,7 @@ class _Measurements:
         progress = partial(self.progress.step, part)
         measured = self._on_model(
             lambda model, batches: measure_statistics(
-                model, batches, [policy], seed=self.seed, progress=progress
+                model, batches, [policy], seed=self.seed, rank=self.rank, progress=progress
             )
         )
         measured.save(folder / "statistics.npz")

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import PurePath
 
 from floe.importance.scores import Scores
+from floe.report.audit_read import Audited
 from floe.report.records import Floats, Record
 
 
@@ -203,6 +204,7 @@ class Run:
     routers: tuple[Router, ...]
     profile: Profile | None
     stages: tuple[Stage, ...]
+    audit: Audited | None = None
 
     @property
     def layer_count(self) -> int:

@@ -72,7 +72,8 @@ def compare_masks(
         jaccard_neurons=jaccard(*neurons),
         masked=(int(both[0].sum()), int(both[1].sum())),
         block_loss=float(other.certificate["block_loss"]) / before if before else None,
-        **_likeness(results["masks/global"], results["masks/block"]),
+        overlap=overlap(results["masks/global"].layers, results["masks/block"].layers),
+        spearman=spearman(results["masks/global"].scores, results["masks/block"].scores),
     )
 
 
@@ -93,7 +94,8 @@ def compare_gates(
         diagonal_loss=closing_loss(matrix, closed),
         coupled_loss=choice.loss,
         optimal=choice.optimal,
-        **_likeness(alone, results["gate_fisher"]),
+        overlap=overlap(alone.layers, choice.layers),
+        spearman=spearman(alone.scores, results["gate_fisher"].scores),
     )
 
 
@@ -101,12 +103,3 @@ def jaccard(one: Flags, other: Flags) -> float | None:
     """Shared over all members of two sets given as flags; None if both are empty."""
     union = int((one | other).sum())
     return int((one & other).sum()) / union if union else None
-
-
-def _likeness(one: PolicyResult, other: PolicyResult) -> dict[str, float | int | None]:
-    return {
-        "overlap": overlap(one.layers, other.layers),
-        "spearman": spearman(one.scores, other.scores),
-    }
-
-

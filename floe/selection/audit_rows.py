@@ -35,10 +35,10 @@ MASKS = ("fisher_high", "fisher_low")
 
 
 def resamplable(name: str, scores: Scores) -> str:
-    """What is missing to compute the policy on other rows; "" if nothing, NO_ROWS if rows are not in it.
+    """What is missing to compute the policy on other rows; "" if nothing.
 
-    Policies that look at Taylor costs alone, at statistics or at nothing are not functions of
-    per-sample arrays.
+    NO_ROWS for policies that look at Taylor costs alone, at statistics or at nothing: they are not
+    functions of per-sample arrays.
     """
     if name in ADAPTER:
         return "" if scores.adapter_samples is not None else "scores.adapter_samples; score again"

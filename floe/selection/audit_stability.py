@@ -33,7 +33,7 @@ class Bootstrap:
 
     Attributes:
         name: the policy.
-        rank_low, rank_high: [L], the 5 % and 95 % quantiles of a layer's place, 1 = first to choose.
+        rank_low, rank_high: [L], 5 % and 95 % quantiles of a layer's place; 1 = first to choose.
         probability: [L], share of draws that choose the layer.
         same: share of draws whose choice is the whole choice on all rows.
         kept: share of that choice found again, mean over draws.
@@ -195,8 +195,6 @@ def spread(values: Sequence[float | None]) -> Spread:
     return Spread(float(known.mean()), float(low), float(high))
 
 
-def _results(
-    name: str, rows: Rows, weights: Floats, options: Options
-) -> Iterator[PolicyResult]:
+def _results(name: str, rows: Rows, weights: Floats, options: Options) -> Iterator[PolicyResult]:
     for scores in rows.reweighted(weights):
         yield result_of(name, score_layers(name, scores, options), options.count)

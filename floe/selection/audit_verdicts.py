@@ -70,15 +70,11 @@ def _contested(
 ) -> str:
     """Which layers change places at this number of rows."""
     doubtful = [k for k in layers if probability[k] < SOLID_DRAWS]
-    rivals = [
-        k for k, p in enumerate(probability) if k not in layers and p > 1 - SOLID_DRAWS
-    ]
+    rivals = [k for k, p in enumerate(probability) if k not in layers and p > 1 - SOLID_DRAWS]
     start = f"The whole choice of {audit.policy} comes back in {same:.0%} of the resamples"
     if not doubtful or not rivals:
         return start
-    return (
-        f"{start}: {audit.rows} rows do not separate {_layers(doubtful)} from {_layers(rivals)}"
-    )
+    return f"{start}: {audit.rows} rows do not separate {_layers(doubtful)} from {_layers(rivals)}"
 
 
 def _readings(audit: Audit) -> Iterable[Verdict]:
@@ -157,7 +153,10 @@ def _routers(audit: Audit) -> Iterable[Verdict]:
             "in the adapter that was scored.",
         )
     else:
-        yield "solid", f"None of {total} routers of the scored adapter is collapsed or unspecialised."
+        yield (
+            "solid",
+            f"None of {total} routers of the scored adapter is collapsed or unspecialised.",
+        )
 
 
 def _cliff(audit: Audit) -> Iterable[Verdict]:
