@@ -13,8 +13,8 @@ from markupsafe import Markup
 
 from floe.atomic import write_bytes
 from floe.errors import FileError
-from floe.report.arms import curves, outcomes, tasks
 from floe.report import audit as auditing
+from floe.report.arms import curves, outcomes, tasks
 from floe.report.artifacts import Run
 from floe.report.cost import cost
 from floe.report.facts import arm_rows, arm_table, facts, training_seeds, verdicts

@@ -28,7 +28,7 @@ from floe.selection.audit_policies import (
     compare_policies,
 )
 from floe.selection.audit_routers import RouterHealth, router_health
-from floe.selection.audit_rows import NO_ROWS, resamplable, rows_of
+from floe.selection.audit_rows import NO_ROWS, Rows, resamplable, rows_of
 from floe.selection.audit_stability import (
     SPLITS,
     Bootstrap,
@@ -168,17 +168,19 @@ def audit(
         count_layers(layers, scores.layer_count), count("seed", seed), number("budget", budget),
         score, statistics,
     )  # fmt: skip
+    rows = rows_of(scores)
+    scores = rows.scores
     policies, absent = compare_policies(scores, options)
     chosen = _chosen(policy, policies, absent)
     ticker = _Ticker(progress, _work(policies, scores, bootstrap))
-    resampled, subsets, missing = _resampled(policies, scores, options, bootstrap, ticker)
+    resampled, subsets, missing = _resampled(policies, rows, options, bootstrap, ticker)
     found = Audit(
         layers=scores.layer_count,
         count=options.count,
         seed=options.seed,
         budget=options.budget,
         score=options.score,
-        rows=rows_of(scores).count,
+        rows=rows.count,
         draws=bootstrap,
         policy=policy,
         policies=policies,
@@ -227,15 +229,14 @@ class _Ticker:
 
 
 def _resampled(
-    policies: Sequence[PolicyResult], scores: Scores, options: Options, draws: int, ticker: _Ticker
+    policies: Sequence[PolicyResult], rows: Rows, options: Options, draws: int, ticker: _Ticker
 ) -> tuple[tuple[Bootstrap, ...], tuple[Subsets, ...], dict[str, str]]:
     """Bootstrap and subsets of what can be resampled, and what the rest would need."""
-    rows = rows_of(scores)
     drawn: list[Bootstrap] = []
     parts: list[Subsets] = []
     missing: dict[str, str] = {}
     for one in policies:
-        why = resamplable(one.name, scores)
+        why = resamplable(one.name, rows.scores)
         if why:
             missing |= {one.name: why} if why != NO_ROWS else {}
             continue

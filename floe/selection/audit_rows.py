@@ -58,9 +58,9 @@ def resamplable(name: str, scores: Scores) -> str:
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """The per-sample arrays of ``scores``, in an order that depends on the rows' content alone.
+    """``scores`` and their per-sample arrays, in an order that the rows' content alone decides.
 
-    So resamples do not depend on the order in which rows were scored.
+    So resamples do not depend on the order in which rows were scored, nor do sums over them.
     """
 
     scores: Scores
@@ -120,7 +120,8 @@ def rows_of(scores: Scores) -> Rows:
             digest.update(np.ascontiguousarray(array[n]).tobytes())
         keys.append(digest.digest())
     order = sorted(range(samples), key=keys.__getitem__)
-    return Rows(scores, {name: array[order] for name, array in arrays.items()})
+    ordered = {name: array[order] for name, array in arrays.items()}
+    return Rows(replace(scores, **ordered), ordered)
 
 
 def bootstrap_weights(rows: int, draws: int, seed: int) -> Floats:
