@@ -58,6 +58,11 @@ def make(seed=0, levels=None, keep=True, **changes):
     return Scores(**(values | changes))
 
 
+def light(**changes):
+    """Scores with the adapters' rows alone: quick to resample."""
+    return make(**({"keep": False, "gate_gradient": None} | changes))
+
+
 def run(scores, **changes):
     return audit(scores, **({"layers": K, "bootstrap": 30, "seed": 3} | changes))
 
@@ -114,7 +119,7 @@ def test_what_lacks_inputs_says_how_to_get_them():
 
 def test_statistics_bring_their_policies():
     values = {"lamp_kept": np.linspace(0, 1, L), "shapley": -np.arange(L, dtype=np.float64)}
-    found = run(make(), statistics=LayerStatistics(L, values))
+    found = run(light(), statistics=LayerStatistics(L, values))
     assert named(found.policies, "lamp").layers == (4, 5)
     assert named(found.policies, "shapley").layers == (0, 1)
     assert "angular" in found.lacking
@@ -207,7 +212,7 @@ def test_layers_with_all_the_fisher_are_always_chosen():
 def test_one_row_with_everything_makes_a_choice_that_does_not_reproduce():
     samples = np.ones((S, L)) + np.arange(L) * 1e-3
     samples[7, 0] = 100
-    scores = make(adapter_samples=samples, adapter_fisher=samples.sum(axis=0))
+    scores = light(adapter_samples=samples, adapter_fisher=samples.sum(axis=0))
     found = run(scores, bootstrap=400)
     one = named(found.bootstrap, "adapter_fisher")
     there = 1 - (1 - 1 / S) ** S  # the row is drawn at all
@@ -221,7 +226,7 @@ def test_one_row_with_everything_makes_a_choice_that_does_not_reproduce():
 
 
 def test_constant_scores_are_named_as_ties():
-    level = make(adapter_samples=np.ones((S, L)), adapter_fisher=np.full(L, float(S)))
+    level = light(adapter_samples=np.ones((S, L)), adapter_fisher=np.full(L, float(S)))
     found = run(level)
     assert named(found.policies, "adapter_fisher").tied == L
     assert any(
@@ -250,9 +255,7 @@ def test_halves_are_disjoint():
     """Every row speaks for one layer alone: halves that shared rows would share layers."""
     samples = np.zeros((L, L))
     np.fill_diagonal(samples, 1.0)
-    scores = make(
-        keep=False, adapter_samples=samples, adapter_fisher=samples.sum(axis=0), gate_gradient=None
-    )
+    scores = light(adapter_samples=samples, adapter_fisher=samples.sum(axis=0))
     found = run(scores, layers=3)
     assert named(found.subsets, "adapter_fisher").halves.overlap.mean == 0
 
@@ -292,7 +295,7 @@ def test_budgets_compare_each_preset_with_itself(found):
         for budget, layers in zip(one.budgets, one.layers, strict=True):
             chosen = select(make(), policy="masks", preset=preset, budget=budget, layers=K)
             assert layers == chosen.layers
-    assert run(make(), score="path").budgets == ()
+    assert run(light(), score="path").budgets == ()
 
 
 def test_masked_sets_of_diagonal_and_block(found):
@@ -308,20 +311,26 @@ def test_masked_sets_of_diagonal_and_block(found):
     assert jaccard(np.zeros(3, bool), np.zeros(3, bool)) is None
 
 
-def test_coupled_gates_cost_no_more_than_diagonal_ones(found):
-    matrix, _ = gate_matrix(make().gate_gradient)
+def test_coupled_gates_cost_no_more_than_diagonal_ones():
+    """Layers 4 and 5 pull hardest, against each other: closing both costs nothing."""
+    gates = np.array(make().gate_gradient)
+    gates[:, 5] = -gates[:, 4]
+    found = run(light(gate_gradient=gates)).gates
+    matrix, _ = gate_matrix(gates)
     for layers, loss in (
-        (found.gates.diagonal, found.gates.diagonal_loss),
-        (found.gates.coupled, found.gates.coupled_loss),
+        (found.diagonal, found.diagonal_loss),
+        (found.coupled, found.coupled_loss),
     ):
         closed = [k for k in range(L) if k not in layers]
         assert loss == pytest.approx(closing_loss(matrix, closed))
     least = min(
         closing_loss(matrix, list(closed)) for closed in itertools.combinations(range(L), L - K)
     )
-    assert found.gates.coupled_loss == pytest.approx(least)
-    assert found.gates.coupled_loss <= found.gates.diagonal_loss
-    assert found.gates.overlap == len({*found.gates.diagonal} & {*found.gates.coupled})
+    assert found.coupled_loss == pytest.approx(least)
+    assert found.diagonal == (4, 5)
+    assert found.coupled_loss < 0.8 * found.diagonal_loss
+    assert found.optimal
+    assert found.overlap == len({*found.diagonal} & {*found.coupled})
 
 
 # routers, numbers of layers, sentences
@@ -350,23 +359,23 @@ def test_cv2_of_routers():
 
 
 def test_routers_are_counted():
-    bad = run(make(), router=[router([0.95, 0.05]), router([0.5, 0.5], information=0)])
+    bad = run(light(), router=[router([0.95, 0.05]), router([0.5, 0.5], information=0)])
     assert any("Of 2 routers 1 are collapsed and 1" in text for text in bad.verdicts["open"])
-    good = run(make(), router=[router([0.5, 0.5])])
+    good = run(light(), router=[router([0.5, 0.5])])
     assert any("None of 1 routers" in text for text in good.verdicts["solid"])
-    assert not any("router" in text for texts in run(make()).verdicts.values() for text in texts)
+    assert not any("router" in text for texts in run(light()).verdicts.values() for text in texts)
 
 
 def test_a_cliff_needs_several_numbers_of_layers(found):
     rng = np.random.default_rng(0)
     full = rng.random(40)
     assert any("one number of layers cannot show it" in text for text in found.verdicts["open"])
-    assert run(make(), losses={2: full}).cliff is None
+    assert run(light(), losses={2: full}).cliff is None
     noise = rng.normal(0, 0.01, 40)
-    near = run(make(), losses={6: full, 2: full + noise - noise.mean()})
+    near = run(light(), losses={6: full, 2: full + noise - noise.mean()})
     assert near.cliff.begins is None
     assert any("No cliff seen down to 2" in text for text in near.verdicts["note"])
-    far = run(make(), losses={6: full, 4: full + noise - noise.mean(), 2: full + 1 + noise})
+    far = run(light(), losses={6: full, 4: full + noise - noise.mean(), 2: full + 1 + noise})
     assert (far.cliff.begins, far.cliff.worse) == (2, (2,))
     assert any("With 2 layers or fewer" in text for text in far.verdicts["open"])
 
@@ -436,7 +445,7 @@ def test_progress_ends_at_its_total():
 )
 def test_bad_arguments_are_named(changes, message):
     with pytest.raises(ValueError, match=message):
-        run(make(), **changes)
+        run(light(), **changes)
 
 
 def test_it_is_public():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -92,6 +92,8 @@ def audit_run(
         router = measured.routers() if names else []
         progress.stage("audit", "started")
         result = _audit(folder.path, selection, found, router, bootstrap, progress)
+        done = read_json(folder.path / "select/DONE.json")
+        result = replace(result, selection=done["inputs_hash"])
         (folder.path / "audit").mkdir(exist_ok=True)
         result.save(folder.path / "audit/audit.json")
         progress.stage("audit", "finished")

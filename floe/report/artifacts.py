@@ -191,7 +191,10 @@ class Stage:
 
 @dataclass(frozen=True)
 class Run:
-    """Everything a report shows; ``scores`` and ``choice`` always, the rest if it was run."""
+    """Everything a report shows; ``scores`` and ``choice`` always, the rest if it was run.
+
+    ``selection`` is the hash of what the select stage read, empty without its record.
+    """
 
     name: str
     config: str
@@ -205,6 +208,7 @@ class Run:
     profile: Profile | None
     stages: tuple[Stage, ...]
     audit: Audited | None = None
+    selection: str = ""
 
     @property
     def layer_count(self) -> int:

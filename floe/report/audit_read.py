@@ -45,8 +45,12 @@ class Budget:
 
 @dataclass(frozen=True)
 class Audited:
-    """What the report shows of an audit; spearman [n, n] with NaN where undefined."""
+    """What the report shows of an audit; spearman [n, n] with NaN where undefined.
 
+    ``selection`` is the hash of what the audited select stage read.
+    """
+
+    selection: str
     count: int
     rows: int
     draws: int
@@ -80,6 +84,7 @@ def audited(data: Record, layers: int) -> Audited:
     if policy not in policies or set(names) != set(policies):
         raise data.fail("policy", "one of the policies that agreement names")
     return Audited(
+        selection=data.text("selection"),
         count=data.integer("count"),
         rows=data.integer("rows"),
         draws=data.integer("draws"),

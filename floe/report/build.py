@@ -139,6 +139,9 @@ def _ranking(run: Run) -> Section:
 def _audit(run: Run) -> Section:
     if run.audit is None:
         return Section("audit", "Audit", "", (), "The choice was not audited: floe audit CONFIG.")
+    if run.audit.selection != run.selection:
+        old = "The audit is of an earlier selection; make a new one: floe audit CONFIG."
+        return Section("audit", "Audit", "", (), old)
     lead = (
         "What the choice rests on: whether other rules agree, whether other rows or budgets would "
         "have given the same layers."

@@ -61,6 +61,7 @@ def read_run(run_dir: Path) -> Run:
         routers=_routers(_optional(run_dir / "eval" / "router.json"), layers),
         profile=_profile(_optional(run_dir / "profile" / "profile.json")),
         stages=_stages(run_dir),
+        selection=_selection_hash(_optional(run_dir / "select" / "DONE.json")),
         audit=_audit(_optional(run_dir / "audit" / "audit.json"), layers),
     )
 
@@ -225,6 +226,10 @@ def _routers(data: Record | None, layers: int) -> tuple[Router, ...]:
             )
         )
     return tuple(found)
+
+
+def _selection_hash(data: Record | None) -> str:
+    return "" if data is None else data.text("inputs_hash", default="")
 
 
 def _audit(data: Record | None, layers: int) -> Audited | None:

@@ -86,6 +86,7 @@ class Audit:
         routers: of the adapter that was scored; empty if not measured.
         cliff: None if fewer than two numbers of layers were trained.
         verdicts: "solid", "open" and "note": plain sentences from these numbers.
+        selection: of a run, the hash of what its select stage read; tells an old audit from a new.
     """
 
     layers: int
@@ -109,6 +110,7 @@ class Audit:
     routers: tuple[RouterHealth, ...]
     cliff: Cliff | None
     verdicts: dict[str, list[str]]
+    selection: str = ""
 
     def document(self) -> dict[str, Any]:
         """Plain JSON values, with the format's number."""

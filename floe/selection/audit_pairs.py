@@ -86,13 +86,16 @@ def compare_gates(
     matrix, _ = gate_matrix(scores.gate_gradient)
     choice = keep_layers(matrix, options.count)
     alone = results["gate_fisher_diagonal"]
-    closed = np.ones(len(matrix), dtype=bool)
-    closed[list(alone.layers)] = False
+    losses = []
+    for kept in (alone.layers, choice.layers):  # one sum for both: equal sets, equal losses
+        closed = np.ones(len(matrix), dtype=bool)
+        closed[list(kept)] = False
+        losses.append(closing_loss(matrix, closed))
     return GatePair(
         diagonal=alone.layers,
         coupled=choice.layers,
-        diagonal_loss=closing_loss(matrix, closed),
-        coupled_loss=choice.loss,
+        diagonal_loss=losses[0],
+        coupled_loss=losses[1],
         optimal=choice.optimal,
         overlap=overlap(alone.layers, choice.layers),
         spearman=spearman(alone.scores, results["gate_fisher"].scores),
