@@ -206,15 +206,13 @@ def test_an_audit_from_saved_scores_loads_no_model(audited, floe, monkeypatch):
 
 def test_an_audit_measures_once_and_enters_the_report(audited, floe):
     path, folder = audited
-    words = ("audit", path, "--statistics", "lamp,kl_guided,angular", "--rows", "4")
+    words = ("audit", path, "--statistics", "lamp,kl_guided,layer_card", "--rows", "4")
     code, out, err = floe(*words, "--bootstrap", "2")
     assert code == 0, err
     assert out.splitlines()[-1] == f"audit: {folder / 'audit/audit.json'}"
     assert any(line.startswith("open ") for line in out.splitlines())
     document = json.loads((folder / "audit/audit.json").read_text())
-    assert {"lamp", "kl_guided", "angular", "angular_block"} <= {
-        one["name"] for one in document["policies"]
-    }
+    assert {"lamp", "kl_guided", "layer_card"} <= {one["name"] for one in document["policies"]}
     assert len(document["routers"]) == 4 * 3
     began = time.monotonic()
     stamps = {file: file.stat().st_mtime_ns for file in folder.glob("audit/*/*")}
@@ -223,10 +221,28 @@ def test_an_audit_measures_once_and_enters_the_report(audited, floe):
     assert time.monotonic() - began < 60
     assert document == json.loads((folder / "audit/audit.json").read_text())
 
-    from floe.report import build_report
+    from floe.report.build import sections
+    from floe.report.read import read_run
 
-    page = build_report(folder).read_text(encoding="utf-8")
-    assert 'id="figure-audit_bootstrap"' in page
+    (part,) = [part for part in sections(read_run(folder)) if part.key == "audit"]
+    assert len(part.pictures) == 3
+    assert [sentence for _, sentence in part.verdicts] == [
+        sentence for kind in ("solid", "open", "note") for sentence in document["verdicts"][kind]
+    ]
+
+
+def test_what_a_model_does_not_give_is_told_and_an_error_if_it_was_named(audited, floe):
+    """The tiny model's last token is its padding, whose embedding has no direction."""
+    path, _ = audited
+    words = ("--rows", "4", "--bootstrap", "1", "--quiet")
+    code, _, err = floe("audit", path, "--statistics", "angular", *words)
+    assert (code, "zero or infinite state" in err) == (2, True), err
+    code, out, err = floe("audit", path, *words, "--json")
+    assert code == 0, err
+    lacking = json.loads(out)["lacking"]
+    assert "does not give: angular_last must be finite" in lacking["angular"]
+    assert not {"lamp", "spectrum", "eva", "gradient_norm", "layer_card"} & set(lacking)
+    assert "--statistics shapley" in lacking["shapley"]
 
 
 def test_an_interrupted_audit_keeps_what_was_measured(audited, floe, monkeypatch):
@@ -240,7 +256,7 @@ def test_an_interrupted_audit_keeps_what_was_measured(audited, floe, monkeypatch
             raise KeyboardInterrupt
         return real(model, batches, names, **options)
 
-    words = ("audit", path, "--statistics", "spectrum,eva", "--rows", "4", "--bootstrap", "2", "-q")
+    words = ("audit", path, "--statistics", "spectrum,eva", "--rows", "5", "--bootstrap", "2", "-q")
     before = (folder / "audit/audit.json").read_bytes()
     with monkeypatch.context() as patch:
         patch.setattr(layer_statistics, "measure_statistics", interrupted)

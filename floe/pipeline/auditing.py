@@ -63,8 +63,9 @@ def audit_run(
 
     Args:
         config: of the run, as it was selected.
-        statistics: "cheap" (see CHEAP), "all", "none", or names of policies joined by commas. With
-            "none" no model is loaded and routers are not measured.
+        statistics: "cheap" (see CHEAP), "all", "none", or names of policies joined by commas. What
+            a model does not give is an error for a policy that was named, and told as lacking
+            otherwise. With "none" no model is loaded and routers are not measured.
         rows: calibration rows for the statistics and the routers.
         bootstrap: draws.
         progress: told about parts and steps.
@@ -88,12 +89,13 @@ def audit_run(
         names = tuple(dict.fromkeys((*names, selection.policy)))
     with folder.locked():
         measured = _Measurements(config, folder, rows, progress)
-        found = measured.statistics(names)
+        found, failed = measured.statistics(names, strict=statistics not in ("cheap", "all"))
         router = measured.routers() if names else []
         progress.stage("audit", "started")
         result = _audit(folder.path, selection, found, router, bootstrap, progress)
         done = read_json(folder.path / "select/DONE.json")
-        result = replace(result, selection=done["inputs_hash"])
+        lacking = result.lacking | failed
+        result = replace(result, selection=done["inputs_hash"], lacking=lacking)
         (folder.path / "audit").mkdir(exist_ok=True)
         result.save(folder.path / "audit/audit.json")
         progress.stage("audit", "finished")
@@ -190,20 +192,33 @@ class _Measurements:
         self.seed = config.select.seed
         self.rank = int(read_json(folder.path / "search/result.json")["rank"])
 
-    def statistics(self, names: Sequence[str]) -> LayerStatistics | None:
-        """The statistics that the policies ``names`` need, those of one measurement at a time."""
+    def statistics(
+        self, names: Sequence[str], strict: bool
+    ) -> tuple[LayerStatistics | None, dict[str, str]]:
+        """The statistics that the policies ``names`` need, those of one measurement at a time.
+
+        Some models lack what a statistic looks at (unquantised weights, say): without ``strict``
+        its policies are named with the reason, else that is the ValueError it was.
+        """
         parts: dict[tuple[str, ...], list[str]] = {}
         for name in names:
             parts.setdefault(NEEDS[name], []).append(name)
         values: dict[str, Any] = {}
+        failed: dict[str, str] = {}
         layers = 0
         for policies in parts.values():
             part = f"audit/{policies[0]}"
-            self._part(part, partial(self._measure, policies[0], part))
+            try:
+                self._part(part, partial(self._measure, policies[0], part))
+            except ValueError as error:
+                if strict:
+                    raise
+                failed |= dict.fromkeys(policies, f"a statistic this model does not give: {error}")
+                continue
             found = LayerStatistics.load(self.folder.path / part / "statistics.npz")
             values |= dict(found.values)
             layers = found.layers
-        return LayerStatistics(layers, values) if values else None
+        return LayerStatistics(layers, values) if values else None, failed
 
     def routers(self) -> list[dict[str, Any]]:
         """Router statistics of the warm-up adapter."""
