@@ -6,12 +6,11 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from audit_cases import K, L, S, light, make, named, run
 
 import floe
 from floe.errors import FileError
-from floe.importance.scores import Scores
 from floe.importance.statistics import LayerStatistics
-from floe.report.artifacts import Router
 from floe.selection.audit import audit
 from floe.selection.audit_pairs import jaccard
 from floe.selection.audit_policies import (
@@ -22,58 +21,18 @@ from floe.selection.audit_policies import (
     result_of,
     score_layers,
 )
-from floe.selection.audit_routers import router_health
 from floe.selection.audit_rows import bootstrap_weights, rows_of
 from floe.selection.audit_stability import SPLITS, Likeness, Spread, likeness, spread
-from floe.selection.audit_verdicts import judge
 from floe.selection.coupled import closing_loss, gate_matrix
 from floe.selection.masks import determine
 from floe.selection.policies import NEEDS, POLICIES
 from floe.selection.presets import PRESETS
 from floe.selection.selection import select
 
-L, H, NEURONS, P, S, K = 6, 3, 8, 2, 20, 2
-
-
-def make(seed=0, levels=None, keep=True, **changes):
-    """Scores whose Fisher information is the sum over their rows; layer k's level is levels[k]."""
-    rng = np.random.default_rng(seed)
-    level = np.sqrt(np.arange(1, L + 1) if levels is None else levels)
-    head = (rng.standard_normal((S, L, H)) * level[:, None]).astype(np.float32)
-    neuron = (rng.standard_normal((S, L, NEURONS)) * level[:, None]).astype(np.float32)
-    samples = rng.exponential(size=(S, L)) * level**2
-    gates = (rng.standard_normal((S, L, P)) * level[:, None]).astype(np.float32)
-    values = {
-        "head_fisher": np.square(head, dtype=np.float64).sum(axis=0),
-        "neuron_fisher": np.square(neuron, dtype=np.float64).sum(axis=0),
-        "head_taylor": rng.random((L, H)) + 0.5,
-        "neuron_taylor": rng.random((L, NEURONS)) + 0.1,
-        "adapter_fisher": samples.sum(axis=0),
-        "adapter_samples": samples,
-        "gate_gradient": gates,
-        "meta": {"reduction": "sample"},
-    }
-    if keep:
-        values |= {"head_gradient": head, "neuron_gradient": neuron}
-    return Scores(**(values | changes))
-
-
-def light(**changes):
-    """Scores with the adapters' rows alone: quick to resample."""
-    return make(**({"keep": False, "gate_gradient": None} | changes))
-
-
-def run(scores, **changes):
-    return audit(scores, **({"layers": K, "bootstrap": 30, "seed": 3} | changes))
-
 
 @pytest.fixture(scope="module")
 def found():
     return run(make())
-
-
-def named(results, name):
-    return next(one for one in results if one.name == name)
 
 
 # what is compared
@@ -331,82 +290,6 @@ def test_coupled_gates_cost_no_more_than_diagonal_ones():
     assert found.coupled_loss < 0.8 * found.diagonal_loss
     assert found.optimal
     assert found.overlap == len({*found.diagonal} & {*found.coupled})
-
-
-# routers, numbers of layers, sentences
-
-
-def router(usage, load=0.9, information=0.1, layer=0):
-    return {
-        "layer": layer, "module": "up_proj", "usage": usage, "load_entropy": load,
-        "token_entropy": load - information, "mutual_information": information,
-    }  # fmt: skip
-
-
-@pytest.mark.parametrize("usage", [[1.0], [0.5, 0.5], [0.95, 0.05], [0.9, 0.1]])
-@pytest.mark.parametrize("load", [0.49, 0.5])
-@pytest.mark.parametrize("information", [0.0099, 0.01])
-def test_flags_of_routers_are_those_of_the_report(usage, load, information):
-    (one,) = router_health([router(usage, load, information)])
-    shown = Router(0, "up_proj", np.array(usage), load, load - information, information)
-    assert (one.collapsed, one.unspecialised) == (shown.collapsed, shown.unspecialised)
-
-
-def test_cv2_of_routers():
-    even, uneven = router_health([router([0.5, 0.5]), router([0.75, 0.25])])
-    assert even.cv2 == 0
-    assert uneven.cv2 == pytest.approx(0.25)  # variance 1/16 over squared mean 1/4
-
-
-def test_routers_are_counted():
-    bad = run(light(), router=[router([0.95, 0.05]), router([0.5, 0.5], information=0)])
-    assert any("Of 2 routers 1 are collapsed and 1" in text for text in bad.verdicts["open"])
-    good = run(light(), router=[router([0.5, 0.5])])
-    assert any("None of 1 routers" in text for text in good.verdicts["solid"])
-    assert not any("router" in text for texts in run(light()).verdicts.values() for text in texts)
-
-
-def test_a_cliff_needs_several_numbers_of_layers(found):
-    rng = np.random.default_rng(0)
-    full = rng.random(40)
-    assert any("one number of layers cannot show it" in text for text in found.verdicts["open"])
-    assert run(light(), losses={2: full}).cliff is None
-    noise = rng.normal(0, 0.01, 40)
-    near = run(light(), losses={6: full, 2: full + noise - noise.mean()})
-    assert near.cliff.begins is None
-    assert any("No cliff seen down to 2" in text for text in near.verdicts["note"])
-    far = run(light(), losses={6: full, 4: full + noise - noise.mean(), 2: full + 1 + noise})
-    assert (far.cliff.begins, far.cliff.worse) == (2, (2,))
-    assert any("With 2 layers or fewer" in text for text in far.verdicts["open"])
-
-
-def test_readings_that_disagree_are_named(found):
-    (text,) = [t for texts in found.verdicts.values() for t in texts if "4 readings" in t]
-    names = [f"masks/{p}" for p in ("global", "exact", "paper_layer", "alg1_literal")]
-    places = [found.agreement.names.index(name) for name in names]
-    least = min(found.agreement.spearman[a][b] for a, b in itertools.combinations(places, 2))
-    assert f"between {least:.2f}" in text
-    assert ("disagree" in text) == (least < 0.9)
-    assert (text in found.verdicts["open"]) == (least < 0.9)
-    alike = [[1.0] * len(found.agreement.names)] * len(found.agreement.names)
-    agreed = replace(found, agreement=replace(found.agreement, spearman=alike))
-    assert any("masks agree" in text for text in judge(agreed)["solid"])
-
-
-def test_the_number_of_policies_beyond_chance(found):
-    place = found.agreement.names.index("adapter_fisher")
-    beyond = sum(
-        shared > found.null.overlap.high
-        for name, shared in zip(found.agreement.names, found.agreement.overlap[place], strict=True)
-        if name not in ("adapter_fisher", "random")
-    )
-    assert any(text.startswith(f"{beyond} of") for text in found.verdicts["note"])
-
-
-def test_an_audit_never_claims_merit(found):
-    texts = [text for texts in found.verdicts.values() for text in texts]
-    assert not any(word in text for text in texts for word in ("better", "best rule", "superior"))
-    assert "only training shows" in texts[-1]
 
 
 # use

@@ -151,6 +151,7 @@ def _audit(
         policy=f"masks/{selection.preset}" if policy == "masks" else policy,
         statistics=statistics,
         router=router,
+        trained_router=trained_routers(run),
         losses=arm_losses(run),
         budget=selection.budget,
         score=selection.score,
@@ -158,6 +159,12 @@ def _audit(
         bootstrap=bootstrap,
         progress=partial(progress.step, "audit"),
     )
+
+
+def trained_routers(run: Path) -> list[dict[str, Any]]:
+    """Router statistics of the run's final adapter, from the eval stage; empty without it."""
+    file = run / "eval/router.json"
+    return list(read_json(file)["modules"]) if file.is_file() else []
 
 
 def arm_losses(run: Path) -> dict[int, Any] | None:

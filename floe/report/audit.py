@@ -69,8 +69,9 @@ def _draw_agreement(audit: Audited, theme: Theme) -> Figure:
     ax.imshow(audit.spearman, cmap=shades, vmin=-1, vmax=1, aspect="auto", interpolation="none")
     for a in range(size):
         for b in range(size):
+            strong = abs(audit.spearman[a, b]) > 0.6  # NaN is not
             ax.text(b, a, f"{audit.overlap[a, b]:.0f}", ha="center", va="center", fontsize=6.6,
-                    color=theme.ink)  # fmt: skip
+                    color=theme.paper if strong else theme.ink)  # fmt: skip
     names = [label(name) for name in audit.names]
     ax.set_xticks(range(size), names, rotation=90)
     ax.set_yticks(range(size), names)
@@ -114,7 +115,7 @@ def resampling(audit: Audited) -> Picture:
         alt=f"Interval of every layer's place by {one.name}, and the probability that a layer is "
         f"chosen by each of {len(audit.resampled)} policies.",
         caption=f"{audit.draws} times {audit.rows} rows drawn with replacement. Above: 5 % to 95 % "
-        f"of a layer's place by {one.name}, 1 = first to choose, filled where the run's policy "
+        f"of a layer's place by {one.name}, 1 = first to choose, coloured where the run's policy "
         "chose the layer; the line is the last place that is chosen. Below: how often a layer is "
         f"chosen. The whole choice of {one.name} came back in {percent(one.same, 0)} of the draws, "
         f"{percent(one.kept, 0)} of it on average. Taylor costs are held as measured, so what "
@@ -129,9 +130,8 @@ def _draw_resampling(audit: Audited, one: Resampled, theme: Theme) -> Figure:
     height = 0.22 * len(audit.resampled) + 0.3
     figure = new_figure(height + 3.6)
     top, bottom = figure.subplots(2, 1, height_ratios=(2.4, height))
-    for k in range(total):
-        color = theme.chosen if k in audit.layers else theme.muted
-        top.plot([k, k], [one.low[k], one.high[k]], color=color, linewidth=5, alpha=0.85)
+    colors = [theme.chosen if k in audit.layers else theme.faint for k in range(total)]
+    top.bar(range(total), one.high - one.low + 1, 0.5, one.low - 0.5, color=colors)
     top.axhline(audit.count + 0.5, color=theme.contrast, linewidth=1, linestyle=(0, (4, 3)))
     top.set_ylim(total + 0.8, 0.2)
     top.set_xlim(-0.5, total - 0.5)

@@ -83,7 +83,8 @@ class Audit:
         null: what random orders share with the run's policy.
         budgets: every preset over budgets.
         masks, gates: diagonal against coupled; None without the arrays they need.
-        routers: of the adapter that was scored; empty if not measured.
+        routers: of the adapter that was scored, trained_routers: of the run's final one; empty if
+            not measured.
         cliff: None if fewer than two numbers of layers were trained.
         verdicts: "solid", "open" and "note": plain sentences from these numbers.
         selection: of a run, the hash of what its select stage read; tells an old audit from a new.
@@ -108,6 +109,7 @@ class Audit:
     masks: MaskPair | None
     gates: GatePair | None
     routers: tuple[RouterHealth, ...]
+    trained_routers: tuple[RouterHealth, ...]
     cliff: Cliff | None
     verdicts: dict[str, list[str]]
     selection: str = ""
@@ -136,6 +138,7 @@ def audit(
     policy: str = "adapter_fisher",
     statistics: LayerStatistics | None = None,
     router: Iterable[Mapping[str, Any]] = (),
+    trained_router: Iterable[Mapping[str, Any]] = (),
     losses: Mapping[int, ArrayLike] | None = None,
     budget: float = 0.5,
     score: str = "soft",
@@ -154,7 +157,8 @@ def audit(
         layers: K, a count or a fraction, as in select.
         policy: the one that decided, or "masks/<preset>".
         statistics: of the layers, for the policies that need them.
-        router: what floe.routers.router_statistics found.
+        router, trained_router: what floe.routers.router_statistics found on the adapter that was
+            scored, and on the one that was trained afterwards.
         losses: number of layers -> per-row losses of an arm with so many, on the same rows.
         budget, score: of the masks; see select. seed: of every draw.
         bootstrap: draws, >= 1.
@@ -196,6 +200,7 @@ def audit(
         masks=compare_masks(by_name(policies), scores, options),
         gates=compare_gates(by_name(policies), scores, options),
         routers=router_health(router),
+        trained_routers=router_health(trained_router),
         cliff=_cliff(losses),
         verdicts={},
     )

@@ -23,7 +23,7 @@ Verdict = tuple[str, str]
 
 def judge(audit: Audit) -> dict[str, list[str]]:
     """The sentences on an audit, by kind: "solid", "open" and "note"."""
-    rules = (_rows, _readings, _budgets, _ties, _chance, _routers, _cliff)
+    rules = (_rows, _readings, _budgets, _ties, _chance, _pairs, _routers, _cliff)
     found: dict[str, list[str]] = {"solid": [], "open": [], "note": []}
     for rule in rules:
         for kind, text in rule(audit):
@@ -140,22 +140,39 @@ def _chance(audit: Audit) -> Iterable[Verdict]:
     )
 
 
-def _routers(audit: Audit) -> Iterable[Verdict]:
-    if not audit.routers:
-        return
-    total = len(audit.routers)
-    collapsed = sum(one.collapsed for one in audit.routers)
-    flat = sum(one.unspecialised for one in audit.routers)
-    if collapsed or flat:
+def _pairs(audit: Audit) -> Iterable[Verdict]:
+    """What pricing units and layers together changes."""
+    masks, gates = audit.masks, audit.gates
+    if masks is not None and masks.jaccard is not None:
         yield (
-            "open",
-            f"Of {total} routers {collapsed} are collapsed and {flat} unspecialised "
-            "in the adapter that was scored.",
+            "note",
+            f"Diagonal and block Fisher information mask sets of units with a Jaccard index of "
+            f"{masks.jaccard:.2f} (heads {_number(masks.jaccard_heads)}, neurons "
+            f"{_number(masks.jaccard_neurons)}); {masks.overlap} of {audit.count} layers are the "
+            "same.",
         )
-    else:
+    if gates is not None:
         yield (
-            "solid",
-            f"None of {total} routers of the scored adapter is collapsed or unspecialised.",
+            "note",
+            f"Gates priced together keep {gates.overlap} of the {audit.count} layers that gates "
+            "priced alone keep.",
+        )
+
+
+def _number(value: float | None) -> str:
+    return "undefined" if value is None else f"{value:.2f}"
+
+
+def _routers(audit: Audit) -> Iterable[Verdict]:
+    for routers, adapter in ((audit.routers, "scored"), (audit.trained_routers, "trained")):
+        if not routers:
+            continue
+        collapsed = sum(one.collapsed for one in routers)
+        flat = sum(one.unspecialised for one in routers)
+        yield (
+            "open" if collapsed or flat else "solid",
+            f"Of the {len(routers)} routers of the {adapter} adapter, {collapsed} are collapsed "
+            f"and {flat} unspecialised.",
         )
 
 
