@@ -30,6 +30,7 @@ _HOMES = {
     "floe.pipeline": ("RunResult", "run"),
     "floe.rank_search.search": ("SearchResult", "search"),
     "floe.selection.allocate": ("allocate",),
+    "floe.selection.audit": ("Audit", "audit"),
     "floe.selection.masks": (
         "MaskSolution",
         "solve_mask",

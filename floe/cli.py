@@ -122,6 +122,33 @@ for _name, _help in {
     app.command(_name, help=_help + _suffix)(_run_until(_until))
 
 
+@app.command("audit")
+def audit_command(
+    config: Config,
+    statistics: Annotated[
+        str, typer.Option(help="Also measure: cheap, all, none, or policies joined by commas.")
+    ] = "cheap",
+    rows: Annotated[int, typer.Option(help="Calibration rows to measure them on.")] = 32,
+    bootstrap: Annotated[int, typer.Option(help="Draws of the bootstrap over rows.")] = 200,
+    override: Overrides = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """What the chosen layers rest on: policies, rows, budgets. Needs a finished select stage."""
+    from floe.config import load_config
+    from floe.pipeline.auditing import audit_run
+    from floe.pipeline.workspace import calm_libraries
+    from floe.progress import open_progress
+
+    settings = load_config(config, override)
+    calm_libraries()
+    with open_progress(quiet) as progress:
+        found = audit_run(
+            settings, statistics=statistics, rows=rows, bootstrap=bootstrap, progress=progress
+        )
+    print(json.dumps(found.audit.document(), sort_keys=True) if as_json else found.text())
+
+
 @app.command()
 def doctor(
     selftest: Annotated[

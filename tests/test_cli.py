@@ -154,3 +154,131 @@ def test_help_is_quick_and_loads_no_torch():
     assert done.returncode == 0, done.stderr
     assert "Fine-tune" in done.stdout
     assert time.process_time() - began < 5
+
+
+@pytest.fixture(scope="module")
+def audited(config, tmp_path_factory):
+    """A run selected with its rows' gradients kept, for audits."""
+    from floe.config import parse_config
+    from floe.pipeline import run
+
+    settings = changed(config, "score", keep_samples=True) | {"name": "audited", "baselines": []}
+    settings = changed(settings, "search", trials=0)
+    folder = run(parse_config(settings), until="select").folder
+    return write_config(tmp_path_factory.mktemp("audit") / "c.yaml", settings), folder
+
+
+def test_an_audit_needs_a_finished_selection(config, tmp_path, floe):
+    settings = changed(config, "search", trials=0) | {"name": "early"}
+    settings["output_dir"] = str(tmp_path)
+    path = write_config(tmp_path / "c.yaml", settings)
+    code, _, err = floe("audit", path, "--quiet")
+    assert (code, "search stage is not finished; run: floe search" in err) == (3, True), err
+    assert not (tmp_path / "early").exists()
+
+
+def test_an_audit_from_saved_scores_loads_no_model(audited, floe, monkeypatch):
+    from floe.pipeline.workspace import Workspace
+
+    path, folder = audited
+    config_text = (folder / "config.yaml").read_bytes()
+
+    def refuse(work):
+        raise AssertionError("the model was loaded")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Workspace, "base_model", property(refuse))
+        words = ("audit", path, "--statistics", "none", "--bootstrap", "5", "--json", "--quiet")
+        code, out, err = floe(*words)
+    assert code == 0, err
+    document = json.loads(out)
+    assert document == json.loads((folder / "audit/audit.json").read_text())
+    assert (document["rows"], document["draws"], document["count"]) == (16, 5, 2)
+    assert document["masks"] is not None
+    assert not document["routers"]
+    assert (
+        document["selection"]
+        == json.loads((folder / "select/DONE.json").read_text())["inputs_hash"]
+    )
+    assert (folder / "config.yaml").read_bytes() == config_text
+    assert "lamp" in document["lacking"]
+
+
+def test_an_audit_measures_once_and_enters_the_report(audited, floe):
+    path, folder = audited
+    words = ("audit", path, "--statistics", "lamp,kl_guided,layer_card", "--rows", "4")
+    code, out, err = floe(*words, "--bootstrap", "2")
+    assert code == 0, err
+    assert out.splitlines()[-1] == f"audit: {folder / 'audit/audit.json'}"
+    assert any(line.startswith("open ") for line in out.splitlines())
+    document = json.loads((folder / "audit/audit.json").read_text())
+    assert {"lamp", "kl_guided", "layer_card"} <= {one["name"] for one in document["policies"]}
+    assert len(document["routers"]) == 4 * 3
+    began = time.monotonic()
+    stamps = {file: file.stat().st_mtime_ns for file in folder.glob("audit/*/*")}
+    assert floe(*words, "--bootstrap", "2")[0] == 0
+    assert stamps == {file: file.stat().st_mtime_ns for file in folder.glob("audit/*/*")}
+    assert time.monotonic() - began < 60
+    assert document == json.loads((folder / "audit/audit.json").read_text())
+
+    from floe.report.build import sections
+    from floe.report.read import read_run
+
+    (part,) = [part for part in sections(read_run(folder)) if part.key == "audit"]
+    assert len(part.pictures) == 3
+    assert [sentence for _, sentence in part.verdicts] == [
+        sentence for kind in ("solid", "open", "note") for sentence in document["verdicts"][kind]
+    ]
+
+
+def test_what_a_model_does_not_give_is_told_and_an_error_if_it_was_named(audited, floe):
+    """The tiny model's last token is its padding, whose embedding has no direction."""
+    path, _ = audited
+    words = ("--rows", "4", "--bootstrap", "1", "--quiet")
+    code, _, err = floe("audit", path, "--statistics", "angular", *words)
+    assert (code, "zero or infinite state" in err) == (2, True), err
+    code, out, err = floe("audit", path, *words, "--json")
+    assert code == 0, err
+    lacking = json.loads(out)["lacking"]
+    assert "does not give: angular_last must be finite" in lacking["angular"]
+    assert not {"lamp", "spectrum", "eva", "gradient_norm", "layer_card"} & set(lacking)
+    assert "--statistics shapley" in lacking["shapley"]
+
+
+def test_an_interrupted_audit_keeps_what_was_measured(audited, floe, monkeypatch):
+    from floe.importance import layer_statistics
+
+    path, folder = audited
+    real = layer_statistics.measure_statistics
+
+    def interrupted(model, batches, names, **options):
+        if "eva" in names:
+            raise KeyboardInterrupt
+        return real(model, batches, names, **options)
+
+    words = ("audit", path, "--statistics", "spectrum,eva", "--rows", "5", "--bootstrap", "2", "-q")
+    before = (folder / "audit/audit.json").read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(layer_statistics, "measure_statistics", interrupted)
+        code, _, err = floe(*words)
+    assert (code, "the same command continues" in err) == (130, True)
+    assert (folder / "audit/audit.json").read_bytes() == before
+    stamp = (folder / "audit/spectrum/statistics.npz").stat().st_mtime_ns
+    assert floe(*words)[0] == 0
+    assert (folder / "audit/spectrum/statistics.npz").stat().st_mtime_ns == stamp
+    assert (folder / "audit/eva/statistics.npz").is_file()
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (("--statistics", "best"), 2, "statistics must be cheap, all, none or policies of"),
+        (("--rows", "0"), 2, "rows must be >= 1, got 0"),
+        (("--statistics", "none", "--bootstrap", "0"), 2, "bootstrap must be >= 1, got 0"),
+        (("--set", "select.layers=3"), 3, "select: was made with other settings"),
+        (("--set", "score.rows=8"), 3, "score: was made with other settings"),
+    ],
+)
+def test_what_an_audit_refuses(audited, floe, words, code, message):
+    found, _, err = floe("audit", audited[0], "--quiet", *words)
+    assert (found, message in err) == (code, True), err

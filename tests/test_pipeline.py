@@ -283,6 +283,18 @@ def test_an_interrupted_run_says_how_to_continue(config, finished, tmp_path):
     assert not (finished.parent / "interrupted/search").exists()
 
 
+def test_losses_by_row_are_those_of_the_results(finished):
+    """The audit compares arms of one policy with several numbers of layers by them."""
+    from floe.pipeline.auditing import arm_losses
+
+    results = json.loads((finished / "eval/results.json").read_text())["arms"]
+    found = arm_losses(finished)
+    assert sorted(found) == [2, 4]
+    assert len(found[2]) == 12
+    assert found[2].mean() == pytest.approx(results["main"]["loss"]["value"])
+    assert found[4].mean() == pytest.approx(results["all"]["loss"]["value"])
+
+
 @pytest.mark.slow
 def test_a_run_killed_in_every_stage_continues_to_the_same_bytes(config, finished, tmp_path):
     patterns = [

@@ -26,7 +26,10 @@ INTERVALS = "95 %: bootstrap over rows for loss, Wilson for accuracy"
 
 
 def build(work: Workspace, adapters: dict[str, Path], folder: Path, progress: Any) -> None:
-    """Write ``results.json`` and ``router.json``. Arms done before an interruption are kept."""
+    """Write ``results.json``, ``losses.json`` (by row) and ``router.json``.
+
+    Arms done before an interruption are kept.
+    """
     arms = ["base", *adapters]
     measured: dict[str, tuple[Losses, Answers | None]] = {}
     for done, arm in enumerate(arms):
@@ -40,6 +43,13 @@ def build(work: Workspace, adapters: dict[str, Path], folder: Path, progress: An
     write_json(
         folder / "results.json",
         {"arms": results, "intervals": INTERVALS, "seed": work.config.eval.seed},
+    )
+    write_json(
+        folder / "losses.json",
+        {
+            "nll": {arm: losses.nll.tolist() for arm, (losses, _) in measured.items()},
+            "tokens": measured["main"][0].tokens.tolist(),
+        },
     )
     for part in folder.glob("part-*.json"):
         part.unlink()

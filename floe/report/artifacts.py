@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import PurePath
 
 from floe.importance.scores import Scores
+from floe.report.audit_read import Audited
 from floe.report.records import Floats, Record
 
 
@@ -190,7 +191,10 @@ class Stage:
 
 @dataclass(frozen=True)
 class Run:
-    """Everything a report shows; ``scores`` and ``choice`` always, the rest if it was run."""
+    """Everything a report shows; ``scores`` and ``choice`` always, the rest if it was run.
+
+    ``selection`` is the hash of what the select stage read, empty without its record.
+    """
 
     name: str
     config: str
@@ -203,6 +207,8 @@ class Run:
     routers: tuple[Router, ...]
     profile: Profile | None
     stages: tuple[Stage, ...]
+    audit: Audited | None = None
+    selection: str = ""
 
     @property
     def layer_count(self) -> int:

@@ -13,6 +13,7 @@ from markupsafe import Markup
 
 from floe.atomic import write_bytes
 from floe.errors import FileError
+from floe.report import audit as auditing
 from floe.report.arms import curves, outcomes, tasks
 from floe.report.artifacts import Run
 from floe.report.cost import cost
@@ -31,13 +32,18 @@ _SHOWN_ROWS = 40
 
 @dataclass(frozen=True)
 class Section:
-    """A heading with its pictures; ``missing`` says what was not run where there are none."""
+    """A heading with its pictures; ``missing`` says what was not run where there are none.
+
+    ``verdicts`` are sentences, each with its kind; ``lacking`` pairs of a name and what it needs.
+    """
 
     key: str
     title: str
     lead: str
     pictures: tuple[Picture, ...]
     missing: str = ""
+    verdicts: tuple[tuple[str, str], ...] = ()
+    lacking: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -94,6 +100,7 @@ def sections(run: Run) -> tuple[Section, ...]:
     return (
         _scores(run),
         _ranking(run),
+        _audit(run),
         _search(run),
         _training(run),
         _evaluation(run),
@@ -127,6 +134,22 @@ def _ranking(run: Run) -> Section:
     if not run.choice.tuning:
         absent.append("Mask tuning was not run: the paper's masks are scored as binary masks.")
     return Section("ranking", "Ranking", lead, pictures, " ".join(absent))
+
+
+def _audit(run: Run) -> Section:
+    if run.audit is None:
+        return Section("audit", "Audit", "", (), "The choice was not audited: floe audit CONFIG.")
+    if run.audit.selection != run.selection:
+        old = "The audit is of an earlier selection; make a new one: floe audit CONFIG."
+        return Section("audit", "Audit", "", (), old)
+    lead = (
+        "What the choice rests on: whether other rules agree, whether other rows or budgets would "
+        "have given the same layers."
+    )
+    return Section(
+        "audit", "Audit", lead, auditing.pictures(run.audit), verdicts=run.audit.verdicts,
+        lacking=run.audit.lacking,
+    )  # fmt: skip
 
 
 def _search(run: Run) -> Section:

@@ -24,6 +24,7 @@ from floe.report.artifacts import (
     Trial,
     Tuned,
 )
+from floe.report.audit_read import Audited, audited
 from floe.report.records import Record, read_json, read_text
 
 # A page is passed around more freely than a run folder: what a URL hides stays hidden.
@@ -60,6 +61,8 @@ def read_run(run_dir: Path) -> Run:
         routers=_routers(_optional(run_dir / "eval" / "router.json"), layers),
         profile=_profile(_optional(run_dir / "profile" / "profile.json")),
         stages=_stages(run_dir),
+        selection=_selection_hash(_optional(run_dir / "select" / "DONE.json")),
+        audit=_audit(_optional(run_dir / "audit" / "audit.json"), layers),
     )
 
 
@@ -223,6 +226,14 @@ def _routers(data: Record | None, layers: int) -> tuple[Router, ...]:
             )
         )
     return tuple(found)
+
+
+def _selection_hash(data: Record | None) -> str:
+    return "" if data is None else data.text("inputs_hash", default="")
+
+
+def _audit(data: Record | None, layers: int) -> Audited | None:
+    return None if data is None else audited(data, layers)
 
 
 def _profile(data: Record | None) -> Profile | None:

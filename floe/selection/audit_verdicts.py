@@ -1,0 +1,208 @@
+"""What an audit's numbers amount to, as plain sentences by stated thresholds.
+
+"solid" is what would come out again on other rows of the same kind, "open" what would not or was
+not shown, "note" what holds in any case. No sentence says that layers are good ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from floe.selection.audit import Audit
+
+SOLID_DRAWS = 0.9  # share of bootstrap draws
+SOLID_HALVES = 7 / 8  # of the layers that two halves of the rows share
+SAME_READING = 0.9  # Spearman correlation above which two readings rank alike
+READINGS = ("masks/global", "masks/exact", "masks/paper_layer", "masks/alg1_literal")
+_SHOWN = 8  # names in one sentence
+
+Verdict = tuple[str, str]
+
+
+def judge(audit: Audit) -> dict[str, list[str]]:
+    """The sentences on an audit, by kind: "solid", "open" and "note"."""
+    rules = (_rows, _readings, _budgets, _ties, _chance, _pairs, _routers, _cliff)
+    found: dict[str, list[str]] = {"solid": [], "open": [], "note": []}
+    for rule in rules:
+        for kind, text in rule(audit):
+            found[kind].append(text)
+    found["note"].append(
+        "An audit shows which choices reproduce; which layers train best, only training shows."
+    )
+    return found
+
+
+def _rows(audit: Audit) -> Iterable[Verdict]:
+    """Whether the run's own choice would come out again on other rows."""
+    drawn = next((one for one in audit.bootstrap if one.name == audit.policy), None)
+    parts = next((one for one in audit.subsets if one.name == audit.policy), None)
+    if drawn is None or parts is None:
+        why = audit.not_resampled.get(audit.policy, "per-sample arrays, which it has not")
+        yield "open", f"Whether {audit.policy} would choose alike on other rows: it lacks {why}."
+        return
+    layers = next(one.layers for one in audit.policies if one.name == audit.policy)
+    shared = parts.halves.overlap.mean or 0.0
+    sure = [k for k in layers if drawn.probability[k] >= SOLID_DRAWS]
+    halves = (
+        f"two halves of the {audit.rows} rows share {shared:.1f} of {audit.count} layers on average"
+    )
+    solid = drawn.same >= SOLID_DRAWS and shared >= SOLID_HALVES * audit.count
+    if solid:
+        yield (
+            "solid",
+            f"{audit.policy} chooses the same {audit.count} layers in {drawn.same:.0%} of "
+            f"{audit.draws} resamples of the rows; {halves}.",
+        )
+        return
+    if sure:
+        yield (
+            "solid",
+            f"{audit.policy} chooses {len(sure)} of its {audit.count} layers ({_list(sure)}) in at "
+            f"least {SOLID_DRAWS:.0%} of {audit.draws} resamples of the rows each.",
+        )
+    yield "open", _contested(audit, layers, drawn.probability, drawn.same) + f"; {halves}."
+
+
+def _contested(
+    audit: Audit, layers: Sequence[int], probability: Sequence[float], same: float
+) -> str:
+    """Which layers change places at this number of rows."""
+    doubtful = [k for k in layers if probability[k] < SOLID_DRAWS]
+    rivals = [k for k, p in enumerate(probability) if k not in layers and p > 1 - SOLID_DRAWS]
+    start = f"The whole choice of {audit.policy} comes back in {same:.0%} of the resamples"
+    if not doubtful or not rivals:
+        return start
+    return f"{start}: {audit.rows} rows do not separate {_layers(doubtful)} from {_layers(rivals)}"
+
+
+def _readings(audit: Audit) -> Iterable[Verdict]:
+    """Whether the readings of the paper rank alike; "block" refines one of them within layers."""
+    names, spearman = audit.agreement.names, audit.agreement.spearman
+    places = [n for n, name in enumerate(names) if name in READINGS]
+    pairs = [(a, b) for a in places for b in places if a < b]
+    known = {(a, b): rho for a, b in pairs if (rho := spearman[a][b]) is not None}
+    if not known:
+        return
+    (a, b), least = min(known.items(), key=lambda item: item[1])
+    shared = [audit.agreement.overlap[a][b] for a, b in pairs]
+    kind, word = ("solid", "agree") if least >= SAME_READING else ("open", "disagree")
+    yield (
+        kind,
+        f"The {len(places)} readings of the paper's masks {word}: Spearman between {least:.2f} "
+        f"({names[a]}, {names[b]}) and {max(known.values()):.2f}, {min(shared)} to {max(shared)} "
+        f"of {audit.count} layers shared (chance: {audit.agreement.expected_overlap:.1f}).",
+    )
+
+
+def _budgets(audit: Audit) -> Iterable[Verdict]:
+    """Presets whose choice the budget decides."""
+    loose = [
+        f"{one.name} {min(one.overlap)}"
+        for one in audit.budgets
+        if min(one.overlap) < SOLID_HALVES * audit.count
+    ]
+    if loose:
+        budgets = audit.budgets[0].budgets
+        yield (
+            "open",
+            f"Over budgets {min(budgets)} to {max(budgets)} the paper's masks keep as few of their "
+            f"{audit.count} layers as: {', '.join(loose)}.",
+        )
+
+
+def _ties(audit: Audit) -> Iterable[Verdict]:
+    constant = [one.name for one in audit.policies if one.constant]
+    if constant:
+        yield "open", f"All layers tie, so that index alone orders them: {_list(constant)}."
+    split = [f"{one.name} ({one.tied})" for one in audit.policies if one.tied and not one.constant]
+    if split:
+        yield "open", f"Layers tie where the choice ends, and index decides: {_list(split)}."
+
+
+def _chance(audit: Audit) -> Iterable[Verdict]:
+    """How many other policies agree with the choice beyond chance."""
+    here = audit.agreement.names.index(audit.policy)
+    limit = audit.null.overlap.high
+    others = [
+        shared
+        for name, shared in zip(audit.agreement.names, audit.agreement.overlap[here], strict=True)
+        if name not in (audit.policy, "random")
+    ]
+    if limit is None or not others:
+        return
+    above = sum(shared > limit for shared in others)
+    yield (
+        "note",
+        f"{above} of {len(others)} other policies share more than {limit:.0f} of {audit.count} "
+        f"layers with {audit.policy}; 95 % of random orders share no more than that.",
+    )
+
+
+def _pairs(audit: Audit) -> Iterable[Verdict]:
+    """What pricing units and layers together changes."""
+    masks, gates = audit.masks, audit.gates
+    if masks is not None and masks.jaccard is not None:
+        yield (
+            "note",
+            f"Diagonal and block Fisher information mask sets of units with a Jaccard index of "
+            f"{masks.jaccard:.2f} (heads {_number(masks.jaccard_heads)}, neurons "
+            f"{_number(masks.jaccard_neurons)}); {masks.overlap} of {audit.count} layers are the "
+            "same.",
+        )
+    if gates is not None:
+        yield (
+            "note",
+            f"Gates priced together keep {gates.overlap} of the {audit.count} layers that gates "
+            "priced alone keep.",
+        )
+
+
+def _number(value: float | None) -> str:
+    return "undefined" if value is None else f"{value:.2f}"
+
+
+def _routers(audit: Audit) -> Iterable[Verdict]:
+    for routers, adapter in ((audit.routers, "scored"), (audit.trained_routers, "trained")):
+        if not routers:
+            continue
+        collapsed = sum(one.collapsed for one in routers)
+        flat = sum(one.unspecialised for one in routers)
+        yield (
+            "open" if collapsed or flat else "solid",
+            f"Of the {len(routers)} routers of the {adapter} adapter, {collapsed} are collapsed "
+            f"and {flat} unspecialised.",
+        )
+
+
+def _cliff(audit: Audit) -> Iterable[Verdict]:
+    found = audit.cliff
+    if found is None:
+        yield (
+            "open",
+            "Where fewer layers begin to cost: one number of layers cannot show it, several of one "
+            "policy must be trained and evaluated.",
+        )
+    elif found.begins is None:
+        fewer = _list(found.counts[:-1])
+        yield (
+            "note",
+            f"No cliff seen down to {found.counts[0]} layers: {fewer} are within two standard "
+            f"errors over rows of {found.counts[-1]}; the noise of training is not in that.",
+        )
+    else:
+        yield (
+            "open",
+            f"With {found.begins} layers or fewer the loss is more than two standard errors over "
+            f"rows above that with {found.counts[-1]}.",
+        )
+
+
+def _layers(layers: Sequence[int]) -> str:
+    return f"layer{'s' if len(layers) > 1 else ''} {_list(layers)}"
+
+
+def _list(values: Sequence[object]) -> str:
+    shown = ", ".join(str(value) for value in values[:_SHOWN])
+    return shown + (f" and {len(values) - _SHOWN} more" if len(values) > _SHOWN else "")
