@@ -10,7 +10,7 @@ from importance_models import adapted, assert_untouched, batches, plain, snapsho
 
 from floe.adapters import adapted_layers
 from floe.importance.frozen import losses
-from floe.importance.layer_statistics_adapters import (
+from floe.importance.layer_statistics.adapters import (
     closed_adapters,
     draw_sets,
     kl_to_full,
