@@ -22,13 +22,19 @@ def launch(workers, *arguments):
     )  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def expected(tmp_path_factory):
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """As torchrun's workers have; what other tests find is put back."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory):
     path = tmp_path_factory.mktemp("one") / "scores.npz"
     scores(8).save(path)
-    torch.set_num_threads(threads)
     return path.read_bytes()
 
 
@@ -43,7 +49,6 @@ def test_the_same_bytes(workers, size, expected, tmp_path):
 
 
 def test_what_one_worker_left_another_number_of_workers_finishes(expected, tmp_path):
-    torch.set_num_threads(1)
     done = []
 
     def stop_in_the_second_chunk(done_rows, total, what):
