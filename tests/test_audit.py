@@ -227,6 +227,20 @@ def test_fisher_information_that_is_no_sum_over_rows_is_not_resampled():
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("layers", [1, L])
+@pytest.mark.parametrize("rows", [1, 2, 3])
+def test_few_rows_and_every_layer(rows, layers):
+    whole = make()
+    names = ("adapter_samples", "gate_gradient", "head_gradient", "neuron_gradient")
+    scores = replace(whole, **{name: getattr(whole, name)[:rows] for name in names})
+    found = run(scores, layers=layers, bootstrap=2)
+    found.document()
+    for one in found.bootstrap:
+        assert sum(one.probability) == pytest.approx(layers)
+        assert one.same == 1 or layers == 1
+    assert found.agreement.expected_overlap == pytest.approx(layers**2 / L)
+
+
 def test_spreads():
     assert spread([None, None]) == Spread(None, None, None)
     assert spread([None, 3.0]) == Spread(3, 3, 3)
