@@ -17,7 +17,9 @@ _HOMES = {
     "floe.config": ("RunConfig", "load_config"),
     "floe.errors": ("DataError", "FileError"),
     "floe.importance.score": ("score",),
+    "floe.importance.layer_statistics": ("measure_statistics",),
     "floe.importance.scores": ("Scores",),
+    "floe.importance.statistics": ("LayerStatistics",),
     "floe.ops": (
         "accumulate_fisher_",
         "mask_gradients",

@@ -20,11 +20,14 @@ from floe.errors import FileError
 Fraction = Annotated[float, Field(gt=0.0, le=1.0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
 Policy = Literal[
-    "adapter_fisher", "masks", "probe", "fisher_high", "fisher_low", "taylor_high", "taylor_low",
-    "segment", "gradient_norm", "layer_card", "spectrum", "eva", "lamp", "angular", "angular_all",
-    "angular_block", "error_propagation", "coarse_to_fine", "kl_guided", "shapley",
-    "random", "even", "first", "middle", "last", "all",
+    "adapter_fisher", "masks", "probe", "gate_fisher", "gate_fisher_diagonal", "fisher_high",
+    "fisher_low", "taylor_high", "taylor_low", "segment", "gradient_norm", "layer_card", "spectrum",
+    "eva", "lamp", "angular", "angular_all", "angular_block", "error_propagation",
+    "coarse_to_fine", "kl_guided", "shapley", "random", "even", "first", "middle", "last", "all",
 ]  # fmt: skip
+Sweep = Annotated[list[Count], Field(min_length=2)]
+Schedule = Literal["lisa", "alast"]
+Preset = Literal["global", "exact", "block", "paper_layer", "alg1_literal"]
 
 
 class _Section(BaseModel):
@@ -184,6 +187,9 @@ class ScoreConfig(_Section):
     taylor_data: DataSource | None = Field(
         None, description="General text; None: the first warm-up rows."
     )
+    statistic_rows: Count = Field(
+        32, description="Calibration rows of the layer statistics some policies need."
+    )
     seed: int = 41
 
 
@@ -191,12 +197,26 @@ class SelectConfig(_Section):
     """Which layers get adapters. The paper's masks are computed and stored whatever decides."""
 
     policy: Policy = "adapter_fisher"
-    preset: Literal["global", "exact", "paper_layer", "alg1_literal"] = "global"
-    budget: Fraction = Field(0.5, description="Share of the Taylor mass the masks retain.")
-    layers: Count | Fraction | dict[Literal["params"], Count] = Field(
-        0.25, description="A count, a fraction, or {params: the adapter's parameter budget}."
+    preset: Preset = "global"
+    first_order: bool = Field(
+        False, description="Value units with the first-order term; needs score.first_order."
     )
-    score: Literal["soft", "sparsity", "deviation", "unclipped", "pooled"] = "soft"
+    budget: Fraction = Field(0.5, description="Share of the Taylor mass the masks retain.")
+    layers: (
+        Count | Fraction | dict[Literal["params", "memory"], Count] | dict[Literal["sweep"], Sweep]
+    ) = Field(
+        0.25,
+        description="A count, a fraction, {params: the adapter's parameter budget}, {memory: bytes "
+        "that training the adapters may take beyond the frozen model}, or {sweep: [8, 12, 16]}: "
+        "counts that are trained and compared on the validation rows.",
+    )
+    pick: Literal["top", "bottom"] = Field(
+        "top", description="bottom: the reversed ranking, an ablation."
+    )
+    score: Literal["soft", "sparsity", "deviation", "unclipped", "pooled", "path"] = "soft"
+    budget_path: list[Fraction] = Field(
+        [0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9], description="Budgets that score: path averages over."
+    )
     tune: bool = True
     tune_tokens: Count = 2048
     seed: int = 42
@@ -206,8 +226,12 @@ class Baseline(_Section):
     """One more arm trained like the main one, on other layers."""
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
-    policy: Policy
-    preset: Literal["global", "exact", "paper_layer", "alg1_literal"] = "global"
+    policy: Policy | Schedule = Field(
+        description="A rule for layers, or a schedule that moves them during the training."
+    )
+    preset: Preset = "global"
+    pick: Literal["top", "bottom"] = "top"
+    interval: Count = Field(20, description="Steps between the choices of a schedule.")
     seed: int = 42
 
 

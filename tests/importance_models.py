@@ -109,3 +109,16 @@ def assert_untouched(model, before):
     values, *flags = snapshot(model)
     assert flags == list(before[1:])
     assert all(torch.equal(values[name], value) for name, value in before[0].items())
+
+
+class Codes(torch.nn.Linear):
+    """A linear whose weight is stored as integers, as quantised layers do."""
+
+    def __init__(self, linear):
+        super().__init__(linear.in_features, linear.out_features, bias=False)
+        self.scale = float(linear.weight.detach().abs().max()) / 127
+        codes = (linear.weight.detach() / self.scale).round().to(torch.int8)
+        self.weight = torch.nn.Parameter(codes, requires_grad=False)
+
+    def forward(self, x):
+        return torch.nn.functional.linear(x, self.weight.to(x.dtype) * self.scale)

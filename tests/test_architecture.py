@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 LAYERS = [  # a module imports its own layer and those before it
     ["atomic", "errors", "error_budget"],
     ["config", "progress", "runs", "training.schedule", "training.memory", "training.checkpoints"],
-    ["ops", "importance.scores", "importance.statistics", "selection", "report"],
+    ["ops", "importance.npz", "importance.scores", "importance.statistics", "selection", "report"],
     ["blocks", "losses", "readers", "adapters.moe_lora", "adapters.shared_input"],
     ["adapters", "data"],
     ["adapters.files", "adapters.export", "importance", "selection.tuning"],

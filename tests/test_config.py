@@ -264,9 +264,13 @@ def test_settings_cannot_be_changed_after_reading():
 def test_the_configuration_knows_every_policy_and_score():
     from typing import get_args
 
-    from floe.config import Policy, SelectConfig
+    from floe.config import Policy, Preset, Schedule, SelectConfig
     from floe.selection.policies import POLICIES
+    from floe.selection.presets import PRESETS
     from floe.selection.ranking import How
+    from floe.training.layer_schedule import SCHEDULES
 
     assert set(get_args(Policy)) == set(POLICIES)
-    assert get_args(SelectConfig.model_fields["score"].annotation) == get_args(How)
+    assert get_args(SelectConfig.model_fields["score"].annotation) == (*get_args(How), "path")
+    assert set(get_args(Preset)) == set(PRESETS)
+    assert set(get_args(Schedule)) == set(SCHEDULES)

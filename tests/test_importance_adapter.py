@@ -8,6 +8,7 @@ from test_importance_capture import mean_nll
 from floe.adapters import MoELoRALinear, adapted_layers
 from floe.importance import adapter as module_under_test
 from floe.importance.adapter import adapter_gradients, adapter_output
+from floe.importance.capture import Capture
 from floe.importance.fisher import measure_fisher
 
 
@@ -72,6 +73,27 @@ def test_gate_is_the_gradient_of_a_factor_on_what_is_added():
     found = adapter_gradients(module, x, grad_y, torch.ones(3, 5, dtype=torch.bool)).gate
     added = module(x) - module.base_layer(x)
     assert torch.allclose(found, (added * grad_y).sum((1, 2)).detach(), rtol=1e-9, atol=0)
+
+
+def test_gates_are_found_in_their_layer_and_projection():
+    """Against central differences: a gate is a factor on an adapter's scaling."""
+    model = adapted(dtype=torch.float64).eval()
+    row = {k: v[:1] for k, v in batches()[0].items()}
+    with Capture(model, adapters=True) as capture:
+        found = capture.step(row).gate
+    places = adapted_layers(model)
+    assert found.shape == (1, 3, 3)
+    for layer, modules in places.items():
+        for place, module in enumerate(modules.values()):
+            own, losses = module.scaling["default"], []
+            for factor in (1 + 1e-3, 1 - 1e-3):
+                module.scaling["default"] = own * factor
+                losses.append(mean_nll(model, row).item())
+            module.scaling["default"] = own
+            slope = (losses[0] - losses[1]) / 2e-3
+            assert found[0, layer, place] == pytest.approx(
+                slope, rel=1e-2, abs=1e-5
+            )  # norms stay float32
 
 
 def test_padding_is_left_out_whatever_it_holds():

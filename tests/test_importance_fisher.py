@@ -64,6 +64,26 @@ def test_is_the_sum_of_squared_row_gradients():
     assert measure_fisher(model, batches()).head_mean is None
 
 
+def test_many_chunks_add_up_and_keep_the_rows_in_order():
+    model, given = adapted(), batches(LENGTHS * 9, size=5)
+    result = measure_fisher(
+        model, given, adapters=True, keep_samples=True, first_order=True, scope="full"
+    )
+    with Capture(model, adapters=True, scope="full") as capture:
+        rows = [capture.step(batch) for batch in given]
+    neuron, adapter, gate = (
+        np.concatenate([getattr(r, name) for r in rows]) for name in ("neuron", "adapter", "gate")
+    )
+    assert (result.rows, result.tokens) == (72, 9 * 21)
+    assert relative(result.neuron, np.square(neuron).sum(0)) < 1e-5
+    assert relative(result.neuron_mean, neuron.mean(0)) < 1e-5
+    assert relative(result.neuron_gradient, neuron) < 1e-5
+    assert relative(result.module, adapter.sum(0)) < 1e-5
+    assert relative(result.adapter_samples, adapter.sum(2)) < 1e-5
+    assert relative(result.gate_gradient, gate) < 1e-5
+    assert result.projections == ("gate_proj", "up_proj", "down_proj")
+
+
 def test_token_reduction_differs_and_is_batch_free():
     model = adapted()
     one = measure_fisher(model, batches(size=1), reduction="token")

@@ -4,7 +4,7 @@ import torch
 from importance_models import adapted, assert_untouched, batches, plain, snapshot
 
 from floe.importance.layer_statistics import measure_statistics
-from floe.importance.layer_statistics_weights import lamp_kept
+from floe.importance.layer_statistics.weights import lamp_kept
 from floe.importance.score import score
 from floe.importance.statistics import STATISTICS, LayerStatistics
 from floe.selection import select

@@ -4,7 +4,7 @@ import torch
 from importance_models import adapted, assert_untouched, batches, plain, snapshot
 
 from floe.blocks import find_blocks, linear_at
-from floe.importance.layer_statistics_activations import (
+from floe.importance.layer_statistics.activations import (
     Covariance,
     angles,
     explained_variance,

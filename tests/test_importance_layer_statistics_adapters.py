@@ -10,7 +10,7 @@ from importance_models import adapted, assert_untouched, batches, plain, snapsho
 
 from floe.adapters import adapted_layers
 from floe.importance.frozen import losses
-from floe.importance.layer_statistics_adapters import (
+from floe.importance.layer_statistics.adapters import (
     closed_adapters,
     draw_sets,
     kl_to_full,
@@ -137,6 +137,9 @@ def test_few_sets_are_exact_for_a_game_without_interactions():
 def test_what_sets_leave_open_is_shared_evenly():
     sets = np.array([[True, False, False], [False, True, True]])
     found = shapley_values(sets, np.array([4.0, 2.0]), 0.0, 6.0)
+    np.testing.assert_allclose(found, [4, 1, 1], atol=1e-6)
+    # a set without its complement: what no layers give counts, too
+    found = shapley_values(sets[:1], np.array([14.0]), 10.0, 16.0)
     np.testing.assert_allclose(found, [4, 1, 1], atol=1e-6)
 
 

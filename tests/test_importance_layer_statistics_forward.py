@@ -5,8 +5,8 @@ from importance_models import adapted, assert_untouched, batches, plain, snapsho
 
 from floe.blocks import find_blocks, linear_at
 from floe.importance.frozen import losses
-from floe.importance.layer_statistics_forward import DISTURBANCE, error_growth, zeroth_order
-from floe.importance.layer_statistics_states import forward_states, starting_at
+from floe.importance.layer_statistics.forward import DISTURBANCE, error_growth, zeroth_order
+from floe.importance.layer_statistics.states import forward_states, starting_at
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma3", "phi3"])

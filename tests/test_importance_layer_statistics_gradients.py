@@ -6,7 +6,7 @@ from importance_models import adapted, assert_untouched, batches, plain, snapsho
 from floe.adapters import adapted_layers
 from floe.blocks import find_blocks
 from floe.importance.frozen import losses
-from floe.importance.layer_statistics_gradients import RIDGE, gradient_norm, layer_card
+from floe.importance.layer_statistics.gradients import RIDGE, gradient_norm, layer_card
 from floe.importance.score import fresh_adapters
 
 

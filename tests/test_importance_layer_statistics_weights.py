@@ -4,7 +4,7 @@ import torch
 from importance_models import assert_untouched, plain, snapshot
 
 from floe.blocks import find_blocks, linear_at
-from floe.importance.layer_statistics_weights import (
+from floe.importance.layer_statistics.weights import (
     lamp_kept,
     lamp_scores,
     marchenko_pastur_median,

@@ -3,10 +3,11 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from importance_models import adapted, assert_untouched, batches, plain, snapshot
+from importance_models import Codes, adapted, assert_untouched, batches, plain, snapshot
 
 import floe
 from floe.adapters import adapted_modules
+from floe.blocks import find_blocks
 from floe.importance.fisher import measure_fisher
 from floe.importance.identity import data_fingerprint
 from floe.importance.rows import rows_of
@@ -170,3 +171,27 @@ def test_an_error_midway_leaves_the_model_as_it_was():
     with pytest.raises(ValueError, match="row 2 must have at least one label"):
         score(model, bad)
     assert_untouched(model, before)
+
+
+def test_a_quantised_base_is_scored_by_its_masks_and_says_so():
+    model = adapted()
+    for block in find_blocks(model):
+        block.module.mlp.up_proj.base_layer = Codes(block.module.mlp.up_proj.base_layer)
+    with pytest.warns(RuntimeWarning, match="taylor_kind is 'vector', not 'element': quantised"):
+        scores = score(model, batches(size=2))
+    meta = scores.meta
+    assert (meta["taylor_kind"], meta["taylor_kind_asked"]) == ("vector", "element")
+    assert meta["base_quantised"]
+    assert (scores.neuron_taylor > 0).all()
+
+
+def test_without_taylor_rows_the_first_32_are_taken():
+    lengths = [(5 + n % 4, 1 + n % 2) for n in range(40)]
+    given = batches(lengths, size=7)
+    scores = score(adapted(), given)
+    assert (scores.meta["rows"], scores.meta["taylor_rows"]) == (40, 32)
+    assert scores.meta["taylor_from_calibration"]
+    first = measure_taylor(
+        adapted(), batches([(5 + n % 4, 1 + n % 2) for n in range(40)], size=32)[:1]
+    )
+    assert np.array_equal(scores.neuron_taylor, first.neuron)

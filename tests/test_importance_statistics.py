@@ -102,22 +102,22 @@ def test_bad_files(tmp_path):
 
 def test_headers_of_other_files(tmp_path):
     def written(text, **arrays):
-        np.savez(tmp_path / "s.npz", header=np.frombuffer(text.encode(), np.uint8), **arrays)
+        np.savez(tmp_path / "s.npz", meta=np.frombuffer(text.encode(), np.uint8), **arrays)
         return tmp_path / "s.npz"
 
     good = f'{{"format": {FORMAT}, "layers": 2, "meta": {{}}}}'
     assert LayerStatistics.load(written(good)).layers == 2
     for text, message in (
         (good.replace(str(FORMAT), "99", 1), "format must be 1, got 99; measure the model again"),
-        ("{", "its entry 'header' is not readable"),
-        ("{}", "its entry 'header' is not readable"),
+        ("{", "its entry 'meta' is not that of a statistics file"),
+        ("{}", "its entry 'meta' is not that of a statistics file"),
     ):
         with pytest.raises(FileError, match=message):
             LayerStatistics.load(written(text))
     with pytest.raises(FileError, match="a statistic must be one of"):
         LayerStatistics.load(written(good, what=np.ones(2)))
     np.savez(tmp_path / "s.npz", shapley=np.ones(2))
-    with pytest.raises(FileError, match="must hold the entry 'header'"):
+    with pytest.raises(FileError, match="must hold the entry 'meta'"):
         LayerStatistics.load(tmp_path / "s.npz")
 
 

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 import torch
-from importance_models import KINDS, adapted, assert_untouched, batches, plain, snapshot
+from importance_models import KINDS, Codes, adapted, assert_untouched, batches, plain, snapshot
 from test_importance_capture import mean_nll
 
 from floe.blocks import Geometry, find_blocks, geometry, linear_at
@@ -156,19 +156,6 @@ def test_vector_of_a_down_column_is_its_signed_sum():
     (gradient,) = torch.autograd.grad(sum(mean_nll(model, row) for row in rows) / 5, [down.weight])
     expected = (gradient * down.weight).sum(0).abs().detach().numpy()
     close(measure_taylor(plain(), [batch], kind="vector").neuron[1], expected)
-
-
-class Codes(torch.nn.Linear):
-    """A linear whose weight is stored as integers, as quantised layers do."""
-
-    def __init__(self, linear):
-        super().__init__(linear.in_features, linear.out_features, bias=False)
-        self.scale = float(linear.weight.detach().abs().max()) / 127
-        codes = (linear.weight.detach() / self.scale).round().to(torch.int8)
-        self.weight = torch.nn.Parameter(codes, requires_grad=False)
-
-    def forward(self, x):
-        return torch.nn.functional.linear(x, self.weight.to(x.dtype) * self.scale)
 
 
 def test_quantised_weights_use_the_vector_kind():

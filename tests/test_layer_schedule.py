@@ -193,6 +193,7 @@ def test_alast_takes_the_layers_of_the_largest_mean_change(checkpointing, tmp_pa
     steps = Steps(model, schedule)
     run(model, schedule, tmp_path, steps, Marks(), gradient_checkpointing=checkpointing)
     assert steps.active[0] == schedule.draw(0)
+    assert [m["rows"] for m in steps.memory] == [4, 8, 4, 8, 4, 8]  # each interval anew
     for interval in (1, 2):
         first = marks[2 * (interval - 1) - 1] if interval > 1 else 0
         part = seen.found[first : marks[2 * interval - 1]]

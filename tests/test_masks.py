@@ -165,3 +165,21 @@ def test_every_combination_of_options_runs():
         preset = Preset("x", granularity=granularity, cost=cost, refine="swap", pairs=pairs)
         found = determine(scores, preset, 0.4)
         assert found.certificate["cost"] <= found.certificate["budget"] * (1 + 1e-12)
+
+
+def test_first_order_values_are_the_predicted_loss_of_masking():
+    """Twice the second-order prediction, by hand; where masking is predicted to help, 0."""
+    scores = scores_of(layers=1, heads=1, neurons=3)
+    scores.head_fisher, scores.head_taylor = np.array([[1.0]]), np.array([[1.0]])
+    scores.neuron_fisher, scores.neuron_taylor = np.array([[6.0, 4.0, 5.0]]), np.ones((1, 3))
+    scores.meta = {"rows": 2}
+    scores.head_mean, scores.neuron_mean = np.array([[-1.0]]), np.array([[1.5, 0.25, -0.5]])
+    exact = dataclasses.replace(PRESETS["exact"], first_order=True)
+    # 1 + 4, 6 - 6, 4 - 1, 5 + 2: the two most valuable of four equal costs stay
+    found = determine(scores, exact, budget=0.5)
+    assert (bits(found.head_mask), bits(found.neuron_mask)) == ("1", "001")
+    assert found.certificate["value"] == 12.0
+    assert bits(determine(scores, "exact", budget=0.5).neuron_mask) == "101"
+    scores.head_mean = None
+    with pytest.raises(ValueError, match=r"first_order needs scores\.head_mean, got None"):
+        determine(scores, exact)

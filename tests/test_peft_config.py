@@ -70,6 +70,21 @@ BAD = {
         TypeError,
         r"expert_pattern must map layer indices .*got \[1\]",
     ),
+    "module of no index": (
+        {"layer_modules": {"a": ["up_proj"]}},
+        ValueError,
+        "layer_modules keys must be block indices >= 0, got 'a'",
+    ),
+    "layer without modules": (
+        {"layer_modules": {"0": []}},
+        ValueError,
+        "layer_modules must map layer indices to projection names, at least one each",
+    ),
+    "modules and layers": (
+        {"layer_modules": {1: ["up_proj"]}, "layers": [0, 1]},
+        ValueError,
+        r"layers must be left out or \[1\] with these layer_modules, got \[0, 1\]",
+    ),
     "newer format": (
         {"floe_format": 2},
         ValueError,

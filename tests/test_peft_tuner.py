@@ -35,6 +35,23 @@ def base_folder(request, tmp_path_factory):
     return request.param, str(folder)
 
 
+def test_layers_may_adapt_different_projections(tmp_path):
+    """What floe.selection.modules chooses: its dict goes into the config as it is."""
+    chosen = {2: ("up_proj", "gate_proj"), 0: ("down_proj",)}
+    model = trained(get_model(plain(), FloeConfig(r=2, num_experts=2, layer_modules=chosen)))
+    adapted_now = {layer: sorted(modules) for layer, modules in adapted_layers(model).items()}
+    assert adapted_now == {0: ["down_proj"], 2: ["gate_proj", "up_proj"]}
+    save_adapter(model, tmp_path / "adapter")
+    again = peft.PeftModel.from_pretrained(plain(), tmp_path / "adapter")
+    assert torch.equal(logits(again.eval()), logits(model.eval()))
+    config = again.peft_config["default"]
+    assert config.layer_modules == {"0": ["down_proj"], "2": ["gate_proj", "up_proj"]}
+    assert (config.layers, config.target_modules) == (
+        [0, 2],
+        ["down_proj", "gate_proj", "up_proj"],
+    )
+
+
 def test_a_fresh_adapter_changes_no_output():
     base = plain()
     expected = logits(base.eval())

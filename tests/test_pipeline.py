@@ -17,6 +17,7 @@ from floe.adapters import adapted_layers
 from floe.adapters.files import load_adapter
 from floe.config import parse_config
 from floe.importance.scores import Scores
+from floe.importance.statistics import LayerStatistics
 from floe.pipeline import run
 from floe.progress import Progress
 from floe.runs import sha256
@@ -123,6 +124,54 @@ def test_workers_of_torchrun_share_the_score_stage(config, finished, folder):
     log = Log()
     run(parse_config(workers), until="score", progress=log)
     assert log.said == {"search": "unchanged", "score": "unchanged"}
+
+
+def test_schedules_statistics_and_other_ways_to_choose(config, finished, folder):
+    """One run with what the other has not: trained once, looked at all over."""
+    name = "others"
+    target = finished.parent / name
+    shutil.copytree(finished / "search", target / "search")
+    lisa = {"name": "lisa", "policy": "lisa", "interval": 2}
+    spectrum = {"name": "spectrum", "policy": "spectrum"}
+    bottom = {"name": "bottom", "policy": "adapter_fisher", "pick": "bottom"}
+    block = {"name": "block", "policy": "masks", "preset": "block"}
+    changed = {
+        **renamed(config, name, baselines=[lisa, spectrum, bottom, block]),
+        "score": {**config["score"], "keep_samples": True, "statistic_rows": 4},
+        "select": {"layers": {"memory": 300_000}, "score": "path", "tune": False},
+        "profile": {"steps": 0},
+    }
+    with torch.random.fork_rng():
+        run(parse_config(changed), until="train")
+    arms = {p.parent.name: json.loads(p.read_text()) for p in target.glob("train/*/metrics.json")}
+    selection = Selection.load(target / "select")
+    count = len(selection.layers)
+    assert 0 < count < 4
+    assert arms["lisa"]["layers"] == [0, 1, 2, 3]
+    assert set(arms["bottom"]["layers"]).isdisjoint(selection.layers) or count > 2
+    assert {len(arms[name]["layers"]) for name in ("spectrum", "bottom", "block")} == {count}
+    assert selection.budget_path == (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+    assert sorted(LayerStatistics.load(target / "score/statistics.npz").values) == ["signal_share"]
+
+
+def test_a_sweep_chooses_the_number_of_layers_on_validation_rows(config, finished):
+    target = finished.parent / "swept"
+    shutil.copytree(finished / "search", target / "search")
+    shutil.copytree(finished / "score", target / "score")
+    select = {**config["select"], "layers": {"sweep": [3, 1]}, "tune": False}
+    with torch.random.fork_rng():
+        run(parse_config(renamed(config, "swept", select=select, baselines=[])), until="select")
+    sweep = json.loads((target / "select/sweep.json").read_text())
+    rows = {n: json.loads((target / f"sweep/{n}/losses.json").read_text())["rows"] for n in (1, 3)}
+    assert {len(values) for values in rows.values()} == {8}
+    assert sweep["counts"] == [1, 3]
+    assert np.allclose(sweep["means"], [np.mean(rows[1]), np.mean(rows[3])])
+    assert len(Selection.load(target / "select").layers) == sweep["count"]
+    log = Log()
+    with torch.random.fork_rng():
+        again = parse_config(renamed(config, "swept", select=select, baselines=[]))
+        run(again, until="select", progress=log)
+    assert set(log.said.values()) == {"unchanged"}
 
 
 def test_every_baseline_has_as_many_layers_and_the_same_steps(finished):

@@ -17,7 +17,8 @@ def situation(total=30, count=8, seed=41, statistics=None, **scores):
     units = np.arange(total)[:, None] % 5.0 + np.ones((total, 3))
     fields = {"adapter_fisher": np.arange(total) % 7.0, "probe_fisher": None}
     fields |= {"head_fisher": units, "neuron_fisher": units, "head_taylor": units}
-    fields |= {"neuron_taylor": units} | scores
+    gates = np.random.default_rng(total).normal(size=(6, total, 3)).astype(np.float32)
+    fields |= {"neuron_taylor": units, "gate_gradient": gates} | scores
     measured = None if statistics is None else LayerStatistics(total, statistics)
     mask_scores = np.linspace(1, 0, total)
     return Situation(SimpleNamespace(**fields), count, total, seed, mask_scores, measured)

@@ -11,7 +11,7 @@ from all_choices import best_values
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from floe.selection.solvers import solve_mask
+from floe.selection.solvers import solve_mask, solve_two_class
 
 INFINITY = float("inf")
 NAN = float("nan")
@@ -136,6 +136,30 @@ def test_knapsack_against_dynamic_programming(spread):
         found = solve_mask(value, cost, budget)
         assert found.optimal
         assert found.value == best[-1]
+
+
+@pytest.mark.parametrize("seed", [1, 2, 6, 13, 15, 20, 23, 26, 27, 28, 55])
+def test_knapsacks_beyond_the_first_search_against_dynamic_programming(seed):
+    """More than its 50,000 states: the answer comes from the joined lists of changes."""
+    rng = np.random.default_rng(seed)
+    cost = rng.integers(1, 3000, 300)
+    value = cost * 1000 + rng.integers(-3000, 3000, 300).clip(-1000 * cost)
+    budget = int(cost.sum() * 0.3)
+    best = np.zeros(budget + 1)
+    for v, c in zip(value, cost, strict=True):
+        best[c:] = np.maximum(best[c:], best[:-c] + v)
+    found = solve_mask(value, cost, budget)
+    assert 50_000 < found.nodes < 100_000  # without the lists, millions
+    assert found.optimal
+    assert found.value == value[found.mask].sum() == best[-1]
+    assert found.cost == cost[found.mask].sum() <= budget
+
+
+def test_totals_keep_what_rounding_would_lose():
+    large, ones = [1e16], [1.0] * 1000
+    found = solve_mask(large + ones, [0.0] * 1001, 1.0)
+    assert found.value == 1e16 + 1000
+    assert solve_two_class(large, ones, 0.0, 1.0, 1000).value == 1e16 + 1000
 
 
 FLOATS = st.floats(1e-9, 1e9)

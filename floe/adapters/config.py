@@ -43,6 +43,8 @@ class FloeConfig(peft.PeftConfig):
             ``["gate_proj", "up_proj", "down_proj"]`` (the default, FLoE Table 6); fused ones
             (``gate_up_proj``) count under their own name.
         layers: 0-based indices of the blocks to adapt; None = all.
+        layer_modules: ``{layer index: projection names}``: exactly these are adapted, instead of
+            the same ``target_modules`` on every one of ``layers``.
         rank_pattern, expert_pattern: per-layer overrides, ``{layer index: value}``; also by exact
             module path.
         scaling: "alpha/r" or "alpha/sqrt(r)".
@@ -65,6 +67,7 @@ class FloeConfig(peft.PeftConfig):
     dropout: float = 0.05
     target_modules: list[str] | None = None
     layers: list[int] | None = None
+    layer_modules: dict[str, list[str]] = field(default_factory=dict)
     rank_pattern: dict[str, int] = field(default_factory=dict)
     expert_pattern: dict[str, int] = field(default_factory=dict)
     scaling: str = "alpha/r"
@@ -97,6 +100,8 @@ class FloeConfig(peft.PeftConfig):
             self.target_modules = sorted(set(names))
         if self.layers is not None:
             self.layers = _checked_layers(self.layers)
+        if self.layer_modules:
+            self._spread_modules()
         for name in ("rank_pattern", "expert_pattern"):
             pattern = getattr(self, name)
             if not isinstance(pattern, dict):
@@ -104,6 +109,27 @@ class FloeConfig(peft.PeftConfig):
                     f"{name} must map layer indices or module paths to sizes, got {pattern!r}"
                 )
             setattr(self, name, {str(key): _size(name, value) for key, value in pattern.items()})
+
+    def _spread_modules(self) -> None:
+        """``layers`` and ``target_modules`` from ``layer_modules``, as their union."""
+        given = self.layer_modules
+        if not isinstance(given, dict) or not all(given.values()):
+            raise ValueError(
+                "layer_modules must map layer indices to projection names, at least one each, "
+                f"got {given!r}"
+            )
+        layers = _checked_layers([_index(key) for key in given])
+        targets = sorted({name for names in given.values() for name in names})
+        for name, value, own in (
+            ("layers", self.layers, layers),
+            ("target_modules", self.target_modules, targets),
+        ):
+            if value is not None and value != own:
+                raise ValueError(
+                    f"{name} must be left out or {own} with these layer_modules, got {value}"
+                )
+        self.layers, self.target_modules = layers, targets
+        self.layer_modules = {str(_index(key)): sorted(set(v)) for key, v in given.items()}
 
     def _check_sizes(self) -> None:
         _size("r", self.r)
@@ -141,6 +167,14 @@ def _size(name: str, value: Any) -> int:
     if value < 1:
         raise ValueError(f"{name} must be a whole number >= 1, got {value}")
     return value
+
+
+def _index(key: Any) -> int:
+    """A layer index, which JSON writes as text when it is a key."""
+    text = str(key)
+    if not text.isdecimal():
+        raise ValueError(f"layer_modules keys must be block indices >= 0, got {key!r}")
+    return int(text)
 
 
 def _checked_layers(layers: Any) -> list[int]:

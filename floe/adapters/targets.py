@@ -59,6 +59,18 @@ def parameter_counts(model: nn.Module, config: FloeConfig) -> list[int]:
     return counts
 
 
+def input_widths(model: nn.Module, config: FloeConfig) -> list[list[int]]:
+    """In features of each block's projections that ``config`` adapts, were the block adapted."""
+    base, targets = base_of(model), config.target_modules or list(DEFAULT_TARGETS)
+    return [
+        [
+            linear_of(base.get_submodule(path), path).in_features
+            for path in _block_targets(block.linears, targets)
+        ]
+        for block in find_blocks(base)
+    ]
+
+
 def adapter_shapes(model: nn.Module, config: FloeConfig) -> dict[str, tuple[int, ...]]:
     """Name -> shape of every tensor of ``config``'s adapter.
 
@@ -85,7 +97,9 @@ def target_paths(model: nn.Module, config: FloeConfig) -> dict[str, int]:
         path: block.index
         for block in blocks
         if block.index in set(wanted)
-        for path in _block_targets(block.linears, targets)
+        for path in _block_targets(
+            block.linears, config.layer_modules.get(str(block.index), targets)
+        )
     }
 
 

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
-import zipfile
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.lib import format as npy
 from numpy.typing import NDArray
 
-from floe.atomic import write_bytes
 from floe.errors import FileError
+from floe.importance import npz
 
 FORMAT = 1
 FloatArray = NDArray[np.float64]
@@ -30,7 +26,6 @@ _FIELDS = {
 _REQUIRED = ("head_fisher", "neuron_fisher", "head_taylor", "neuron_taylor", "adapter_fisher")
 _GRADIENTS = ("gate_gradient", "head_mean", "neuron_mean", "head_gradient", "neuron_gradient")
 _SINGLE = ("gate_gradient", "head_gradient", "neuron_gradient")  # float32: one value a sample
-_EPOCH = (1980, 1, 1, 0, 0, 0)  # the earliest time a zip can hold: equal content gives equal bytes
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,12 +100,7 @@ class Scores:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write an npz file, whole or not at all; equal scores give equal bytes."""
-        buffer = io.BytesIO()
-        self._write(buffer)
-        try:
-            write_bytes(Path(path), buffer.getvalue())
-        except OSError as error:
-            raise FileError(path, f"cannot write the scores: {error.strerror}") from error
+        npz.save(path, "scores", {"format": FORMAT, "meta": self.meta}, self._arrays())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Scores:
@@ -119,13 +109,7 @@ class Scores:
         Raises:
             FileError: the file is missing, damaged, or of another format.
         """
-        try:
-            arrays = _read_arrays(path)
-        except FileNotFoundError:
-            raise FileError(path, "no such file; write it with Scores.save") from None
-        except (OSError, ValueError, EOFError, zipfile.BadZipFile, NotImplementedError) as error:
-            raise FileError(path, f"not a readable scores file ({error})") from error
-        meta = _read_meta(path, arrays)
+        header, arrays = npz.load(path, "scores", FORMAT)
         missing = [name for name in _REQUIRED if name not in arrays]
         unknown = [name for name in arrays if name not in _FIELDS]
         if missing or unknown:
@@ -133,7 +117,7 @@ class Scores:
                 path, f"must hold the arrays of scores, missing {missing}, unknown {unknown}"
             )
         try:
-            return cls(meta=meta, **arrays)
+            return cls(meta=header["meta"], **arrays)
         except (ValueError, TypeError) as error:
             raise FileError(path, str(error)) from error
 
@@ -141,15 +125,6 @@ class Scores:
         """Every array that is there, by name."""
         values = {name: getattr(self, name) for name in _FIELDS}
         return {name: v for name, v in values.items() if v is not None or name in _REQUIRED}
-
-    def _write(self, file: Any) -> None:
-        meta = json.dumps({"format": FORMAT, "meta": self.meta}, sort_keys=True, allow_nan=False)
-        arrays: dict[str, NDArray[Any]] = {"meta": np.frombuffer(meta.encode(), dtype=np.uint8)}
-        with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
-            for name, array in (arrays | self._arrays()).items():
-                entry = zipfile.ZipInfo(f"{name}.npy", date_time=_EPOCH)
-                with archive.open(entry, "w", force_zip64=True) as member:
-                    npy.write_array(member, np.ascontiguousarray(array), allow_pickle=False)
 
     def _check_shapes(self) -> None:
         """Every letter of ``_FIELDS`` stands for one number."""
@@ -187,26 +162,3 @@ def _check_values(name: str, array: NDArray[Any]) -> None:
 def _place(name: str, where: tuple[int, ...]) -> str:
     words = {"L": "layer", "H": "head", "I": "neuron", "P": "projection", "S": "sample"}
     return ", ".join(f"{words[x]} {n}" for x, n in zip(_FIELDS[name], where, strict=True))
-
-
-def _read_arrays(path: str | os.PathLike[str]) -> dict[str, NDArray[Any]]:
-    arrays = {}
-    with zipfile.ZipFile(path) as archive:
-        for name in archive.namelist():
-            with archive.open(name) as member:
-                arrays[name.removesuffix(".npy")] = npy.read_array(member, allow_pickle=False)
-    return arrays
-
-
-def _read_meta(path: str | os.PathLike[str], arrays: dict[str, NDArray[Any]]) -> dict[str, Any]:
-    """Take "meta" out of ``arrays``, decoded and of this format."""
-    if "meta" not in arrays:
-        raise FileError(path, "must hold the entry 'meta' of a scores file, got none")
-    try:
-        header = json.loads(arrays.pop("meta").tobytes().decode())
-        version, meta = header["format"], dict(header["meta"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise FileError(path, f"its entry 'meta' is not that of a scores file ({error})") from error
-    if version != FORMAT:
-        raise FileError(path, f"format must be {FORMAT}, got {version!r}; score the model again")
-    return meta

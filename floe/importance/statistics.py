@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from floe.atomic import write_bytes
 from floe.errors import FileError
+from floe.importance import npz
 
 FORMAT = 1
 FloatArray = NDArray[np.float64]
@@ -91,16 +88,8 @@ class LayerStatistics:
             FileError: it cannot be written.
         """
         header = {"format": FORMAT, "layers": self.layers, "meta": self.meta}
-        text = json.dumps(header, sort_keys=True, allow_nan=False)
-        arrays: dict[str, Any] = {
-            name: np.ascontiguousarray(self.values[name]) for name in sorted(self.values)
-        }
-        buffer = io.BytesIO()
-        np.savez(buffer, header=np.frombuffer(text.encode(), dtype=np.uint8), **arrays)
-        try:
-            write_bytes(Path(path), buffer.getvalue())
-        except OSError as error:
-            raise FileError(path, f"cannot write the statistics: {error.strerror}") from error
+        arrays = {name: self.values[name] for name in sorted(self.values)}
+        npz.save(path, "statistics", header, arrays)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> LayerStatistics:
@@ -109,32 +98,13 @@ class LayerStatistics:
         Raises:
             FileError: the file is missing, damaged, or of another format.
         """
+        header, arrays = npz.load(path, "statistics", FORMAT)
         try:
-            with np.load(io.BytesIO(Path(path).read_bytes()), allow_pickle=False) as file:
-                arrays = {name: file[name] for name in file.files}
-        except FileNotFoundError:
-            raise FileError(path, "no such file; write it with LayerStatistics.save") from None
-        except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
-            raise FileError(path, f"not a readable statistics file ({error})") from error
-        layers, meta = _header(path, arrays)
-        try:
-            return cls(layers, arrays, meta)
+            return cls(header["layers"], arrays, header["meta"])
+        except KeyError as error:
+            raise FileError(path, f"its header must hold {error}") from error
         except (ValueError, TypeError) as error:
             raise FileError(path, str(error)) from error
-
-
-def _header(path: str | os.PathLike[str], arrays: dict[str, Any]) -> tuple[int, dict[str, Any]]:
-    """Take "header" out of ``arrays``, decoded and of this format."""
-    if "header" not in arrays:
-        raise FileError(path, "must hold the entry 'header' of a statistics file, got none")
-    try:
-        header = json.loads(arrays.pop("header").tobytes().decode())
-        version, layers, meta = header["format"], header["layers"], dict(header["meta"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise FileError(path, f"its entry 'header' is not readable ({error})") from error
-    if version != FORMAT:
-        raise FileError(path, f"format must be {FORMAT}, got {version!r}; measure the model again")
-    return layers, meta
 
 
 def _check(name: str, array: Any, layers: int) -> None:

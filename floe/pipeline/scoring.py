@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from floe.data import sample
+from floe.importance.layer_statistics import measure_statistics
 from floe.importance.score import score
 from floe.importance.scores import Scores
+from floe.importance.statistics import LayerStatistics
 from floe.pipeline.workspace import Workspace
+from floe.selection.policies import NEEDS
 
 
 def worker_count() -> int:
@@ -39,19 +43,27 @@ def workers() -> Iterator[None]:
         distributed.destroy_process_group()
 
 
-def build(work: Workspace, run: Path, folder: Path, probe: bool, progress: Any) -> None:
-    """Write ``folder/scores.npz``, with the help of the other workers if there are any."""
+def build(
+    work: Workspace, run: Path, folder: Path, policies: Collection[str], progress: Any
+) -> None:
+    """Write ``folder/scores.npz``, with the help of the other workers if there are any.
+
+    And ``folder/statistics.npz``, by this process, if one of the policies needs layer statistics.
+    """
     announce(folder)
-    scores = _measure(work, run, folder, probe, progress)
+    scores = _measure(work, run, folder, "probe" in policies, progress)
     scores.save(folder / "scores.npz")
     shutil.rmtree(folder / "pieces")
+    needed = sorted(name for name in policies if name in NEEDS)
+    if needed:
+        _measure_statistics(work, run, needed, progress).save(folder / "statistics.npz")
 
 
-def help_build(work: Workspace, run: Path, probe: bool, progress: Any) -> None:
+def help_build(work: Workspace, run: Path, policies: Collection[str], progress: Any) -> None:
     """Do this worker's part of the stage, if worker 0 says that it has to be done."""
     folder = announce(None)
     if folder is not None:
-        _measure(work, run, folder, probe, progress)
+        _measure(work, run, folder, "probe" in policies, progress)
 
 
 def announce(folder: Path | None) -> Path | None:
@@ -63,6 +75,21 @@ def announce(folder: Path | None) -> Path | None:
     said: list[Any] = [None if folder is None else str(folder.resolve())]
     distributed.broadcast_object_list(said, src=0)
     return None if said[0] is None else Path(said[0])
+
+
+def _measure_statistics(
+    work: Workspace, run: Path, policies: list[str], progress: Any
+) -> LayerStatistics:
+    from floe.adapters import remove_adapters
+
+    settings = work.config.score
+    model = work.adapted(run / "search/adapter")
+    try:
+        rows = sample(work.calibration_rows, settings.statistic_rows, settings.seed)
+        batches = work.batches(rows, settings.batch_size)
+        return measure_statistics(model, batches, policies, seed=settings.seed, progress=progress)
+    finally:
+        remove_adapters(model)
 
 
 def _measure(work: Workspace, run: Path, folder: Path, probe: bool, progress: Any) -> Scores:

@@ -8,10 +8,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from floe.atomic import copy_folder, write_json, write_text
-from floe.config import Baseline, RunConfig, dump_config, load_config
+from floe.config import Baseline, RunConfig, Schedule, dump_config, load_config
 from floe.progress import Progress
 from floe.runs import RunFolder, environment, read_json
 
@@ -196,24 +196,25 @@ class _Stages:
         """Mask Fisher, adapter Fisher and Taylor cost."""
         from floe.data import fingerprint
         from floe.pipeline import scoring
+        from floe.selection.policies import NEEDS
 
-        probe = "probe" in self._policies()
+        policies = self._policies()
         progress = self._announce("score")
         if scoring.is_helper():
-            scoring.help_build(self.work, self.path, probe, progress)
+            scoring.help_build(self.work, self.path, policies, progress)
             return
         inputs = {
             "search": self.hashes["search"],
             "score": self.config.score.model_dump(mode="json"),
             "rows": fingerprint(self.work.calibration_rows),
             "taylor_rows": fingerprint(self.work.taylor_rows),
-            "probe": probe,
+            "measured_for": sorted(policies & {"probe", *NEEDS}),
         }
         built = []
 
         def build(folder: Path) -> None:
             built.append(folder)
-            scoring.build(self.work, self.path, folder, probe, progress)
+            scoring.build(self.work, self.path, folder, policies, progress)
 
         self._stage("score", inputs, build)
         if not built:
@@ -224,16 +225,24 @@ class _Stages:
 
     def select(self) -> None:
         """The layers, and the paper's masks beside them whatever decided."""
+        from floe.pipeline import sweep
         from floe.pipeline.choice import choose, choose_baseline
 
+        counts = self._sweep()
         inputs = {
             "score": self.hashes["score"],
             "select": self.config.select.model_dump(mode="json"),
             "baselines": [b.model_dump(mode="json") for b in self.config.baselines],
+            "sweep": {count: self.hashes[f"sweep/{count}"] for count in counts},
         }
 
         def build(folder: Path) -> None:
-            selection = choose(self.work, self.path, self._announce("select"))
+            count = None
+            if counts:
+                found = sweep.swept_choice(self.path, counts)
+                write_json(folder / "sweep.json", sweep.describe(found))
+                count = found.count
+            selection = choose(self.work, self.path, self._announce("select"), count)
             selection.save(folder)
             arms = {
                 b.name: choose_baseline(self.work, self.path, selection, b)
@@ -245,6 +254,27 @@ class _Stages:
             )
 
         self._stage("select", inputs, build)
+
+    def _sweep(self) -> list[int]:
+        """Train and validate one arm for every number of layers that is to be tried."""
+        from floe.pipeline import sweep
+        from floe.pipeline.choice import choose
+
+        rank, experts = self.size
+        counts = sweep.swept_counts(self.work)
+        for count in counts:
+            chosen = choose(self.work, self.path, self._announce("select"), count)
+            layers = list(chosen.layers)
+            inputs = self._common() | {"rank": rank, "num_experts": experts, "layers": layers}
+
+            self._stage(f"sweep/{count}", inputs, partial(self._swept, f"sweep/{count}", layers))
+        return counts
+
+    def _swept(self, name: str, layers: list[int], folder: Path) -> None:
+        from floe.pipeline import sweep
+
+        self._train(name, self.config.select.policy, layers, folder)
+        sweep.validate(self.work, folder)
 
     def _arms(self) -> dict[str, tuple[str, list[int]]]:
         """Arm -> its policy and layers; the chosen one is ``main``."""
@@ -271,9 +301,24 @@ class _Stages:
                 "num_experts": experts,
                 "layers": layers,
                 "policy": policy,
+                "schedule": self._schedule_settings(arm),
             }
             self._stage(f"train/{arm}", inputs, partial(self._train, arm, policy, layers))
         copy_folder(self.path / "train/main/adapter", self.path / "adapter")
+
+    def _schedule_settings(self, arm: str) -> dict[str, Any] | None:
+        """How the trained layers move in this arm; None where they stay."""
+        found = [b for b in self.config.baselines if b.name == arm]
+        if not found or found[0].policy not in get_args(Schedule):
+            return None
+        own, count = found[0], len(read_json(self.path / "select/selection.json")["layers"])
+        return {"kind": own.policy, "count": count, "interval": own.interval, "seed": own.seed}
+
+    def _schedule(self, arm: str, model: Any) -> Any:
+        from floe.training.layer_schedule import SCHEDULES
+
+        settings = self._schedule_settings(arm)
+        return settings and SCHEDULES[settings.pop("kind")](model, **settings)
 
     def _train(self, arm: str, policy: str, layers: list[int], folder: Path) -> None:
         from floe.adapters import remove_adapters
@@ -292,6 +337,7 @@ class _Stages:
                 output_dir=folder / "checkpoints",
                 validation=self.work.validation_rows,
                 on_progress=self._learning(f"train/{arm}"),
+                layer_schedule=self._schedule(arm, model),
             )
             save_adapter(model, folder / "adapter")
         finally:

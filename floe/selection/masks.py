@@ -80,9 +80,8 @@ def determine(
     fraction = number("budget", budget)
     if not 0 < fraction <= 1:
         raise ValueError(f"budget must be a fraction in (0, 1], got {fraction}")
-    units = Units(
-        scores.head_fisher, scores.neuron_fisher, scores.head_taylor, scores.neuron_taylor
-    )
+    values = _values(scores, chosen.first_order)
+    units = Units(*values, scores.head_taylor, scores.neuron_taylor)
     limit = fraction * float(units.head_cost.sum() + units.neuron_cost.sum())
     gradients = _gradients(scores) if chosen.refine == "block" else None
     if chosen.granularity == "global":
@@ -95,6 +94,26 @@ def determine(
         )
         parts.append(_determine(units.layer(i), chosen, limit / layers, own))
     return _joined(parts)
+
+
+def _values(scores: Scores, first_order: bool) -> tuple[Floats, Floats]:
+    """What masking each unit costs, in Fisher information: [L, H] and [L, I].
+
+    Over S rows the loss rises by tau / 2 - sum_n g_n when a mask goes from 1 to 0 (Eq. 6 with the
+    empirical Fisher for the Hessian); twice that, or 0 where masking is predicted to help.
+    """
+    if not first_order:
+        return scores.head_fisher, scores.neuron_fisher
+    rows, found = scores.meta.get("rows"), []
+    for kind in ("head", "neuron"):
+        mean = getattr(scores, f"{kind}_mean")
+        if mean is None or rows is None:
+            raise ValueError(
+                f"first_order needs scores.{kind}_mean, got None; measure it with "
+                "floe.score(..., first_order=True)"
+            )
+        found.append(np.maximum(0.0, getattr(scores, f"{kind}_fisher") - 2 * int(rows) * mean))
+    return found[0], found[1]
 
 
 def _determine(

@@ -42,6 +42,9 @@ class Preset:
         pairs: which units may swap; "same_layer_cross" is Eq. 14.
         start: refinement starts at the determined masks, as Algorithm 2 does, or also at the
             ratio-greedy masks and the better result stays.
+        first_order: a unit's value is what masking it is predicted to cost in full, first-order
+            term included: Eq. 6 before the paper drops it, because the adapters converged (the
+            masks did not). Needs the scores' head_mean and neuron_mean.
         block_rows: refine "block" projects the samples' gradients to so many rows first; 0 keeps
             all. Its time is proportional to them.
         ridge, bound: of the tuning stage (Eq. 16-21); see floe.selection.tuning.
@@ -57,6 +60,7 @@ class Preset:
     refine: Refine = "none"
     pairs: Pairs = "same_layer_cross"
     start: Start = "determined"
+    first_order: bool = False
     block_rows: int = 0
     ridge: float = 1e-3
     bound: float = 10.0

@@ -132,6 +132,15 @@ class LayerSchedule(TrainerCallback, abc.ABC):  # type: ignore[misc]
         for parameter, flag in self._before:
             parameter.requires_grad_(flag)
 
+    def resting(self) -> set[int]:
+        """Ids of the adapter parameters that no step has trained."""
+        return {
+            id(parameter)
+            for layer, parameters in self.parameters.items()
+            if layer not in self.trained
+            for parameter in parameters
+        }
+
     def settings(self) -> dict[str, Any]:
         """What must be the same in a resumed run; JSON values."""
         return {

@@ -7,6 +7,7 @@ import hashlib
 import math
 import statistics
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from transformers.trainer_callback import PrinterCallback
 from floe.data import Collator, TokenRow, fingerprint
 from floe.errors import FileError
 from floe.training import checkpoints
+from floe.training.layer_schedule import LayerSchedule
 from floe.training.memory import PeakMemory
 from floe.training.schedule import NOT_IDENTITY, TrainSettings, training_order
 from floe.training.trainer import (
@@ -70,6 +72,7 @@ def train(
     validation: Sequence[TokenRow] | None = None,
     on_progress: Progress | None = None,
     on_validation: Callable[[int, float], None] | None = None,
+    layer_schedule: LayerSchedule | None = None,
     resume: bool = True,
 ) -> TrainResult:
     """Train the active adapter of ``model`` in place on the rows' response tokens (AdamW).
@@ -86,6 +89,7 @@ def train(
         on_progress: called after each step with (step, steps, loss, seconds left).
         on_validation: called with (step, loss); may raise to stop the training. After a resume the
             earlier values come again first.
+        layer_schedule: trains the adapters of some layers at a time; None = all of them always.
         resume: continue from the newest whole checkpoint in ``output_dir``; False refuses a folder
             that has any.
 
@@ -102,6 +106,8 @@ def train(
     _check_rows(rows, order, settings)
     start = {name: _digest(p) for name, p in parameters.items()}
     identity = _identity(settings, rows, parameters)
+    if layer_schedule is not None:
+        identity["layer_schedule"] = layer_schedule.settings()
     checkpoint = _find_checkpoint(Path(output_dir), identity, resume)
     device = next(model.parameters()).device
     with global_state(), PeakMemory(device) as memory:
@@ -112,11 +118,13 @@ def train(
             train_dataset=[rows[i] for i in order],
             data_collator=Collator.for_model(model),
             compute_loss_func=step_loss,
-            callbacks=[watch],
+            callbacks=[watch, *([] if layer_schedule is None else [layer_schedule])],
         )
         trainer.remove_callback(PrinterCallback)
-        _run(trainer, checkpoint, settings, device)
-    _check_moved(trainer, parameters, start)
+        with layer_schedule or nullcontext():
+            _run(trainer, checkpoint, settings, device)
+    resting = set() if layer_schedule is None else layer_schedule.resting()
+    _check_moved(trainer, parameters, start, resting)
     return _result(trainer, parameters, memory, checkpoint)
 
 
@@ -226,7 +234,10 @@ def _digest(parameter: Tensor) -> bytes:
 
 
 def _check_moved(
-    trainer: AdapterTrainer, parameters: dict[str, nn.Parameter], start: dict[str, bytes]
+    trainer: AdapterTrainer,
+    parameters: dict[str, nn.Parameter],
+    start: dict[str, bytes],
+    resting: set[int],
 ) -> None:
     optimised = {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
     if optimised != {id(p) for p in parameters.values()}:
@@ -236,6 +247,8 @@ def _check_moved(
     prefix = trainer.model.base_model.prefix
     moved: dict[str, bool] = {}
     for name, parameter in parameters.items():
+        if id(parameter) in resting:
+            continue
         module = name.split(f".{prefix}")[0]
         moved[module] = moved.get(module, False) or _digest(parameter) != start[name]
     still = sorted(module for module, changed in moved.items() if not changed)

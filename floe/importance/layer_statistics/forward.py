@@ -21,7 +21,7 @@ from floe.importance.frozen import (
     on_device,
     token_mask,
 )
-from floe.importance.layer_statistics_states import forward_states, starting_at
+from floe.importance.layer_statistics.states import forward_states, starting_at
 from floe.importance.replay import call_block, device_of_block
 from floe.importance.taylor import is_quantised
 

@@ -13,14 +13,14 @@ from torch import nn
 import floe
 from floe.adapters.targets import adapted_layers
 from floe.blocks import find_blocks
-from floe.importance import layer_statistics_activations as activations
-from floe.importance import layer_statistics_adapters as adapters
-from floe.importance import layer_statistics_forward as forward
-from floe.importance import layer_statistics_gradients as gradients
-from floe.importance import layer_statistics_weights as weights
 from floe.importance.fisher import Progress
 from floe.importance.frozen import Batch, token_mask
 from floe.importance.identity import data_fingerprint
+from floe.importance.layer_statistics import activations as activations
+from floe.importance.layer_statistics import adapters as adapters
+from floe.importance.layer_statistics import forward as forward
+from floe.importance.layer_statistics import gradients as gradients
+from floe.importance.layer_statistics import weights as weights
 from floe.importance.rows import rows_of
 from floe.importance.statistics import LayerStatistics
 from floe.selection.policies import NEEDS, POLICIES

@@ -22,7 +22,7 @@ from floe.importance.frozen import (
     losses,
     on_device,
 )
-from floe.importance.layer_statistics_states import forward_states, starting_at
+from floe.importance.layer_statistics.states import forward_states, starting_at
 from floe.losses import IGNORE_INDEX
 
 FloatArray = NDArray[np.float64]
