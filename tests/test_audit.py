@@ -12,8 +12,8 @@ import floe
 from floe.errors import FileError
 from floe.importance.statistics import LayerStatistics
 from floe.selection.audit import audit
-from floe.selection.audit_pairs import jaccard
-from floe.selection.audit_policies import (
+from floe.selection.audit.pairs import jaccard
+from floe.selection.audit.policies import (
     NAMES,
     Options,
     agreement_of,
@@ -21,8 +21,8 @@ from floe.selection.audit_policies import (
     result_of,
     score_layers,
 )
-from floe.selection.audit_rows import bootstrap_weights, rows_of
-from floe.selection.audit_stability import SPLITS, Likeness, Spread, likeness, spread
+from floe.selection.audit.rows import bootstrap_weights, rows_of
+from floe.selection.audit.stability import SPLITS, Likeness, Spread, likeness, spread
 from floe.selection.coupled import closing_loss, gate_matrix
 from floe.selection.masks import determine
 from floe.selection.policies import NEEDS, POLICIES

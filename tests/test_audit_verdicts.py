@@ -10,8 +10,8 @@ from audit_cases import light, make, run
 from floe.atomic import write_json
 from floe.pipeline.auditing import arm_losses
 from floe.report.artifacts import Router
-from floe.selection.audit_routers import router_health
-from floe.selection.audit_verdicts import judge
+from floe.selection.audit.routers import router_health
+from floe.selection.audit.verdicts import judge
 
 
 @pytest.fixture(scope="module")

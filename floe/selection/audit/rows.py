@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from floe.selection.audit_policies import KEEP_SAMPLES
+from floe.selection.audit.policies import KEEP_SAMPLES
 from floe.selection.solvers import Floats
 
 if TYPE_CHECKING:
