@@ -12,8 +12,8 @@ import floe
 from floe.errors import FileError
 from floe.importance.statistics import LayerStatistics
 from floe.selection.audit import audit
-from floe.selection.audit_pairs import jaccard
-from floe.selection.audit_policies import (
+from floe.selection.audit.pairs import jaccard
+from floe.selection.audit.policies import (
     NAMES,
     Options,
     agreement_of,
@@ -21,8 +21,8 @@ from floe.selection.audit_policies import (
     result_of,
     score_layers,
 )
-from floe.selection.audit_rows import bootstrap_weights, rows_of
-from floe.selection.audit_stability import SPLITS, Likeness, Spread, likeness, spread
+from floe.selection.audit.rows import bootstrap_weights, rows_of
+from floe.selection.audit.stability import SPLITS, Likeness, Spread, likeness, spread
 from floe.selection.coupled import closing_loss, gate_matrix
 from floe.selection.masks import determine
 from floe.selection.policies import NEEDS, POLICIES
@@ -225,6 +225,19 @@ def test_fisher_information_that_is_no_sum_over_rows_is_not_resampled():
     assert {one.name for one in found.bootstrap} == {
         "adapter_fisher", "gate_fisher", "gate_fisher_diagonal", "segment",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(("rows", "layers"), [(1, 1), (2, L), (3, 1)])
+def test_few_rows_and_every_layer(rows, layers):
+    whole = make()
+    names = ("adapter_samples", "gate_gradient", "head_gradient", "neuron_gradient")
+    scores = replace(whole, **{name: getattr(whole, name)[:rows] for name in names})
+    found = run(scores, layers=layers, bootstrap=2)
+    found.document()
+    for one in found.bootstrap:
+        assert sum(one.probability) == pytest.approx(layers)
+        assert one.same == 1 or layers == 1
+    assert found.agreement.expected_overlap == pytest.approx(layers**2 / L)
 
 
 def test_spreads():

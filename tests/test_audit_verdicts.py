@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 from audit_cases import light, make, run
 
+from floe.atomic import write_json
+from floe.pipeline.auditing import arm_losses
 from floe.report.artifacts import Router
-from floe.selection.audit_routers import router_health
-from floe.selection.audit_verdicts import judge
+from floe.selection.audit.routers import router_health
+from floe.selection.audit.verdicts import judge
 
 
 @pytest.fixture(scope="module")
@@ -97,3 +99,19 @@ def test_an_audit_never_claims_merit(found):
     texts = [text for texts in found.verdicts.values() for text in texts]
     assert not any(word in text for text in texts for word in ("better", "best rule", "superior"))
     assert "only training shows" in texts[-1]
+
+
+def test_losses_by_row_weigh_rows_by_their_tokens(tmp_path):
+    """Their mean over rows is the loss per token; arms of other policies are left out."""
+    nll = {"main": [2.0, 6.0], "all": [1.0, 5.0], "random": [9.0, 9.0], "base": [8.0, 8.0]}
+    arms = {"main": ("x", [0, 3]), "all": ("all", [0, 1, 2, 3]), "random": ("random", [1])}
+    assert arm_losses(tmp_path) is None
+    (tmp_path / "eval").mkdir()
+    write_json(tmp_path / "eval/losses.json", {"nll": nll, "tokens": [1, 3]})
+    for arm, (policy, layers) in arms.items():
+        (tmp_path / "train" / arm).mkdir(parents=True)
+        write_json(tmp_path / f"train/{arm}/metrics.json", {"policy": policy, "layers": layers})
+    found = arm_losses(tmp_path)
+    assert {number: list(rows) for number, rows in found.items()} == {2: [1, 3], 4: [0.5, 2.5]}
+    (tmp_path / "train/all/metrics.json").unlink()
+    assert arm_losses(tmp_path) is None

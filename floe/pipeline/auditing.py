@@ -75,8 +75,9 @@ def audit_run(
         ValueError: an unknown policy, a number out of range.
     """
     names = statistics_of(statistics)
-    if rows < 1:
-        raise ValueError(f"rows must be >= 1, got {rows}")
+    for name, value in (("rows", rows), ("bootstrap", bootstrap)):
+        if value < 1:
+            raise ValueError(f"{name} must be >= 1, got {value}")
     folder = RunFolder(Path(config.output_dir) / config.name)
     check_stages(config, folder)
     progress = progress or Progress()
@@ -85,6 +86,8 @@ def audit_run(
         raise ValueError(
             f"an audit is about the layers of highest score, got select.pick {selection.pick!r}"
         )
+    if selection.policy == "all":
+        raise ValueError("an audit needs a policy that leaves layers out, got select.policy 'all'")
     if names and selection.policy in NEEDS:
         names = tuple(dict.fromkeys((*names, selection.policy)))
     with folder.locked():

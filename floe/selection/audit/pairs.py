@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from floe.selection.audit_policies import Options, PolicyResult
+from floe.selection.audit.policies import Options, PolicyResult
 from floe.selection.coupled import closing_loss, gate_matrix, keep_layers
 from floe.selection.masks import determine
 from floe.selection.ranking import overlap, spearman

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from floe.selection.audit import Audit
+    from floe.selection.audit.build import Audit
 
 SOLID_DRAWS = 0.9  # share of bootstrap draws
 SOLID_HALVES = 7 / 8  # of the layers that two halves of the rows share

@@ -17,8 +17,8 @@ from numpy.typing import ArrayLike
 
 from floe.atomic import write_json
 from floe.errors import FileError
-from floe.selection.audit_pairs import GatePair, MaskPair, compare_gates, compare_masks
-from floe.selection.audit_policies import (
+from floe.selection.audit.pairs import GatePair, MaskPair, compare_gates, compare_masks
+from floe.selection.audit.policies import (
     NAMES,
     Agreement,
     Options,
@@ -27,9 +27,9 @@ from floe.selection.audit_policies import (
     by_name,
     compare_policies,
 )
-from floe.selection.audit_routers import RouterHealth, router_health
-from floe.selection.audit_rows import NO_ROWS, Rows, resamplable, rows_of
-from floe.selection.audit_stability import (
+from floe.selection.audit.routers import RouterHealth, router_health
+from floe.selection.audit.rows import NO_ROWS, Rows, resamplable, rows_of
+from floe.selection.audit.stability import (
     SPLITS,
     Bootstrap,
     Budgets,
@@ -40,7 +40,7 @@ from floe.selection.audit_stability import (
     null_policy,
     subset_policy,
 )
-from floe.selection.audit_verdicts import judge
+from floe.selection.audit.verdicts import judge
 from floe.selection.counts import choose_count
 from floe.selection.ranking import count_layers
 from floe.selection.solvers import count, number

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from floe.selection.audit_policies import KEEP_SAMPLES
+from floe.selection.audit.policies import KEEP_SAMPLES
 from floe.selection.solvers import Floats
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def resamplable(name: str, scores: Scores) -> str:
         return "" if scores.gate_gradient is not None else "scores.gate_gradient; score again"
     if name == "masks/block":
         return KEEPS_COUNTS
-    if name in MASKS or name.startswith("masks/"):
+    if looks_at_masks(name):
         if scores.head_gradient is None or scores.neuron_gradient is None:
             return KEEP_SAMPLES
         reduction = scores.meta.get("reduction", "sample")
@@ -54,6 +54,11 @@ def resamplable(name: str, scores: Scores) -> str:
             return f"a Fisher information summed over rows; reduction is {reduction!r}"
         return ""
     return NO_ROWS
+
+
+def looks_at_masks(name: str) -> bool:
+    """Whether the policy is a function of the masks' Fisher information."""
+    return name in MASKS or name.startswith("masks/")
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,24 +76,25 @@ class Rows:
         """S, 0 without per-sample arrays."""
         return len(next(iter(self.arrays.values()))) if self.arrays else 0
 
-    def reweighted(self, weights: Floats) -> Iterator[Scores]:
+    def reweighted(self, weights: Floats, masks: bool = True) -> Iterator[Scores]:
         """The scores of every row of ``weights`` [B, S]: row n counts as often as its weight says.
 
         Gate gradients are carried along, times the root of the weights; mask gradients are not.
+        Without ``masks`` the Fisher information of masks is left as it was, which saves most time.
         """
         for start in range(0, len(weights), _DRAWS):
             part = weights[start : start + _DRAWS]
-            sums = self._sums(part)
+            sums = self._sums(part, masks)
             for n, one in enumerate(part):
                 values: dict[str, Any] = {name: each[n] for name, each in sums.items()}
                 yield replace(self.scores, **values, **self._gates(one))
 
-    def _sums(self, weights: Floats) -> dict[str, Floats]:
+    def _sums(self, weights: Floats, masks: bool) -> dict[str, Floats]:
         found = {}
         if "adapter_samples" in self.arrays:
             found["adapter_fisher"] = weights @ self.arrays["adapter_samples"]
         for kind in ("head", "neuron"):
-            if f"{kind}_gradient" in self.arrays:
+            if masks and f"{kind}_gradient" in self.arrays:
                 gradient = self.arrays[f"{kind}_gradient"]
                 layers = [
                     weights @ np.square(gradient[:, k].astype(np.float64))

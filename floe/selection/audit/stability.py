@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from floe.selection.audit_policies import Options, PolicyResult, result_of, score_layers
-from floe.selection.audit_rows import Rows, bootstrap_weights
+from floe.selection.audit.policies import Options, PolicyResult, result_of, score_layers
+from floe.selection.audit.rows import Rows, bootstrap_weights, looks_at_masks
 from floe.selection.budget_path import BUDGET_PATH
 from floe.selection.policies import POLICIES, Situation
 from floe.selection.presets import PRESETS
@@ -196,5 +196,5 @@ def spread(values: Sequence[float | None]) -> Spread:
 
 
 def _results(name: str, rows: Rows, weights: Floats, options: Options) -> Iterator[PolicyResult]:
-    for scores in rows.reweighted(weights):
+    for scores in rows.reweighted(weights, masks=looks_at_masks(name)):
         yield result_of(name, score_layers(name, scores, options), options.count)
