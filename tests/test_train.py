@@ -1,5 +1,6 @@
 import dataclasses
 import random
+import sys
 
 import killing
 import numpy as np
@@ -301,6 +302,19 @@ def test_defaults_are_table_6():
     assert (defaults.learning_rate, defaults.batch_size, defaults.grad_accum) == (2e-4, 1, 8)
     assert (defaults.epochs, defaults.warmup_ratio, defaults.schedule) == (1, 0.03, "cosine")
     assert (defaults.weight_decay, defaults.seed) == (0, 41)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's peak of the resident set")
+def test_what_was_freed_before_counts_for_no_later_block():
+    blocks = [torch.ones(30_000 + n) for n in range(4000)]  # 500 MB, each too small for a map
+    del blocks
+    with PeakMemory() as before:
+        pass
+    blocks = [torch.ones(30_000 + n) for n in range(4000)]
+    del blocks
+    with PeakMemory() as after:
+        pass
+    assert after.bytes < before.bytes + (100 << 20)
 
 
 def test_peak_memory_sees_an_allocation_that_is_gone():

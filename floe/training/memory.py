@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import os
 import sys
 from pathlib import Path
@@ -29,10 +31,10 @@ class PeakMemory:
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
             self.kind = "cuda allocated"
-        elif _reset_resident_peak():
-            self.kind = "resident set"
         else:
-            self.kind = "resident set since process start"
+            _release_free_memory()
+            reset = _reset_resident_peak()
+            self.kind = "resident set" if reset else "resident set since process start"
         return self
 
     def __exit__(
@@ -47,6 +49,14 @@ class PeakMemory:
             self.bytes = _status("VmHWM")
         else:
             self.bytes = _lifetime_peak()
+
+
+def _release_free_memory() -> None:
+    """Hand what earlier work has freed back to the system, so that it counts for no later block."""
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:  # glibc's
+        trim(0)
 
 
 def _reset_resident_peak() -> bool:
