@@ -306,14 +306,14 @@ def test_defaults_are_table_6():
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's peak of the resident set")
 def test_what_was_freed_before_counts_for_no_later_block():
-    blocks = [torch.ones(30_000 + n) for n in range(4000)]  # 500 MB, each too small for a map
-    del blocks
     with PeakMemory() as before:
         pass
-    blocks = [torch.ones(30_000 + n) for n in range(4000)]
+    blocks = [torch.ones(20_000 + n) for n in range(6000)]  # 550 MB, each too small for a map
+    last = torch.ones(20_000)  # above them on the heap, so that nothing is given back by itself
     del blocks
     with PeakMemory() as after:
         pass
+    assert last.sum() == 20_000
     assert after.bytes < before.bytes + (100 << 20)
 
 
