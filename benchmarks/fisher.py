@@ -1,4 +1,7 @@
-"""Time of the mask gradients and their squares: ``python -m benchmarks.fisher --help``."""
+"""Time of the mask gradients and their squares: ``python -m benchmarks.fisher --help``.
+
+One site at a time; scoring a whole model is ``python -m benchmarks.scoring``.
+"""
 
 from __future__ import annotations
 
