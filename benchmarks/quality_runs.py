@@ -221,12 +221,9 @@ class Study:
         scores = Scores.load(warm / "scores.npz")
         if policy != "masks":
             return list(select(scores, **arguments).layers)
-        model = work.adapted(warm / "adapter")
-        try:
+        with work.adapted(warm / "adapter") as model:
             batches = work.batches(work.calibration_rows, self.settings.batch_size)
             return list(select(scores, model, batches, **arguments).layers)
-        finally:
-            remove_adapters(model)
 
     def file(self, run: Run) -> Path:
         """Where a run's result is or will be."""

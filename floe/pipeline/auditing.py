@@ -265,13 +265,9 @@ class _Measurements:
         write_json(folder / "routers.json", {"modules": plain(found)})
 
     def _on_model(self, measure: Any) -> Any:
-        from floe.adapters import remove_adapters
         from floe.data import sample
 
         settings = self.work.config.score
         rows = sample(self.work.calibration_rows, self.rows, settings.seed)
-        model = self.work.adapted(self.folder.path / "search/adapter")
-        try:
+        with self.work.adapted(self.folder.path / "search/adapter") as model:
             return measure(model, self.work.batches(rows, settings.batch_size))
-        finally:
-            remove_adapters(model)

@@ -6,7 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
-from floe.adapters import remove_adapters
 from floe.adapters.targets import input_widths, parameter_counts
 from floe.config import Baseline, Schedule
 from floe.importance.scores import Scores
@@ -34,14 +33,11 @@ def choose(work: Workspace, run: Path, progress: Any, count: int | None = None) 
     }  # fmt: skip
     if not settings.tune:
         return select(scores, **arguments)
-    model = work.adapted(run / "search/adapter")
-    try:
+    with work.adapted(run / "search/adapter") as model:
         batches = work.batches(work.calibration_rows, work.config.score.batch_size)
         return select(
             scores, model, batches, tune_tokens=settings.tune_tokens, progress=progress, **arguments
         )
-    finally:
-        remove_adapters(model)
 
 
 def choose_baseline(work: Workspace, run: Path, chosen: Selection, baseline: Baseline) -> list[int]:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from floe.adapters import remove_adapters
 from floe.atomic import write_json
 from floe.data import row_order
 from floe.evaluate import (
@@ -61,14 +61,10 @@ def _measure_arm(
 ) -> tuple[Losses, Answers | None]:
     part = folder / f"part-{arm}.json"
     if not part.is_file():
-        model = work.base_model if adapter is None else work.adapted(adapter)
-        try:
+        with nullcontext(work.base_model) if adapter is None else work.adapted(adapter) as model:
             losses, answers = _losses(work, model), _answers(work, model)
             if arm == "main":
                 _write_routers(work, model, folder)
-        finally:
-            if adapter is not None:
-                remove_adapters(model)
         write_json(part, _pack(losses, answers))
     return _unpack(read_json(part))
 

@@ -80,24 +80,16 @@ def announce(folder: Path | None) -> Path | None:
 def _measure_statistics(
     work: Workspace, run: Path, policies: list[str], progress: Any
 ) -> LayerStatistics:
-    from floe.adapters import remove_adapters
-
     settings = work.config.score
-    model = work.adapted(run / "search/adapter")
-    try:
+    with work.adapted(run / "search/adapter") as model:
         rows = sample(work.calibration_rows, settings.statistic_rows, settings.seed)
         batches = work.batches(rows, settings.batch_size)
         return measure_statistics(model, batches, policies, seed=settings.seed, progress=progress)
-    finally:
-        remove_adapters(model)
 
 
 def _measure(work: Workspace, run: Path, folder: Path, probe: bool, progress: Any) -> Scores:
-    from floe.adapters import remove_adapters
-
     settings = work.config.score
-    model = work.adapted(run / "search/adapter")
-    try:
+    with work.adapted(run / "search/adapter") as model:
         return score(
             model,
             work.batches(work.calibration_rows, settings.batch_size),
@@ -114,5 +106,3 @@ def _measure(work: Workspace, run: Path, folder: Path, probe: bool, progress: An
             folder=folder / "pieces",
             progress=progress,
         )
-    finally:
-        remove_adapters(model)

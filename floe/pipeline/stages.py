@@ -409,6 +409,6 @@ def export_run(config: RunConfig, output: Path, rows: int) -> Any:
     from floe.pipeline.workspace import Workspace
 
     work = Workspace(config)
-    model = work.adapted(Path(config.output_dir) / config.name / "adapter")
     batches = work.batches(sample(work.train_rows, rows, config.train.seed), config.eval.batch_size)
-    return export_lora(model, output, batches)
+    with work.adapted(Path(config.output_dir) / config.name / "adapter") as model:
+        return export_lora(model, output, batches)

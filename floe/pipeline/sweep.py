@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from floe.adapters import remove_adapters
 from floe.atomic import write_json
 from floe.blocks import find_blocks
 from floe.evaluate import evaluate_rows
@@ -30,14 +29,11 @@ def swept_counts(work: Workspace) -> list[int]:
 
 def validate(work: Workspace, folder: Path) -> None:
     """Write the validation loss of every row under the adapter in ``folder``, nats per token."""
-    model = work.adapted(folder / "adapter")
-    try:
+    with work.adapted(folder / "adapter") as model:
         losses = evaluate_rows(
             model, work.validation_rows, work.config.eval.batch_size,
             work.tokenizer.pad_token_id or 0,
         )  # fmt: skip
-    finally:
-        remove_adapters(model)
     write_json(folder / LOSSES, {"rows": (losses.nll / losses.tokens).tolist()})
 
 

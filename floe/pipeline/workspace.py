@@ -8,6 +8,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from floe.adapters import FloeConfig, get_model
+from floe.adapters import FloeConfig, get_model, remove_adapters
 from floe.adapters.files import load_adapter
 from floe.config import DataSource, RunConfig
 from floe.data import Collator, Encoded, TokenRow, encode, fingerprint, make_batches, sample, split
@@ -31,7 +33,7 @@ Batch = dict[str, Any]
 class Workspace:
     """The loaded inputs of one configuration.
 
-    The base model is shared: remove adapters after use.
+    The base model is shared: adapters go when their user is done.
     """
 
     def __init__(self, config: RunConfig) -> None:
@@ -190,9 +192,14 @@ class Workspace:
         """The base model with fresh adapters."""
         return get_model(self.base_model, self.adapter_config(rank, experts, layers))
 
-    def adapted(self, folder: Path) -> Any:
-        """The base model with the adapter saved in ``folder``."""
-        return load_adapter(self.base_model, folder)
+    @contextmanager
+    def adapted(self, folder: Path) -> Iterator[Any]:
+        """The base model with the adapter saved in ``folder``; afterwards without it again."""
+        model = load_adapter(self.base_model, folder)
+        try:
+            yield model
+        finally:
+            remove_adapters(model)
 
     def data_identity(self) -> dict[str, str]:
         """Hashes of the rows, as tokens."""
