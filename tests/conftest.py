@@ -11,10 +11,15 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 @pytest.fixture(autouse=True)
 def reproducible():
-    """Seed torch, and let deterministic mode fill every torch.empty with NaN."""
+    """Seed torch, and let deterministic mode fill every torch.empty with NaN.
+
+    The number of threads, which decides the last bits of sums, is put back for the tests after.
+    """
     torch.manual_seed(0)
     torch.use_deterministic_algorithms(True, warn_only=True)
+    threads = torch.get_num_threads()
     yield
+    torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(False)
 
 
