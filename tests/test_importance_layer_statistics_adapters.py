@@ -13,6 +13,7 @@ from floe.importance.frozen import losses
 from floe.importance.layer_statistics.adapters import (
     closed_adapters,
     draw_sets,
+    forward_selection,
     kl_to_full,
     shapley,
     shapley_values,
@@ -99,6 +100,30 @@ def test_a_model_of_one_adapted_layer_is_its_own_restoration():
     assert found[0] == found[2] > 1e-6  # without adapters: the base model's
 
 
+def test_forward_selection_opens_what_lowers_the_loss_most():
+    model = adapted(dtype=torch.float64).eval()
+    places, joined = forward_selection(model, batches(size=2))
+    open_, order, expected = [], [], []
+    while len(open_) < 3:
+        means = {}
+        for layer in set(range(3)) - set(open_):
+            closed = set(range(3)) - {layer, *open_}
+            means[layer] = row_losses_of(without_experts(model, closed), batches()).mean()
+        best = min(means, key=means.get)
+        open_, expected = [*open_, best], [*expected, means[best]]
+    order = np.argsort(places)
+    assert order.tolist() == open_
+    assert sorted(places) == [1, 2, 3]
+    np.testing.assert_allclose(joined[order], expected, rtol=1e-9)
+    assert len({round(loss, 6) for loss in expected}) == 3
+
+
+def test_forward_selection_puts_layers_without_adapters_last():
+    places, joined = forward_selection(adapted(layers=[1]), batches(size=2))
+    assert places.tolist() == [2, 1, 3]
+    assert joined[0] == joined[1] == joined[2]
+
+
 def brute_force(game, players):
     """Shapley values by the definition: marginal contributions over all orders."""
     values = np.zeros(players)
@@ -178,7 +203,7 @@ def test_layers_without_adapters_and_models_without_any():
     found = shapley(adapted(layers=[0, 2]), batches(size=2))
     assert found[1] == 0
     assert found[0] != 0
-    for measure in (shapley, kl_to_full):
+    for measure in (shapley, kl_to_full, forward_selection):
         with pytest.raises(ValueError, match="must carry a warmed-up floe adapter, got none"):
             measure(plain(), batches())
 

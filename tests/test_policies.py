@@ -140,6 +140,12 @@ def test_the_layer_nearest_to_the_full_model_comes_first():
     assert ranking("kl_guided", total=4, statistics={"kl_to_full": kl}) == [0, 3, 2, 1]
 
 
+def test_the_layer_that_joined_first_comes_first():
+    places = np.array([2.0, 4.0, 1.0, 3.0])
+    found = ranking("forward_selection", total=4, statistics={"forward_place": places})
+    assert found == [2, 0, 3, 1]
+
+
 @pytest.mark.parametrize(
     ("policy", "statistic"), [("spectrum", "signal_share"), ("eva", "explained_variance")]
 )

@@ -32,6 +32,8 @@ STATISTICS: dict[str, tuple[str, ...]] = {
     "zeroth_order": ("L",),
     "kl_to_full": ("L",),
     "shapley": ("L",),
+    "forward_place": ("L",),
+    "forward_loss": ("L",),
 }
 """Shapes of what can be measured; P counts projections and may differ from one to the next."""
 
@@ -59,7 +61,9 @@ class LayerStatistics:
             error_growth [L]: relative error at the last block per relative error at block k;
             zeroth_order [L], nats: norm of a block's weights times its forward-only gradient norm;
             kl_to_full [L], nats: KL of all adapters' model to that of layer k's adapters alone;
-            shapley [L], nats, signed: share of the loss that layer k's adapters take away.
+            shapley [L], nats, signed: share of the loss that layer k's adapters take away;
+            forward_place [L]: when layer k's adapters join in forward selection, 1 = first;
+            forward_loss [L], nats: the loss when they have joined.
         meta: how they were measured; whatever json can hold.
 
     Raises:

@@ -43,7 +43,8 @@ def measure_statistics(
     """What the policies ``names`` need to know about each layer, measured on the model.
 
     In eval mode with everything frozen; the model is left unchanged. All but gradient_norm,
-    kl_guided and shapley, which need floe adapters, look at the base model alone.
+    kl_guided, shapley and forward_selection, which need floe adapters, look at the base model
+    alone.
 
     Args:
         model: a causal language model, plain or with floe adapters.
@@ -141,6 +142,12 @@ def _shapley(job: _Job, _names: Sequence[str]) -> dict[str, FloatArray]:
     return {"shapley": found}
 
 
+def _forward_selection(job: _Job, names: Sequence[str]) -> dict[str, FloatArray]:
+    place, loss = adapters.forward_selection(job.model, job.batches, job.progress)
+    found = {"forward_place": place, "forward_loss": loss}
+    return {name: found[name] for name in names}
+
+
 _Measure = Callable[[_Job, Sequence[str]], dict[str, FloatArray]]
 _MEASURES: dict[tuple[str, ...], _Measure] = {
     ("signal_share",): _signal,
@@ -153,6 +160,7 @@ _MEASURES: dict[tuple[str, ...], _Measure] = {
     ("residual_norm", "activation_energy", "coupling"): _card,
     ("kl_to_full",): _kl,
     ("shapley",): _shapley,
+    ("forward_place", "forward_loss"): _forward_selection,
 }
 
 

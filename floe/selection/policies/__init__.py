@@ -59,6 +59,7 @@ POLICIES: dict[str, Policy] = {
     "coarse_to_fine": measured.coarse_to_fine,
     "kl_guided": measured.kl_guided,
     "shapley": measured.shapley,
+    "forward_selection": measured.forward_selection,
     "random": random,
     "even": even,
     "first": first,

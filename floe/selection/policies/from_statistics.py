@@ -143,6 +143,16 @@ def shapley(situation: Situation) -> Floats:
     return _plain(situation, "shapley", "shapley")
 
 
+def forward_selection(situation: Situation) -> Floats:
+    """Layers in the order in which opening their warmed-up adapters lowers the loss most.
+
+    Greedy: each layer joins those already open. Source: forward selection of regression, with
+    adapters for variables. Assumed: what the adapters of a full warm-up do together says what fresh
+    adapters on these layers alone would learn.
+    """
+    return -_plain(situation, "forward_selection", "forward_place")
+
+
 NEEDS: dict[str, tuple[str, ...]] = {
     "gradient_norm": ("gradient_norm",),
     "layer_card": ("residual_norm", "activation_energy", "coupling"),
@@ -156,6 +166,7 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "coarse_to_fine": ("zeroth_order",),
     "kl_guided": ("kl_to_full",),
     "shapley": ("shapley",),
+    "forward_selection": ("forward_place", "forward_loss"),
 }
 """The statistics each policy needs; a policy that is not listed needs none."""
 
