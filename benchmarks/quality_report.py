@@ -7,6 +7,7 @@ drawn with replacement, then rows within each seed. With one seed they hold no s
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 
 from benchmarks import harness
 from floe.runs import read_json
+from floe.selection.placement import Placement
 
 DEFAULT = "adapter_fisher"
 RESAMPLES = 2000
@@ -26,11 +28,14 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Records:
-    """What the files of a folder hold: runs, base losses by (mix, seed), step times, settings."""
+    """What the files of a folder hold: runs, settings, base losses by (mix, seed), and step times.
+
+    The keys of the times are those of :func:`place_of`.
+    """
 
     runs: list[Result]
     bases: dict[tuple[str, int], Result]
-    times: dict[tuple[str, tuple[int, ...]], float]
+    times: dict[tuple[str, str], float]
     settings: dict[str, Any]
 
 
@@ -57,9 +62,14 @@ def read(folder: Path) -> Records:
     return Records(
         runs,
         {(base["mix"], base["seed"]): base for base in bases},
-        {(row["mix"], tuple(row["layers"])): row["seconds"]["median"] for row in rows},
+        {place_of(row): row["seconds"]["median"] for row in rows},
         read_json(folder / "settings.json"),
     )
+
+
+def place_of(record: Result) -> tuple[str, str]:
+    """The mix and where the adapters were: what decides how long a step takes."""
+    return record["mix"], json.dumps(Placement.read(record).document(), sort_keys=True)
 
 
 def last_loss(run: Result) -> float:
@@ -159,7 +169,7 @@ def _group(records: Records, mix: str, steps: int) -> list[dict[str, Any]]:
 
 
 def _step_seconds(records: Records, run: Result) -> float | None:
-    return records.times.get((run["mix"], tuple(run["layers"])))
+    return records.times.get(place_of(run))
 
 
 def _fastest(records: Records, mix: str, arms: dict[str, list[Result]]) -> float | None:
@@ -189,7 +199,7 @@ def _row(records: Records, runs: list[Result], budget: float | None) -> dict[str
         "step_seconds": None, "equal_seconds": None, "at_equal_seconds": None,
     }  # fmt: skip
     if budget is not None:
-        seconds = [records.times[run["mix"], tuple(run["layers"])] for run in runs]
+        seconds = [records.times[place_of(run)] for run in runs]
         found = [
             loss_at(run, b, budget / s) for run, b, s in zip(runs, bases, seconds, strict=True)
         ]

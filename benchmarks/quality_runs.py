@@ -27,15 +27,25 @@ from floe.config import parse_config
 from floe.data import TokenRow
 from floe.errors import FileError
 from floe.evaluate import evaluate_rows, mean_loss
+from floe.importance.layer_statistics import measure_statistics
 from floe.importance.score import score
 from floe.importance.scores import Scores
+from floe.importance.statistics import LayerStatistics
+from floe.pipeline.placing import place
 from floe.pipeline.workspace import Workspace
 from floe.runs import RunFolder, read_json
-from floe.selection.policies import POLICIES
+from floe.selection.allocate import Saturating
+from floe.selection.placement import Placement
+from floe.selection.policies import NEEDS, POLICIES
 from floe.selection.selection import select
 from floe.training.train import TrainSettings, train
 
 FORMAT = 1
+SIZES = (2, 4, 6, 8, 12, 16, 24, 32)
+"""Ranks an arm ``@sizes`` may give a layer, with the study's number of experts."""
+R0 = 16.0
+"""What capacity is worth to it, declared: rank 8 with 4 experts reaches 63 % of a layer's gain."""
+STATISTIC_ROWS = 32
 
 
 @dataclass(frozen=True)
@@ -76,7 +86,10 @@ class Settings:
 
 @dataclass(frozen=True)
 class Run:
-    """One training. ``arm`` is a policy, or ``masks/<preset>``; ``draw`` tells random ones apart.
+    """One training. ``draw`` tells random arms apart.
+
+    ``arm`` is a policy, or ``masks/<preset>``; ``<policy>@modules`` or ``@sizes`` spend the
+    parameters of the policy's layers on single projections, or on ranks of every layer.
 
     ``rate`` None: the one that was best for this arm (see `quality_report.best_rate`).
     """
@@ -91,7 +104,7 @@ class Run:
     @property
     def name(self) -> str:
         """Of its file."""
-        arm = self.arm.replace("/", "_")
+        arm = self.arm.replace("/", "_").replace("@", "_")
         rate = "best" if self.rate is None else f"{self.rate:g}"
         return f"{self.mix}-seed{self.seed}-{arm}-draw{self.draw}-{self.steps}steps-{rate}"
 
@@ -166,9 +179,9 @@ class Study:
         """How a training of so many steps runs."""
         return dataclasses.replace(work.settings(steps), learning_rate=rate, save_steps=None)
 
-    def fresh(self, work: Workspace, layers: list[int] | None) -> Any:
-        """The base model with new adapters on these layers."""
-        return work.fresh(self.settings.r, self.settings.num_experts, layers)
+    def fresh(self, work: Workspace, placement: Placement | None = None) -> Any:
+        """The base model with new adapters."""
+        return work.fresh(self.settings.r, self.settings.num_experts, placement)
 
     def warm_up(self, mix: str, seed: int) -> Path:
         """Folder of the warm-up's adapter, scores and base losses, made if it is not there."""
@@ -178,7 +191,7 @@ class Study:
         def build(folder: Path) -> None:
             base = {part: self._losses(work, work.base_model, rows)
                     for part, rows in self._measured(work, other).items()}  # fmt: skip
-            model = self.fresh(work, None)
+            model = self.fresh(work)
             try:
                 s = self.settings
                 trained = train(
@@ -210,20 +223,39 @@ class Study:
             seed=work.config.score.seed,
         )  # fmt: skip
 
-    def layers(self, run: Run) -> list[int]:
-        """The layers a run's arm chooses; the masks go through their tuning stage, too."""
-        warm, work = self.warm_up(run.mix, run.seed), self.work(run.mix, run.seed)
-        policy, _, preset = run.arm.partition("/")
+    def placement(self, run: Run) -> Placement:
+        """Where a run's arm puts adapters; the masks go through their tuning stage, too."""
+        warm, work, s = self.warm_up(run.mix, run.seed), self.work(run.mix, run.seed), self.settings
+        name, _, kind = run.arm.partition("@")
+        policy, _, preset = name.partition("/")
         arguments: dict[str, Any] = {
-            "policy": policy, "preset": preset or "global", "layers": self.settings.layers,
+            "policy": policy, "preset": preset or "global", "layers": s.layers,
             "seed": zlib.crc32(f"{run.mix}:{run.seed}:{run.draw}".encode()),
+            "statistics": self._statistics(run, policy),
         }  # fmt: skip
         scores = Scores.load(warm / "scores.npz")
-        if policy != "masks":
-            return list(select(scores, **arguments).layers)
-        with work.adapted(warm / "adapter") as model:
-            batches = work.batches(work.calibration_rows, self.settings.batch_size)
-            return list(select(scores, model, batches, **arguments).layers)
+        if policy == "masks":
+            with work.adapted(warm / "adapter") as model:
+                batches = work.batches(work.calibration_rows, s.batch_size)
+                choice = select(scores, model, batches, **arguments)
+        else:
+            choice = select(scores, **arguments)
+        options = [(rank, s.num_experts) for rank in SIZES]
+        size = (s.r, s.num_experts)
+        return place(work, scores, choice, kind or "layers", size, options, Saturating(R0))
+
+    def _statistics(self, run: Run, policy: str) -> LayerStatistics | None:
+        """What the policy needs besides scores, measured once on the warmed-up model."""
+        if policy not in NEEDS:
+            return None
+        warm, work = self.warm_up(run.mix, run.seed), self.work(run.mix, run.seed)
+        file = warm / f"{policy}.npz"
+        if not file.exists():
+            rows = work.calibration_rows[:STATISTIC_ROWS]
+            with work.adapted(warm / "adapter") as model:
+                batches = work.batches(rows, self.settings.batch_size)
+                measure_statistics(model, batches, [policy]).save(file)
+        return LayerStatistics.load(file)
 
     def file(self, run: Run) -> Path:
         """Where a run's result is or will be."""
@@ -233,10 +265,10 @@ class Study:
         """Train one run, measure it, write its file."""
         assert run.rate is not None
         self.warm_up(run.mix, run.seed)  # its time is no run's
-        began, layers = time.monotonic(), self.layers(run)
+        began, placement = time.monotonic(), self.placement(run)
         work, other = self.work(run.mix, run.seed), self.work(self.other(run.mix), run.seed)
         self.run_folder.event(run=run.name, what="started")
-        model = self.fresh(work, layers)
+        model = self.fresh(work, placement)
         try:
             trained = train(
                 model, work.train_rows, settings=self.steps(work, run.steps, run.rate),
@@ -247,7 +279,7 @@ class Study:
         finally:
             remove_adapters(model)
         result = {
-            "format": FORMAT, **dataclasses.asdict(run), **losses, "layers": layers,
+            "format": FORMAT, **dataclasses.asdict(run), **losses, **placement.document(),
             "parameters": trained.trainable_parameters, "validation": trained.validation_loss,
             "train_loss": trained.train_loss, "seconds_per_step": trained.seconds_per_step,
             "seconds": time.monotonic() - began, "environment": self.environment,
@@ -276,6 +308,10 @@ class Study:
 
 def check_arm(arm: str) -> str:
     """The arm itself if its policy exists; ValueError otherwise."""
-    if arm.partition("/")[0] not in POLICIES:
-        raise ValueError(f"arm must be one of {sorted(POLICIES)} or masks/<preset>, got {arm!r}")
+    name, _, kind = arm.partition("@")
+    if name.partition("/")[0] not in POLICIES or kind not in ("", "modules", "sizes"):
+        raise ValueError(
+            f"arm must be one of {sorted(POLICIES)} or masks/<preset>, alone or with @modules or "
+            f"@sizes, got {arm!r}"
+        )
     return arm

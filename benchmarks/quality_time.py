@@ -16,6 +16,7 @@ from floe.adapters import get_model
 from floe.atomic import write_json
 from floe.data import Collator
 from floe.pipeline.workspace import Workspace
+from floe.selection.placement import Placement
 from floe.training.train import adapter_parameters, training_order
 from floe.training.trainer import step_loss
 
@@ -23,7 +24,7 @@ BATCHES = 5
 
 
 def measure(study: Study, rounds: int, clock_name: str, clock: Callable[[], float]) -> None:
-    """Write ``times.json``: the median seconds of a training step, by mix and layers.
+    """Write ``times.json``: the median seconds of a training step, by mix and placement.
 
     A step is forward, backward, clipping and AdamW, on the same batches for all sets of a mix.
 
@@ -37,20 +38,20 @@ def measure(study: Study, rounds: int, clock_name: str, clock: Callable[[], floa
     for mix in sorted({run["mix"] for run in runs}):
         here = [run for run in runs if run["mix"] == mix]
         work = study.work(mix, min(run["seed"] for run in here))
-        sets = sorted({tuple(run["layers"]) for run in here})
-        found = [Candidate(str(layers), _step(study, work, layers), list) for layers in sets]
+        places = {str(place): place for place in (Placement.read(run) for run in here)}
+        found = [Candidate(name, _step(study, work, place), list) for name, place in places.items()]
         seconds = harness.measure(found, rounds=rounds, device=torch.device("cpu"), clock=clock)
-        for layers in sets:
-            times = harness.summary(seconds[str(layers)])
-            rows.append({"mix": mix, "layers": list(layers), "seconds": times})
+        for name, place in places.items():
+            times = harness.summary(seconds[name])
+            rows.append({"mix": mix, **place.document(), "seconds": times})
     facts = {"clock": clock_name, "environment": study.environment}
     write_json(study.folder / "times.json", {"format": 1, "rows": rows, **facts})
 
 
-def _step(study: Study, work: Workspace, layers: tuple[int, ...]) -> Callable[[], None]:
-    """One training step of adapters on these layers, called again and again."""
+def _step(study: Study, work: Workspace, place: Placement) -> Callable[[], None]:
+    """One training step of adapters placed so, called again and again."""
     s = study.settings
-    config = work.adapter_config(s.r, s.num_experts, list(layers))
+    config = work.adapter_config(s.r, s.num_experts, place)
     model = get_model(models.share(work.base_model), config).train()
     parameters = list(adapter_parameters(model).values())
     settings = study.steps(work, BATCHES, s.rates[0])

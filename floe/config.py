@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import os
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -23,11 +23,26 @@ Policy = Literal[
     "adapter_fisher", "masks", "probe", "gate_fisher", "gate_fisher_diagonal", "fisher_high",
     "fisher_low", "taylor_high", "taylor_low", "segment", "gradient_norm", "layer_card", "spectrum",
     "eva", "lamp", "angular", "angular_all", "angular_block", "error_propagation",
-    "coarse_to_fine", "kl_guided", "shapley", "random", "even", "first", "middle", "last", "all",
+    "coarse_to_fine", "kl_guided", "shapley", "forward_selection", "random", "even", "first",
+    "middle", "last", "all",
 ]  # fmt: skip
 Sweep = Annotated[list[Count], Field(min_length=2)]
 Schedule = Literal["lisa", "alast"]
 Preset = Literal["global", "exact", "block", "paper_layer", "alg1_literal"]
+
+
+ModulePolicy = Literal["adapter_fisher", "gate_fisher_diagonal"]
+Choose = Literal["layers", "modules", "sizes"]
+
+
+def _check_choose(choose: str, policy: str) -> None:
+    known = get_args(ModulePolicy)
+    if choose == "modules" and policy not in known:
+        raise ValueError(
+            f"choose: modules needs a policy that scores projections, {known}, got {policy!r}"
+        )
+    if choose != "layers" and policy in ("all", *get_args(Schedule)):
+        raise ValueError(f"policy {policy!r} adapts all layers: choose must be layers")
 
 
 class _Section(BaseModel):
@@ -210,6 +225,17 @@ class SelectConfig(_Section):
         "that training the adapters may take beyond the frozen model}, or {sweep: [8, 12, 16]}: "
         "counts that are trained and compared on the validation rows.",
     )
+    choose: Choose = Field(
+        "layers",
+        description="What the chosen layers' parameters are spent on: whole `layers`; single "
+        "`modules` (projections); or `sizes`, rank and experts of every layer from the search's "
+        "ranges.",
+    )
+    r0: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] | None = Field(
+        None,
+        description="Of choose: sizes: the rank of one expert that reaches 63 % of a layer's gain; "
+        "None: fitted to the search's trials.",
+    )
     pick: Literal["top", "bottom"] = Field(
         "top", description="bottom: the reversed ranking, an ablation."
     )
@@ -221,6 +247,11 @@ class SelectConfig(_Section):
     tune_tokens: Count = 2048
     seed: int = 42
 
+    @model_validator(mode="after")
+    def _projections_have_scores(self) -> SelectConfig:
+        _check_choose(self.choose, self.policy)
+        return self
+
 
 class Baseline(_Section):
     """One more arm trained like the main one, on other layers."""
@@ -231,8 +262,14 @@ class Baseline(_Section):
     )
     preset: Preset = "global"
     pick: Literal["top", "bottom"] = "top"
+    choose: Choose = "layers"
     interval: Count = Field(20, description="Steps between the choices of a schedule.")
     seed: int = 42
+
+    @model_validator(mode="after")
+    def _projections_have_scores(self) -> Baseline:
+        _check_choose(self.choose, self.policy)
+        return self
 
 
 class EvalConfig(_Section):
@@ -278,6 +315,16 @@ class RunConfig(_Section):
         clash = sorted({n for n in names if names.count(n) > 1 or n in ("main", "base")})
         if clash:
             raise ValueError(f"baseline names must differ and not be 'main' or 'base', got {clash}")
+        return self
+
+    @model_validator(mode="after")
+    def _gain_is_known(self) -> RunConfig:
+        kinds = {self.select.choose, *(baseline.choose for baseline in self.baselines)}
+        if "sizes" in kinds and self.select.r0 is None and self.search.trials < 3:
+            raise ValueError(
+                "choose: sizes needs select.r0, or at least 3 search.trials to fit it to, "
+                f"got {self.search.trials}"
+            )
         return self
 
 

@@ -131,6 +131,18 @@ BAD = {
         change(baselines=[{"name": "a/b", "policy": "even"}]),
         "baselines.0.name: String should match pattern",
     ),
+    "projections of a policy of layers": (
+        change(select={"policy": "even", "choose": "modules"}),
+        "select: .*choose: modules needs a policy that scores projections, .*got 'even'",
+    ),
+    "sizes of a schedule": (
+        change(baselines=[{"name": "a", "policy": "lisa", "choose": "sizes"}]),
+        "baselines.0: .*policy 'lisa' adapts all layers: choose must be layers",
+    ),
+    "sizes without a gain": (
+        change(select={"choose": "sizes"}, search={"trials": 2}),
+        "choose: sizes needs select.r0, or at least 3 search.trials to fit it to, got 2",
+    ),
     "range": (
         change(search={"rank": [8, 2, 2]}),
         "search: .*rank must be .low, high, step. with low <= high, got .8, 2.",
@@ -264,13 +276,15 @@ def test_settings_cannot_be_changed_after_reading():
 def test_the_configuration_knows_every_policy_and_score():
     from typing import get_args
 
-    from floe.config import Policy, Preset, Schedule, SelectConfig
+    from floe.config import ModulePolicy, Policy, Preset, Schedule, SelectConfig
+    from floe.selection.modules import MODULE_POLICIES
     from floe.selection.policies import POLICIES
     from floe.selection.presets import PRESETS
     from floe.selection.ranking import How
     from floe.training.layer_schedule import SCHEDULES
 
     assert set(get_args(Policy)) == set(POLICIES)
+    assert get_args(ModulePolicy) == MODULE_POLICIES
     assert get_args(SelectConfig.model_fields["score"].annotation) == (*get_args(How), "path")
     assert set(get_args(Preset)) == set(PRESETS)
     assert set(get_args(Schedule)) == set(SCHEDULES)

@@ -135,10 +135,13 @@ def test_schedules_statistics_and_other_ways_to_choose(config, finished, folder)
     spectrum = {"name": "spectrum", "policy": "spectrum"}
     bottom = {"name": "bottom", "policy": "adapter_fisher", "pick": "bottom"}
     block = {"name": "block", "policy": "masks", "preset": "block"}
+    modules = {"name": "modules", "policy": "adapter_fisher", "choose": "modules"}
+    sizes = {"name": "sizes", "policy": "adapter_fisher", "choose": "sizes"}
+    baselines = [lisa, spectrum, bottom, block, modules, sizes]
     changed = {
-        **renamed(config, name, baselines=[lisa, spectrum, bottom, block]),
+        **renamed(config, name, baselines=baselines),
         "score": {**config["score"], "keep_samples": True, "statistic_rows": 4},
-        "select": {"layers": {"memory": 300_000}, "score": "path", "tune": False},
+        "select": {"layers": {"memory": 300_000}, "score": "path", "tune": False, "r0": 4.0},
         "profile": {"steps": 0},
     }
     with torch.random.fork_rng():
@@ -150,6 +153,16 @@ def test_schedules_statistics_and_other_ways_to_choose(config, finished, folder)
     assert arms["lisa"]["layers"] == [0, 1, 2, 3]
     assert set(arms["bottom"]["layers"]).isdisjoint(selection.layers) or count > 2
     assert {len(arms[name]["layers"]) for name in ("spectrum", "bottom", "block")} == {count}
+    own = arms["main"]["trainable_parameters"]
+    for name, key in (("modules", "modules"), ("sizes", "sizes")):
+        assert 0.5 * own < arms[name]["trainable_parameters"] <= own
+        placed = arms[name][key]
+        assert list(map(int, placed)) == arms[name]["layers"]
+        adapter = json.loads((target / f"train/{name}/adapter/adapter_config.json").read_text())
+        if key == "modules":
+            assert adapter["layer_modules"] == {k: sorted(v) for k, v in placed.items()}
+        else:
+            assert set(map(tuple, placed.values())) <= {(r, m) for r in (2, 4) for m in (2, 3)}
     assert selection.budget_path == (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
     assert sorted(LayerStatistics.load(target / "score/statistics.npz").values) == ["signal_share"]
 

@@ -16,7 +16,9 @@ sys.path.append(str(Path(__file__).resolve().parent.parent))  # last: an install
 
 from benchmarks import quality, quality_data, quality_report
 from benchmarks.quality_report import Cell
-from benchmarks.quality_runs import Run, Settings
+from benchmarks.quality_runs import Run, Settings, Study, check_arm
+from floe.adapters import remove_adapters
+from floe.importance.statistics import LayerStatistics
 
 ARMS = "adapter_fisher,random,even"
 pytestmark = pytest.mark.filterwarnings("ignore:.*is zero everywhere:RuntimeWarning")
@@ -95,6 +97,32 @@ def test_a_random_draw_has_its_own_layers_whatever_the_rate(study):
         by_draw = [{key[2]: s for key, s in layers.items() if key[:2] == (mix, n)} for n in (0, 1)]
         assert any(draws[0] != draws[1] for draws in by_draw)
         assert by_draw[0] != by_draw[1]
+
+
+def test_arms_may_spend_their_parameters_otherwise(study):
+    folder, options = study
+    found = quality._settings(quality._parser().parse_args(options))
+    work = Study(folder, found)
+    places = {
+        arm: work.placement(Run("one", 1, arm, 0, 4, 1e-3))
+        for arm in ("adapter_fisher", "adapter_fisher@modules", "adapter_fisher@sizes",
+                    "forward_selection")
+    }  # fmt: skip
+    assert not places["adapter_fisher"].modules
+    names = {name for one in places["adapter_fisher@modules"].modules.values() for name in one}
+    assert names <= {"gate_proj", "up_proj", "down_proj"}
+    assert {experts for _, experts in places["adapter_fisher@sizes"].sizes.values()} == {4}
+    statistics = LayerStatistics.load(folder / "warmups/one-seed1/forward_selection.npz")
+    first = np.flatnonzero(statistics.values["forward_place"] <= 2)
+    assert places["forward_selection"].layers == tuple(first)
+    model = work.fresh(work.work("one", 1), places["adapter_fisher@modules"])
+    remove_adapters(model)
+
+
+@pytest.mark.parametrize("arm", ["adapter_fisher@parts", "evem", "@modules"])
+def test_unknown_arms_are_refused(arm):
+    with pytest.raises(ValueError, match=r"arm must be one of .*@modules or @sizes, got"):
+        check_arm(arm)
 
 
 def test_forgetting_is_the_rise_of_the_other_mixs_loss(study):
@@ -243,7 +271,7 @@ def test_equal_seconds_are_those_of_the_fastest_arm():
             "other": {"mean": 0.5}}  # fmt: skip
     slow = fake("adapter_fisher", 1e-3, [[5, 3.0], [10, 2.0]], layers=(0,))
     fast = fake("last", 1e-3, [[5, 3.5], [10, 2.5]], layers=(3,))
-    times = {("m", (0,)): 2.0, ("m", (3,)): 0.8}
+    times = {quality_report.place_of(slow): 2.0, quality_report.place_of(fast): 0.8}
     records = quality_report.Records([fast, slow], {("m", 0): base}, times, {})
     first, second = quality_report.summarise(records)
     assert (first["arm"], second["arm"]) == ("adapter_fisher", "last")

@@ -59,16 +59,24 @@ def parameter_counts(model: nn.Module, config: FloeConfig) -> list[int]:
     return counts
 
 
+def projection_shapes(model: nn.Module, config: FloeConfig) -> list[dict[str, tuple[int, int]]]:
+    """(in, out) features of each block's projections that ``config`` adapts, by name."""
+    base, targets = base_of(model), config.target_modules or list(DEFAULT_TARGETS)
+    found = []
+    for block in find_blocks(base):
+        wanted = set(_block_targets(block.linears, targets))
+        linears = {
+            name: linear_of(base.get_submodule(path), path)
+            for name, path in block.linears.items()
+            if path in wanted
+        }
+        found.append({name: (one.in_features, one.out_features) for name, one in linears.items()})
+    return found
+
+
 def input_widths(model: nn.Module, config: FloeConfig) -> list[list[int]]:
     """In features of each block's projections that ``config`` adapts, were the block adapted."""
-    base, targets = base_of(model), config.target_modules or list(DEFAULT_TARGETS)
-    return [
-        [
-            linear_of(base.get_submodule(path), path).in_features
-            for path in _block_targets(block.linears, targets)
-        ]
-        for block in find_blocks(base)
-    ]
+    return [[k for k, _ in block.values()] for block in projection_shapes(model, config)]
 
 
 def adapter_shapes(model: nn.Module, config: FloeConfig) -> dict[str, tuple[int, ...]]:

@@ -171,7 +171,7 @@ def trained_routers(run: Path) -> list[dict[str, Any]]:
 
 
 def arm_losses(run: Path) -> dict[int, Any] | None:
-    """Number of layers -> per-row test losses of the run's policy, and of all layers.
+    """Number of whole layers -> per-row test losses of the run's policy, and of all layers.
 
     Each row's summed loss over the mean number of target tokens, so that the mean over rows is the
     loss per token that the evaluation reports. None without losses of several numbers of layers.
@@ -187,6 +187,7 @@ def arm_losses(run: Path) -> dict[int, Any] | None:
         len(metrics["layers"]): np.asarray(losses["nll"][arm]) / tokens.mean()
         for arm, metrics in sorted(arms.items(), key=lambda item: item[0] == "main")
         if metrics["policy"] in (own, "all") and arm in losses["nll"]
+        if not {"modules", "sizes"} & metrics.keys()
     }
     return found if len(found) > 1 else None
 

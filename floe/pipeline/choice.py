@@ -1,4 +1,4 @@
-"""The select stage: the run's policy, its baselines, and the tuned masks."""
+"""The select stage: the run's policy, its baselines, the tuned masks, where adapters go."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ from floe.adapters.targets import input_widths, parameter_counts
 from floe.config import Baseline, Schedule
 from floe.importance.scores import Scores
 from floe.importance.statistics import LayerStatistics
+from floe.pipeline.placing import capacity_gain, place, size_options
 from floe.pipeline.workspace import Workspace
 from floe.runs import read_json
 from floe.selection.counts import layer_memory, saved_bytes_per_token
+from floe.selection.placement import Placement
 from floe.selection.presets import PRESETS, Preset
 from floe.selection.selection import Selection, select
 
@@ -40,26 +42,50 @@ def choose(work: Workspace, run: Path, progress: Any, count: int | None = None) 
         )
 
 
-def choose_baseline(work: Workspace, run: Path, chosen: Selection, baseline: Baseline) -> list[int]:
-    """Layers of one baseline: as many as the main arm has, by the baseline's policy.
+def placed(work: Workspace, run: Path, choice: Selection, kind: str) -> Placement:
+    """Where the run's adapters go by this choice; ``kind`` is ``config.select.choose`` or an arm's.
+
+    Raises:
+        ValueError: see :func:`floe.pipeline.placing.place`.
+    """
+    found = read_json(run / "search/result.json")
+    size, search = (found["rank"], found["num_experts"]), work.config.search
+    gain = capacity_gain(found, work.config.select.r0) if kind == "sizes" else None
+    scores = Scores.load(run / "score/scores.npz")
+    return place(work, scores, choice, kind, size, size_options(search), gain)
+
+
+def place_baseline(work: Workspace, run: Path, chosen: Selection, baseline: Baseline) -> Placement:
+    """Where one baseline's adapters go: as many layers as the main arm chose, by its own policy.
 
     The policy ``all`` takes every one. The paper's masks at the run's own preset are those already
     computed, and tuned, for the main selection.
     """
-    scores = Scores.load(run / "score/scores.npz")
     settings = work.config.select
     if baseline.policy in ("all", *get_args(Schedule)):
-        return list(range(scores.layer_count))
+        return Placement(tuple(range(len(chosen.layer_scores))))
     same = baseline.preset == settings.preset and baseline.pick == "top"
     if baseline.policy == "masks" and same:
-        return sorted(int(layer) for layer in chosen.paper.ranking[: len(chosen.layers)])
-    other = select(
-        scores, policy=baseline.policy, preset=_preset(baseline.preset, settings.first_order),
-        budget=settings.budget,
-        layers=len(chosen.layers), score=settings.score, seed=baseline.seed, pick=baseline.pick,
-        budget_path=settings.budget_path, statistics=_statistics(run),
+        choice = _paper_choice(chosen)
+    else:
+        choice = _baseline_choice(work, run, baseline, len(chosen.layers))
+    return placed(work, run, choice, baseline.choose)
+
+
+def _paper_choice(chosen: Selection) -> Selection:
+    paper = chosen.paper
+    layers = tuple(sorted(paper.ranking[: len(chosen.layers)]))
+    return replace(chosen, policy="masks", layers=layers, layer_scores=paper.layer_scores)
+
+
+def _baseline_choice(work: Workspace, run: Path, baseline: Baseline, count: int) -> Selection:
+    settings = work.config.select
+    return select(
+        Scores.load(run / "score/scores.npz"),
+        policy=baseline.policy, preset=_preset(baseline.preset, settings.first_order),
+        budget=settings.budget, layers=count, score=settings.score, seed=baseline.seed,
+        pick=baseline.pick, budget_path=settings.budget_path, statistics=_statistics(run),
     )  # fmt: skip
-    return list(other.layers)
 
 
 def _preset(name: str, first_order: bool) -> Preset:
@@ -79,7 +105,7 @@ def _layer_memory(work: Workspace, run: Path) -> list[int] | None:
         return None
     size, train = read_json(run / "search/result.json"), work.config.train
     rank, experts = size["rank"], size["num_experts"]
-    config = work.adapter_config(rank, experts, None)
+    config = work.adapter_config(rank, experts)
     saved = [
         saved_bytes_per_token(inputs, rank, experts, element_bytes=work.dtype.itemsize)
         for inputs in input_widths(work.base_model, config)

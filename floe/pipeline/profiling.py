@@ -13,6 +13,7 @@ from floe.adapters import remove_adapters
 from floe.atomic import write_json
 from floe.blocks import find_blocks
 from floe.pipeline.workspace import Workspace
+from floe.selection.placement import Placement
 from floe.training.memory import PeakMemory
 
 
@@ -46,7 +47,7 @@ def build(work: Workspace, rank: int, experts: int, folder: Path, progress: Any)
 def _point(
     work: Workspace, rank: int, experts: int, layers: list[int], batches: list[dict[str, Any]]
 ) -> dict[str, Any]:
-    model = work.fresh(rank, experts, layers)
+    model = work.fresh(rank, experts, Placement(tuple(layers)))
     seconds = []
     try:
         model.train()

@@ -14,6 +14,7 @@ from floe.atomic import copy_folder, write_json, write_text
 from floe.config import Baseline, RunConfig, Schedule, dump_config, load_config
 from floe.progress import Progress
 from floe.runs import RunFolder, environment, read_json
+from floe.selection.placement import Placement
 
 STAGES = ("search", "score", "select", "train", "eval", "report")
 Announce = Callable[[int, int, str], None]
@@ -226,7 +227,7 @@ class _Stages:
     def select(self) -> None:
         """The layers, and the paper's masks beside them whatever decided."""
         from floe.pipeline import sweep
-        from floe.pipeline.choice import choose, choose_baseline
+        from floe.pipeline.choice import choose, place_baseline, placed
 
         counts = self._sweep()
         inputs = {
@@ -244,46 +245,39 @@ class _Stages:
                 count = found.count
             selection = choose(self.work, self.path, self._announce("select"), count)
             selection.save(folder)
-            arms = {
-                b.name: choose_baseline(self.work, self.path, selection, b)
-                for b in self.config.baselines
-            }
-            write_json(
-                folder / "baselines.json",
-                {name: {"layers": layers} for name, layers in arms.items()},
-            )
+            arms = {"main": placed(self.work, self.path, selection, self.config.select.choose)}
+            for baseline in self.config.baselines:
+                arms[baseline.name] = place_baseline(self.work, self.path, selection, baseline)
+            write_json(folder / "arms.json", {name: arm.document() for name, arm in arms.items()})
 
         self._stage("select", inputs, build)
 
     def _sweep(self) -> list[int]:
         """Train and validate one arm for every number of layers that is to be tried."""
         from floe.pipeline import sweep
-        from floe.pipeline.choice import choose
+        from floe.pipeline.choice import choose, placed
 
         rank, experts = self.size
         counts = sweep.swept_counts(self.work)
         for count in counts:
             chosen = choose(self.work, self.path, self._announce("select"), count)
-            layers = list(chosen.layers)
-            inputs = self._common() | {"rank": rank, "num_experts": experts, "layers": layers}
-
-            self._stage(f"sweep/{count}", inputs, partial(self._swept, f"sweep/{count}", layers))
+            where = placed(self.work, self.path, chosen, self.config.select.choose)
+            inputs = self._common() | {"rank": rank, "num_experts": experts, **where.document()}
+            self._stage(f"sweep/{count}", inputs, partial(self._swept, f"sweep/{count}", where))
         return counts
 
-    def _swept(self, name: str, layers: list[int], folder: Path) -> None:
+    def _swept(self, name: str, placement: Placement, folder: Path) -> None:
         from floe.pipeline import sweep
 
-        self._train(name, self.config.select.policy, layers, folder)
+        self._train(name, self.config.select.policy, placement, folder)
         sweep.validate(self.work, folder)
 
-    def _arms(self) -> dict[str, tuple[str, list[int]]]:
-        """Arm -> its policy and layers; the chosen one is ``main``."""
-        chosen = read_json(self.path / "select/selection.json")
-        others = read_json(self.path / "select/baselines.json")
-        arms = {"main": (str(chosen["policy"]), list(chosen["layers"]))}
-        for baseline in self.config.baselines:
-            arms[baseline.name] = (_name_of(baseline), others[baseline.name]["layers"])
-        return arms
+    def _arms(self) -> dict[str, tuple[str, Placement]]:
+        """Arm -> its policy and where its adapters are; the chosen one is ``main``."""
+        places = read_json(self.path / "select/arms.json")
+        policies: dict[str, str] = {"main": self.config.select.policy}
+        policies |= {baseline.name: _name_of(baseline) for baseline in self.config.baselines}
+        return {arm: (name, Placement.read(places[arm])) for arm, name in policies.items()}
 
     def train(self) -> None:
         """The chosen layers, then every baseline on the same schedule.
@@ -295,15 +289,15 @@ class _Stages:
         for folder in self.path.glob("train/*"):
             if folder.name.removesuffix(".work") not in arms:  # configured no more
                 shutil.rmtree(folder)
-        for arm, (policy, layers) in arms.items():
+        for arm, (policy, placement) in arms.items():
             inputs = self._common() | {
                 "rank": rank,
                 "num_experts": experts,
-                "layers": layers,
+                **placement.document(),
                 "policy": policy,
                 "schedule": self._schedule_settings(arm),
             }
-            self._stage(f"train/{arm}", inputs, partial(self._train, arm, policy, layers))
+            self._stage(f"train/{arm}", inputs, partial(self._train, arm, policy, placement))
         copy_folder(self.path / "train/main/adapter", self.path / "adapter")
 
     def _schedule_settings(self, arm: str) -> dict[str, Any] | None:
@@ -320,7 +314,7 @@ class _Stages:
         settings = self._schedule_settings(arm)
         return settings and SCHEDULES[settings.pop("kind")](model, **settings)
 
-    def _train(self, arm: str, policy: str, layers: list[int], folder: Path) -> None:
+    def _train(self, arm: str, policy: str, placement: Placement, folder: Path) -> None:
         from floe.adapters import remove_adapters
         from floe.adapters.files import save_adapter
         from floe.pipeline.workspace import plain
@@ -328,7 +322,7 @@ class _Stages:
         from floe.training.train import train
 
         rank, experts = self.size
-        model = self.work.fresh(rank, experts, layers)
+        model = self.work.fresh(rank, experts, placement)
         try:
             result = train(
                 model,
@@ -344,8 +338,8 @@ class _Stages:
             remove_adapters(model)
         remove_checkpoints(folder / "checkpoints")
         metrics = plain(result) | {
-            "arm": arm, "policy": policy, "layers": layers, "rank": rank, "num_experts": experts,
-            "seed": self.config.train.seed,
+            "arm": arm, "policy": policy, **placement.document(), "rank": rank,
+            "num_experts": experts, "seed": self.config.train.seed,
         }  # fmt: skip
         write_json(folder / "metrics.json", metrics)
 

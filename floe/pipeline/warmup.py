@@ -27,7 +27,7 @@ def build(work: Workspace, folder: Path, on_step: Any, on_trial: Any) -> None:
 
 def _warm_up(work: Workspace, folder: Path, on_step: Any) -> None:
     adapter, began = work.config.adapter, time.monotonic()
-    model = work.fresh(adapter.r, adapter.num_experts, None)
+    model = work.fresh(adapter.r, adapter.num_experts)
     try:
         result = train(
             model,

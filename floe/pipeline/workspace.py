@@ -25,6 +25,7 @@ from floe.doctor import auto_dtype
 from floe.errors import FileError
 from floe.readers import Row, load_rows
 from floe.runs import hash_of, sha256
+from floe.selection.placement import Placement
 from floe.training.schedule import TrainSettings
 
 Batch = dict[str, Any]
@@ -178,19 +179,25 @@ class Workspace:
             values["max_steps"] = max_steps
         return TrainSettings(**values)
 
-    def adapter_config(self, rank: int, experts: int, layers: list[int] | None) -> FloeConfig:
-        """The adapter's settings at this size on these layers (None = all)."""
+    def adapter_config(
+        self, rank: int, experts: int, placement: Placement | None = None
+    ) -> FloeConfig:
+        """The adapter's settings at this size, where the placement says so (None = all layers)."""
         adapter = self.config.adapter.model_dump()
         adapter |= {"r": rank, "num_experts": experts}
+        if placement is not None:
+            adapter |= placement.patterns
+            if placement.modules:  # they name their targets themselves
+                del adapter["target_modules"]
         named = self.config.model
         return FloeConfig(
-            **adapter, layers=layers, seed=self.config.train.seed,
+            **adapter, seed=self.config.train.seed,
             base_model_name_or_path=named.path, revision=named.revision,
         )  # fmt: skip
 
-    def fresh(self, rank: int, experts: int, layers: list[int] | None) -> Any:
+    def fresh(self, rank: int, experts: int, placement: Placement | None = None) -> Any:
         """The base model with fresh adapters."""
-        return get_model(self.base_model, self.adapter_config(rank, experts, layers))
+        return get_model(self.base_model, self.adapter_config(rank, experts, placement))
 
     @contextmanager
     def adapted(self, folder: Path) -> Iterator[Any]:

@@ -4,11 +4,39 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from floe.selection.solvers import DEFAULT_NODES, Flags, numbers, solve_mask
+from floe.selection.solvers import DEFAULT_NODES, Flags, Floats, numbers, solve_mask
+
+if TYPE_CHECKING:
+    from floe.importance.scores import Scores
+
+
+MODULE_POLICIES = ("adapter_fisher", "gate_fisher_diagonal")
+"""Policies that also score single projections."""
+
+
+def module_scores(scores: Scores, policy: str) -> Floats:
+    """What ``policy`` says of every adapted projection, [L, P]; P as in meta["adapter_modules"].
+
+    Raises:
+        ValueError: a policy that scores whole layers only, or scores without what it needs.
+    """
+    if policy not in MODULE_POLICIES:
+        raise ValueError(f"policy must be one of {MODULE_POLICIES} for projections, got {policy!r}")
+    if policy == "adapter_fisher":
+        found = scores.module_fisher
+    else:
+        gates = scores.gate_gradient
+        found = None if gates is None else np.square(np.asarray(gates, np.float64)).sum(axis=0)
+    if found is None:
+        raise ValueError(
+            f"policy {policy!r} needs scores of single projections, got none: score the model again"
+        )
+    return np.asarray(found, dtype=np.float64)
 
 
 @dataclass(frozen=True, eq=False)
