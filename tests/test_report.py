@@ -26,6 +26,7 @@ from floe.report.artifacts import Interval, Router, Trial
 from floe.report.build import sections
 from floe.report.facts import arm_rows, facts, verdicts
 from floe.report.maps import normalised, sorted_bins
+from floe.report.placements import placements
 from floe.report.ranks import chance_overlap, rankings
 from floe.report.read import read_run
 from floe.report.searching import best_so_far
@@ -242,6 +243,40 @@ def test_every_picture_is_there_as_svg_png_and_csv(run_dir):
     links = {a["href"] for a in page_of(run_dir).all("a") if a["href"].startswith("report/")}
     written = {f"report/{path.name}" for path in (run_dir / "report").iterdir()}
     assert links == written | {"report/"}
+
+
+def test_arms_that_chose_by_projection_or_size_are_drawn(fresh):
+    metrics = artifact(fresh, "train", "main", "metrics.json")
+    first, second = metrics["layers"][:2]
+    modules = {str(first): ["up_proj"], str(second): ["gate_proj", "down_proj"]}
+    edit(fresh, lambda data: data.update(layers=[first, second], modules=modules), *MAIN)
+    sizes = {str(first): [4, 2], str(second): [16, 4]}
+    there = ("train", "even", "metrics.json")
+    edit(fresh, lambda data: data.update(layers=[first, second], sizes=sizes), *there)
+    build_report(fresh)
+    found = {(row["arm"], int(row["layer"])): row for row in rows_of(fresh, "placements")}
+    assert found["main", second]["projections"] == "gate_proj down_proj"
+    assert found["main", first]["rank"] == str(metrics["rank"])
+    assert (found["even", second]["rank"], found["even", second]["experts"]) == ("16", "4")
+    run = read_run(fresh)
+    layers, size, *_ = facts(run)
+    assert layers.value == f"2 of {LAYERS}"
+    assert layers.note.endswith("; 3 projections")
+    assert size.note.startswith("rank")
+    figure = placements(run).draw(LIGHT)
+    marks = [set(line.get_xdata()) for line in figure.axes[0].lines]
+    assert marks == [set(range(LAYERS)), {second}, set(range(LAYERS)), {second},
+                     set(range(LAYERS)), {first}]  # fmt: skip
+    assert [bar.get_height() for bar in figure.axes[1].patches] == [4, 16]
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"modules": {"99": ["up_proj"]}}, {"sizes": {"x": [1, 2]}}, {"modules": 3}]
+)
+def test_placements_that_cannot_be_are_named(fresh, wrong):
+    edit(fresh, lambda data: data.update(wrong), *MAIN)
+    with pytest.raises(FileError, match=r"metrics\.json.*does not say where its adapters are"):
+        read_run(fresh)
 
 
 def test_page_refers_to_nothing_outside_itself(run_dir):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import PurePath
 
@@ -35,11 +36,16 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Training:
-    """One arm's training run; the curves are ``[n, 2]`` float64 of step and loss."""
+    """One arm's training run; the curves are ``[n, 2]`` float64 of step and loss.
+
+    ``modules`` and ``sizes`` (rank, experts) by layer, where the arm chose by them; else empty.
+    """
 
     arm: str
     policy: str
     layers: tuple[int, ...]
+    modules: Mapping[int, tuple[str, ...]]
+    sizes: Mapping[int, tuple[int, int]]
     rank: int
     num_experts: int
     trainable_parameters: int

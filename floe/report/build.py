@@ -19,6 +19,7 @@ from floe.report.artifacts import Run
 from floe.report.cost import cost
 from floe.report.facts import arm_rows, arm_table, facts, training_seeds, verdicts
 from floe.report.maps import adapted, saliency, units
+from floe.report.placements import placements
 from floe.report.provenance import certificate_rows, environment_rows, stage_table
 from floe.report.ranks import rankings, tuning
 from floe.report.read import read_run
@@ -171,6 +172,7 @@ def _search(run: Run) -> Section:
 def _training(run: Run) -> Section:
     if not run.training:
         return Section("training", "Training", "", (), "No training was run.")
+    placed = placements(run)
     lead = (
         "Every arm starts from the same base model with fresh adapters; arms differ in which "
         "layers carry them."
@@ -182,7 +184,7 @@ def _training(run: Run) -> Section:
         "training",
         "Training",
         lead,
-        (adapted(run), curves(run)),
+        (adapted(run), *((placed,) if placed else ()), curves(run)),
         alone if set(run.training) == {"main"} else "",
     )
 

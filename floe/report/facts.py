@@ -51,21 +51,21 @@ class ArmRow:
 
 def facts(run: Run) -> list[Fact]:
     """Layers, parameters, loss and step time; those whose stage was not run drop."""
-    choice = run.choice
-    share = len(choice.layers) / run.layer_count
-    found = [
-        Fact(
-            "adapted layers",
-            f"{len(choice.layers)} of {run.layer_count}",
-            f"{percent(share, 0)}, by {choice.policy}",
-        )
-    ]
     main, full = run.training.get("main"), _full_arm(run)
+    layers = main.layers if main is not None else run.choice.layers
+    share = len(layers) / run.layer_count
+    note = f"{percent(share, 0)}, by {run.choice.policy}"
+    if main is not None and main.modules:
+        note += f"; {sum(map(len, main.modules.values()))} projections"
+    if main is not None and main.sizes:
+        note += "; rank and experts by layer"
+    found = [Fact("adapted layers", f"{len(layers)} of {run.layer_count}", note)]
     if main is not None:
-        note = f"rank {main.rank}, {main.num_experts} experts"
+        note = "" if main.sizes else f"rank {main.rank}, {main.num_experts} experts"
         if full is not None and run.training[full].trainable_parameters:
             part = main.trainable_parameters / run.training[full].trainable_parameters
-            note += f"; {percent(part, 0)} of adapting all layers"
+            note += "; " if note else ""
+            note += f"{percent(part, 0)} of adapting all layers"
         found.append(Fact("trainable parameters", compact(main.trainable_parameters), note))
     outcome = _outcome(run, "main")
     if outcome is not None and outcome.loss is not None:

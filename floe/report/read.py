@@ -26,6 +26,7 @@ from floe.report.artifacts import (
 )
 from floe.report.audit_read import Audited, audited
 from floe.report.records import Record, read_json, read_text
+from floe.selection.placement import Placement
 
 # A page is passed around more freely than a run folder: what a URL hides stays hidden.
 _PASSWORD = re.compile(r"(\w://[^\s:/@]*:)[^\s@]+@")
@@ -157,6 +158,8 @@ def _trained(data: Record, layers: int) -> Training:
         arm=data.text("arm"),
         policy=data.text("policy", default=""),
         layers=data.layers("layers", layers),
+        modules=_placed(data).modules,
+        sizes=_placed(data).sizes,
         rank=data.integer("rank"),
         num_experts=data.integer("num_experts"),
         trainable_parameters=data.integer("trainable_parameters"),
@@ -169,6 +172,13 @@ def _trained(data: Record, layers: int) -> Training:
         validation_loss=data.curve("validation_loss"),
         seed=data.maybe_integer("seed"),
     )
+
+
+def _placed(data: Record) -> Placement:
+    try:
+        return Placement.read(data.data)
+    except (AttributeError, TypeError, ValueError) as error:
+        raise FileError(data.path, f"does not say where its adapters are: {error}") from error
 
 
 def _evaluation(data: Record | None) -> Evaluation | None:
