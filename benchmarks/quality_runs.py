@@ -254,7 +254,7 @@ class Study:
             rows = work.calibration_rows[:STATISTIC_ROWS]
             with work.adapted(warm / "adapter") as model:
                 batches = work.batches(rows, self.settings.batch_size)
-                measure_statistics(model, batches, [policy]).save(file)
+                measure_statistics(model, batches, [policy], steps=self.settings.layers).save(file)
         return LayerStatistics.load(file)
 
     def file(self, run: Run) -> Path:

@@ -118,6 +118,19 @@ def test_forward_selection_opens_what_lowers_the_loss_most():
     assert len({round(loss, 6) for loss in expected}) == 3
 
 
+def test_after_the_last_step_layers_follow_by_what_they_would_have_given():
+    model = adapted(dtype=torch.float64).eval()
+    first, joined = forward_selection(model, batches(size=2), 1)
+    alone = [
+        row_losses_of(without_experts(model, {0, 1, 2} - {layer}), batches()).mean()
+        for layer in range(3)
+    ]
+    np.testing.assert_allclose(joined, alone, rtol=1e-9)
+    assert np.argsort(first).tolist() == np.argsort(alone).tolist()
+    with pytest.raises(ValueError, match="steps must be >= 1, got 0"):
+        forward_selection(model, batches(size=2), 0)
+
+
 def test_forward_selection_puts_layers_without_adapters_last():
     places, joined = forward_selection(adapted(layers=[1]), batches(size=2))
     assert places.tolist() == [2, 1, 3]

@@ -91,7 +91,7 @@ def audit_run(
     if names and selection.policy in NEEDS:
         names = tuple(dict.fromkeys((*names, selection.policy)))
     with folder.locked():
-        measured = _Measurements(config, folder, rows, progress)
+        measured = _Measurements(config, folder, rows, len(selection.layers), progress)
         found, failed = measured.statistics(names, strict=statistics not in ("cheap", "all"))
         router = measured.routers() if names else []
         progress.stage("audit", "started")
@@ -193,12 +193,17 @@ def arm_losses(run: Path) -> dict[int, Any] | None:
 
 
 class _Measurements:
-    """What the audit measures on the warm-up model; kept under ``audit/``, each part once."""
+    """What the audit measures on the warm-up model; kept under ``audit/``, each part once.
 
-    def __init__(self, config: RunConfig, folder: RunFolder, rows: int, progress: Progress) -> None:
+    ``count``: the number of chosen layers; forward selection goes no further.
+    """
+
+    def __init__(
+        self, config: RunConfig, folder: RunFolder, rows: int, count: int, progress: Progress
+    ) -> None:
         from floe.pipeline.workspace import Workspace
 
-        self.folder, self.progress, self.rows = folder, progress, rows
+        self.folder, self.progress, self.rows, self.count = folder, progress, rows, count
         self.work: Workspace = Workspace(config)
         self.seed = config.select.seed
         self.rank = int(read_json(folder.path / "search/result.json")["rank"])
@@ -244,6 +249,8 @@ class _Measurements:
         inputs = {"search": done and done["inputs_hash"], "rows": self.rows, "seed": self.seed}
         score = read_json(self.folder.path / "score/DONE.json")["inputs"]
         inputs |= {"calibration": score["rows"], "name": name}
+        if name == "audit/forward_selection":
+            inputs["steps"] = self.count
         self.folder.stage(name, inputs, build, self.progress.stage)
 
     def _measure(self, policy: str, part: str, folder: Path) -> None:
@@ -252,7 +259,13 @@ class _Measurements:
         progress = partial(self.progress.step, part)
         measured = self._on_model(
             lambda model, batches: measure_statistics(
-                model, batches, [policy], seed=self.seed, rank=self.rank, progress=progress
+                model,
+                batches,
+                [policy],
+                seed=self.seed,
+                rank=self.rank,
+                steps=self.count,
+                progress=progress,
             )
         )
         measured.save(folder / "statistics.npz")

@@ -128,33 +128,45 @@ def shapley(
 
 
 def forward_selection(
-    model: nn.Module, batches: Sequence[Batch], progress: Progress | None = None
+    model: nn.Module,
+    batches: Sequence[Batch],
+    steps: int | None = None,
+    progress: Progress | None = None,
 ) -> tuple[FloatArray, FloatArray]:
     """Open the layers' adapters one by one, each time the one that lowers the loss most.
 
     Loss: mean over rows of their mean NLL, in nats. Ties: the lower layer. Layers without adapters
-    come last. Costs L + L^2 / 4 forwards, because a candidate's forward starts at its own block.
+    come last. A candidate's forward starts at its own block, so that n steps cost about
+    n (1 + L / 2 - n / 4) forwards, all of them L + L^2 / 4.
+
+    Args:
+        steps: layers to open so; None = all. The others follow in the order of the loss that each
+            would have given in the last step.
 
     Returns:
-        Each layer's place in that order, 1 = first, [L]; and the loss when it had joined, [L].
+        Each layer's place in that order, 1 = first, [L]; and the loss when it had joined, or would
+        have in the last step, [L].
 
     Raises:
-        ValueError: a model without floe adapters, or a row without labels.
+        ValueError: a model without floe adapters, a row without labels, or steps < 1.
     """
     closed, total = _adapted(model), len(find_blocks(model))
-    places, joined = np.zeros(total), np.zeros(total)
-    steps = len(closed)
+    most = len(closed) if steps is None else min(steps, len(closed))
+    if most < 1:
+        raise ValueError(f"steps must be >= 1, got {steps}")
+    order, joined = [], np.zeros(total)
     with frozen(model), torch.no_grad():
-        for step in range(steps):
+        for step in range(most):
             found = _losses_if_opened(model, batches, closed)
-            best = int(np.argmin(found))
-            layer = closed.pop(best)
-            places[layer], joined[layer] = step + 1, found[best]
+            joined[closed] = found
+            order.append(closed.pop(int(np.argmin(found))))
             if progress is not None:
-                progress(step + 1, steps, "forward_selection")
-    without = places == 0
-    places[without] = np.arange(steps + 1, total + 1)
+                progress(step + 1, most, "forward_selection")
+    order += sorted(closed, key=lambda layer: (joined[layer], layer))
+    without = sorted(set(range(total)) - set(order))
     joined[without] = joined.max()
+    places = np.empty(total)
+    places[order + without] = np.arange(1, total + 1)
     return places, joined
 
 

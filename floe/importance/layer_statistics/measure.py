@@ -38,6 +38,7 @@ def measure_statistics(
     keep: float = 0.5,
     sets: int | None = None,
     probes: int = 1,
+    steps: int | None = None,
     progress: Progress | None = None,
 ) -> LayerStatistics:
     """What the policies ``names`` need to know about each layer, measured on the model.
@@ -53,7 +54,8 @@ def measure_statistics(
         names: of policies, see floe.selection.policies.NEEDS; those that need nothing are fine.
         seed: of all draws (adapters, noise, sets). rank: directions of eva. keep: share of weights
             of lamp. sets: of shapley; None = two for each adapted layer. probes: of coarse_to_fine;
-            the relative deviation of its estimate is about 0.7 / sqrt(probes).
+            the relative deviation of its estimate is about 0.7 / sqrt(probes). steps: layers that
+            forward_selection chooses one after the other; None = all, which costs L^2 / 4 forwards.
         progress: called as progress(done, in all, policy).
 
     Raises:
@@ -64,7 +66,7 @@ def measure_statistics(
     rows = list(batches)
     if not rows:
         raise ValueError("batches must hold at least one row, got none")
-    job = _Job(model, rows, seed, rank, keep, sets, probes, progress)
+    job = _Job(model, rows, seed, rank, keep, sets, probes, steps, progress)
     needed = {statistic for name in wanted for statistic in NEEDS.get(name, ())}
     values: dict[str, FloatArray] = {}
     for statistics, measure in _MEASURES.items():
@@ -93,6 +95,7 @@ class _Job:
     keep: float
     sets: int | None
     probes: int
+    steps: int | None
     progress: Progress | None
 
 
@@ -143,7 +146,7 @@ def _shapley(job: _Job, _names: Sequence[str]) -> dict[str, FloatArray]:
 
 
 def _forward_selection(job: _Job, names: Sequence[str]) -> dict[str, FloatArray]:
-    place, loss = adapters.forward_selection(job.model, job.batches, job.progress)
+    place, loss = adapters.forward_selection(job.model, job.batches, job.steps, job.progress)
     found = {"forward_place": place, "forward_loss": loss}
     return {name: found[name] for name in names}
 
@@ -183,6 +186,7 @@ def _describe(job: _Job, names: list[str]) -> dict[str, Any]:
         "keep": job.keep,
         "sets": job.sets,
         "probes": job.probes,
+        "steps": job.steps,
         "projections": weights.projections(job.model),
         "eva_projections": _targets(job.model),
         "versions": {"floe": floe.__version__},
