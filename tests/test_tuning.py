@@ -1,3 +1,6 @@
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -46,8 +49,29 @@ def test_worked_example_with_a_stream_difference():
 def test_duplicate_units_need_the_ridge():
     a = torch.tensor([[1.0, 1], [2, 2]], dtype=torch.float64)
     gram, rhs = a.T @ a, a.T @ torch.tensor([3.0, 6], dtype=torch.float64)
+    kept = gram.clone()
     assert solve_ridge(gram, rhs, 1e-3).tolist() == pytest.approx([1.49995, 1.49995])
+    assert torch.equal(gram, kept)
     assert not solve_ridge(gram * 0, rhs, 0.0).isfinite().any()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's peak of the resident set")
+def test_the_gram_matrix_is_held_three_times_at_most():
+    """So that 14,336 units (1.5 GiB each time) fit 8 GB with all else."""
+    code = (
+        "import re, torch\n"
+        "from floe.importance.least_squares import UnitSystem\n"
+        "status = lambda: open('/proc/self/status').read()\n"
+        "peak = lambda: int(re.search(r'VmHWM:\\s+(\\d+)', status())[1]) * 1024\n"
+        "torch.linalg.cholesky_ex(torch.eye(2, dtype=torch.float64))\n"
+        "before, weight = peak(), torch.randn(64, 4096) / 8\n"
+        "system, inputs = UnitSystem(weight, 1), torch.randn(512, 4096)\n"
+        "system.add(inputs, inputs @ weight.T)\n"
+        "assert system.finish().solve(1e-3, 'ridge').isfinite().all()\n"
+        "print((peak() - before) / (8 * 4096**2))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert float(done.stdout) < 3.7, done.stderr
 
 
 def test_gram_identity():

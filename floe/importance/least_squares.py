@@ -42,6 +42,7 @@ class UnitSystem:
     def finish(self) -> UnitSystem:
         """Once all equations are in: float64 ``gram`` [U, U], ``rhs`` and ``column_sums`` [U]."""
         products = self._inputs.mul_(self.weight.T @ self.weight)
+        del self._inputs  # as large as half the Gram matrix
         blocks = products.unflatten(1, (-1, self.width)).unflatten(0, (-1, self.width))
         self.gram = blocks.sum((1, 3), dtype=torch.float64)
         self.rhs = self._products.unflatten(0, (-1, self.width)).sum(1)
@@ -81,10 +82,16 @@ class UnitSystem:
 
 
 def solve_ridge(gram: Tensor, rhs: Tensor, damping: float) -> Tensor:
-    """``1 + (G + damping I)^-1 (r - G 1)`` by Cholesky, float64 [U]; NaN where that is singular."""
-    damped = gram.clone()
-    damped.diagonal().add_(damping)
-    return 1 + _solve(damped, rhs - gram.sum(1))
+    """``1 + (G + damping I)^-1 (r - G 1)`` by Cholesky, float64 [U]; NaN where that is singular.
+
+    The damping is added to ``gram`` and taken out again: a copy of 14,336 units is 1.5 GiB.
+    """
+    right, diagonal = rhs - gram.sum(1), gram.diagonal().clone()
+    gram.diagonal().add_(damping)
+    try:
+        return 1 + _solve(gram, right)
+    finally:
+        gram.diagonal().copy_(diagonal)
 
 
 def solve_normal(gram: Tensor, rhs: Tensor) -> Tensor:
