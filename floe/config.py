@@ -450,6 +450,7 @@ search:
 select:
   policy: adapter_fisher          # or masks (the paper's method), probe, random, even, first, last
   layers: 0.25                    # a fraction, a count, or {params: 10000000}
+  choose: layers                  # or modules (single projections), sizes (rank and experts each)
 
 train: {learning_rate: 2.0e-4, batch_size: 1, grad_accum: 8, epochs: 1}
 
