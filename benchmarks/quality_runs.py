@@ -45,7 +45,7 @@ SIZES = (2, 4, 6, 8, 12, 16, 24, 32)
 """Ranks an arm ``@sizes`` may give a layer, with the study's number of experts."""
 R0 = 16.0
 """What capacity is worth to it, declared: rank 8 with 4 experts reaches 63 % of a layer's gain."""
-STATISTIC_ROWS = 32
+STATISTIC_ROWS = 16
 
 
 @dataclass(frozen=True)
