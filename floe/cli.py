@@ -194,6 +194,26 @@ def export(
     )
 
 
+@app.command("import-hydralora")
+def import_hydralora_command(
+    source: Annotated[Path, typer.Argument(help="Folder that HydraLoRA's code saved.")],
+    output: Annotated[Path, typer.Argument(help="New folder for the floe adapter.")],
+    base: Annotated[
+        str | None, typer.Option(help="Base model; default: the one the source names.")
+    ] = None,
+) -> None:
+    """Turn an adapter of HydraLoRA's own code into a floe adapter. Reads no base weights."""
+    from floe.adapters.hydralora import import_hydralora, named_base
+    from floe.pipeline.workspace import calm_libraries, structure
+
+    calm_libraries()
+    config = import_hydralora(source, output, structure(base or named_base(source)))
+    print(
+        f"{output}: {len(config.layers or [])} layers, rank {config.r}, "
+        f"{config.num_experts} experts"
+    )
+
+
 @app.command()
 def schema() -> None:
     """JSON schema of the configuration, for editors."""

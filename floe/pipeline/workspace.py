@@ -246,6 +246,22 @@ def _file_identity(file: Path) -> str:
         return hash_of([size, head.hex(), data.read().hex()])
 
 
+def structure(name: str) -> nn.Module:
+    """A causal language model without weights, on the meta device, from its configuration alone.
+
+    Raises:
+        FileError: there is none in this folder or of this hub name.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        with torch.device("meta"):
+            model: nn.Module = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(name))
+    except (OSError, ValueError, KeyError) as error:
+        raise FileError(name, f"cannot be read as a model's configuration: {error}") from error
+    return model
+
+
 def plain(value: Any) -> Any:
     """A dataclass or pydantic model as plain JSON values."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):

@@ -1,0 +1,159 @@
+import copy
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from tiny import tiny_model
+from torch import nn
+from typer.testing import CliRunner
+
+from floe.adapters.files import load_adapter, read_config
+from floe.adapters.hydralora import import_hydralora, named_base
+from floe.cli import app
+from floe.errors import FileError
+
+RANK, EXPERTS, ALPHA = 4, 3, 8.0
+NAMES = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+
+
+class HydraLoRA(nn.Module):
+    """A layer as HydraLoRA computes it: the loop over experts, without dropout."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base = base
+        k, n = base.in_features, base.out_features
+        self.lora_A = nn.Linear(k, RANK, bias=False)
+        self.experts = nn.ModuleList(nn.Linear(RANK, n, bias=False) for _ in range(EXPERTS))
+        self.lora_route = nn.Linear(k, EXPERTS, bias=False)
+
+    def forward(self, x):
+        weights = torch.softmax(self.lora_route(x), -1)
+        y = self.base(x)
+        for i, expert in enumerate(self.experts):
+            y = y + ALPHA / RANK * weights[..., i : i + 1] * expert(self.lora_A(x))
+        return y
+
+    def tensors(self, path):
+        found = {"lora_A": self.lora_A, "lora_route": self.lora_route}
+        found |= {f"lora_B{i}": expert for i, expert in enumerate(self.experts)}
+        return {f"base_model.model.{path}.{n}.weight": m.weight.data for n, m in found.items()}
+
+
+def hydra(layers=(0, 2)):
+    """A model with such layers, and the tensors its code would save."""
+    torch.manual_seed(3)
+    model, tensors = copy.deepcopy(tiny_model(layers=3)), {}
+    for layer in layers:
+        for name in NAMES:
+            path = f"model.layers.{layer}.{name}"
+            module = HydraLoRA(model.get_submodule(path))
+            model.set_submodule(path, module)
+            tensors |= module.tensors(path)
+    return model, tensors
+
+
+def write(folder, tensors, binary=False, **settings):
+    folder.mkdir(exist_ok=True)
+    values = {"peft_type": "LORA", "r": RANK, "lora_alpha": ALPHA, "lora_dropout": 0.05,
+              "lora_nums": EXPERTS, "bias": "none", "base_model_name_or_path": None}  # fmt: skip
+    (folder / "adapter_config.json").write_text(json.dumps(values | settings))
+    if binary:
+        torch.save(tensors, folder / "adapter_model.bin")
+    else:
+        save_file(tensors, folder / "adapter_model.safetensors")
+    return folder
+
+
+@pytest.mark.parametrize("binary", [False, True])
+def test_the_imported_adapter_computes_the_same(tmp_path, binary):
+    model, tensors = hydra()
+    config = import_hydralora(
+        write(tmp_path / "in", tensors, binary), tmp_path / "out", tiny_model(layers=3)
+    )
+    assert (config.r, config.num_experts, config.alpha, config.dropout) == (4, 3, 8.0, 0.05)
+    assert config.layers == [0, 2]
+    found = load_adapter(tiny_model(layers=3), tmp_path / "out").eval()
+    ids = torch.randint(0, 320, (2, 9))
+    expected, plain = model.eval()(ids).logits, tiny_model(layers=3).eval()(ids).logits
+    assert (expected - plain).abs().max() > 0.01
+    torch.testing.assert_close(found(ids).logits, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_layers_may_differ_in_their_projections(tmp_path):
+    _, tensors = hydra()
+    kept = {n: t for n, t in tensors.items() if "layers.2" not in n or "up_proj" in n}
+    import_hydralora(write(tmp_path / "in", kept), tmp_path / "out", tiny_model(layers=3))
+    modules = read_config(tmp_path / "out").layer_modules
+    assert modules == {"0": ["down_proj", "gate_proj", "up_proj"], "2": ["up_proj"]}
+
+
+def test_the_command_needs_the_base_models_configuration_alone(tmp_path):
+    _, tensors = hydra()
+    tiny_model(layers=3).config.save_pretrained(tmp_path / "base")
+    source = write(tmp_path / "in", tensors, base_model_name_or_path=str(tmp_path / "base"))
+    done = CliRunner().invoke(app, ["import-hydralora", str(source), str(tmp_path / "out")])
+    assert done.exit_code == 0, done.output
+    assert done.stdout.endswith("out: 2 layers, rank 4, 3 experts\n")
+    values = {n: t for n, t in tensors.items() if n.endswith("lora_A.weight")}
+    found = load_adapter(tiny_model(layers=3), tmp_path / "out")
+    for name, value in values.items():
+        path = name.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+        shrink = found.get_base_model().get_submodule(path).floe_shrink["default"]
+        assert torch.equal(shrink[:RANK], value)
+
+
+def renamed(tensors, old, new):
+    return {name.replace(old, new): tensor for name, tensor in tensors.items()}
+
+
+def without(tensors, part):
+    return {name: tensor for name, tensor in tensors.items() if part not in name}
+
+
+@pytest.mark.parametrize(
+    ("change", "settings", "message"),
+    [
+        (lambda t: t, {"peft_type": "LOHA"}, "peft_type must be LORA, .* got 'LOHA'"),
+        (lambda t: t, {"bias": "all"}, "bias must be 'none' to import, got 'all'"),
+        (lambda t: t, {"lora_alpha": None}, "lora_alpha must be a number, got None"),
+        (lambda t: without(t, "route"), {}, "must have lora_A, lora_B0 ... and lora_route, got"),
+        (lambda t: without(t, "lora_B1"), {}, r"rows, 3, got lora_B of \[0, 2\]"),
+        (lambda t: renamed(t, "layers.2", "layers.7"), {}, "which is no projection of the base"),
+        (lambda t: renamed(t, "lora_A", "lora_E"), {}, "tensors must be lora_A, .* got .*lora_E"),
+        (lambda t: {n: t[:, :3] if "2.mlp.up_proj.lora_A" in n else t for n, t in t.items()}, {},
+         "up_proj: .*got|up_proj: Sizes of tensors"),
+        (lambda t: {n: t[:2] if "0.mlp.up_proj.lora_A" in n else t for n, t in t.items()}, {},
+         r"up_proj: floe_shrink must be of shape \(7, 32\), .* got \(5, 32\)"),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_is_named_and_nothing_is_written(tmp_path, change, settings, message):
+    _, tensors = hydra()
+    changed = {name: tensor.contiguous() for name, tensor in change(tensors).items()}
+    base = tiny_model(layers=3)
+    with pytest.raises(FileError, match=message):
+        import_hydralora(write(tmp_path / "in", changed, **settings), tmp_path / "out", base)
+    assert not (tmp_path / "out").exists()
+    assert not any(hasattr(module, "floe_shrink") for module in base.modules())
+
+
+def test_code_in_a_pickle_is_not_run(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "ran"), "w"))
+
+    source = write(tmp_path / "in", {"a": torch.ones(1)}, binary=True)
+    torch.save({"x": Evil()}, source / "adapter_model.bin")
+    with pytest.raises(FileError, match="cannot be read as tensors"):
+        import_hydralora(source, tmp_path / "out", tiny_model(layers=3))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_folders_without_an_adapter_or_a_base_are_named(tmp_path):
+    source = write(tmp_path / "in", hydra()[1])
+    with pytest.raises(FileError, match="names no base model: give one"):
+        named_base(source)
+    (source / "adapter_model.safetensors").unlink()
+    with pytest.raises(FileError, match=r"must hold adapter_model.safetensors or .*got neither"):
+        import_hydralora(source, tmp_path / "out", tiny_model(layers=3))
