@@ -7,7 +7,7 @@ SOURCES := $(shell find csrc -type f) CMakeLists.txt pyproject.toml constraints.
 FORMATTED := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 DEMO := runs/demo-inputs
 
-.PHONY: demo test test-slow test-gpu cuda-check kernel-sanitize lint format bench wheel native browser clean help
+.PHONY: demo test test-slow test-gpu cuda-check cuda-check-window kernel-sanitize lint format bench wheel native browser clean help
 
 help: ## list these commands
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile
@@ -33,6 +33,12 @@ cuda-check: $(VENV)/ready ## every GPU kernel compiled and read, for GPUs that a
 	$(if $(TRITON),test -d build/triton-$(TRITON) || $(PIP) install -q --no-deps --target build/triton-$(TRITON) triton==$(TRITON))
 	$(if $(UPDATE),$(GATE) tests/static_gate.py --update)
 	$(GATE) -m pytest -m static tests/test_static_gate.py
+
+# The older versions that releases of torch in the window come with.
+OLDER := 3.6.0 3.7.1 3.8.0
+
+cuda-check-window: cuda-check ## the same with every older Triton that is supported
+	for version in $(OLDER); do $(MAKE) cuda-check TRITON=$$version || exit 1; done
 
 # triton-viz knows Triton up to 3.7, so it has an environment of its own; torch is .venv's.
 SANITIZE := build/sanitize-venv

@@ -1,7 +1,8 @@
 """The static gate's cases and its table: ``python tests/static_gate.py [--update]`` prints it.
 
 What the real paths launch, recorded on the ``meta`` device for every architecture, is compiled and
-read; ``static_gate.json`` keeps what was found, and ``test_static_gate.py`` holds it to that.
+read; ``static_gate.json`` keeps what was found with each version of Triton, and
+``test_static_gate.py`` holds it to that.
 """
 
 import argparse
@@ -194,28 +195,45 @@ def exceeded(budgets, found):
 
 
 def read():
-    """The committed table."""
-    return json.loads(TABLE.read_text())
+    """The committed budgets: ``{Triton's version: {entry: {architecture: figures}}}``."""
+    return json.loads(TABLE.read_text())["triton"]
 
 
-def write(rows):
-    """Replace the committed table, a line for each kernel and case."""
-    lines = [f"{json.dumps(name)}: {json.dumps(row)}" for name, row in sorted(rows.items())]
-    head = f'"triton": {json.dumps(triton.__version__)}, "figures": {json.dumps(FIGURES)}'
-    body = ",\n  ".join(lines)
-    TABLE.write_text(f'{{{head}, "kernels": {{\n  {body}\n}}}}\n')
+def budgets(committed, version):
+    """Those of one version of Triton.
+
+    Raises:
+        LookupError: There are none, as before that version was first looked at.
+    """
+    if version not in committed:
+        raise LookupError(
+            f"budgets must be of the Triton in use, {version}, got some of {', '.join(committed)}; "
+            "`make cuda-check UPDATE=1` makes them of what it finds"
+        )
+    return committed[version]
+
+
+def text(committed):
+    """The table as it is committed, a line for each kernel and case."""
+    versions = []
+    for version, rows in sorted(committed.items()):
+        lines = [f"{json.dumps(name)}: {json.dumps(row)}" for name, row in sorted(rows.items())]
+        body = ",\n  ".join(lines)
+        versions.append(f"{json.dumps(version)}: {{\n  {body}\n}}")
+    body = ",\n".join(versions)
+    return f'{{"figures": {json.dumps(FIGURES)}, "triton": {{\n{body}\n}}}}\n'
 
 
 def main():
     """Print every figure; write the table if asked to."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--update", action="store_true", help="make these figures the budgets")
+    parser.add_argument("--update", action="store_true", help="make these this Triton's budgets")
     options, found = parser.parse_args(), []
     for entry, each in zip(entries(), reports(), strict=True):
         found.append(each)
         print(f"sm_{entry.capability:<4}{entry}: {each}", flush=True)
     if options.update:
-        write(table(found))
+        TABLE.write_text(text({**read(), triton.__version__: table(found)}))
 
 
 if __name__ == "__main__":

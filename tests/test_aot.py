@@ -122,6 +122,17 @@ def test_a_recorded_launch_and_the_same_compiled_by_hand_are_one():
     assert aot.compile_launch(_recorded(x, 1)).report() == by_hand.report()
 
 
+def test_a_launch_is_compiled_within_the_registers_that_it_names():
+    x = torch.empty(8192, dtype=torch.float32, device="meta")
+    wide = {"a": x, "c": torch.empty_like(x), "N": 8192, "STRIDE": 1}
+    counts = []
+    for most in (None, 24):
+        with launch.recording(80) as launches:
+            launch.launch(double, (1,), wide, {}, launch.Blocks({"BN": 8192}, registers=most))
+        counts.append(aot.compile_launch(launches[0]).report().registers)
+    assert counts[1] <= 24 < counts[0]
+
+
 def _code(text):
     """One instruction a word, 16 bytes each; ``BRA:3`` goes to the third."""
     words = [word.split(":") for word in text.split()]

@@ -18,7 +18,8 @@ from floe_triton import aot, issue
 pytestmark = [pytest.mark.static, pytest.mark.timeout(1800)]
 
 PACKAGE = Path(aot.__file__).parent
-CSRC = Path(__file__).parents[1] / "csrc"
+ROOT = Path(__file__).parents[1]
+CSRC = ROOT / "csrc"
 PRODUCTS = {  # 16-bit tiles meet in the tensor cores
     "shrink_kernel",
     "decode_shrink_kernel",
@@ -47,6 +48,9 @@ HIDDEN = [capability for capability in issue.PARTS if capability != 100]
 UNALIGNED = {"ragged"}
 # With 120 rows to multiply x with, arithmetic is no longer small beside the reading of x.
 ARITHMETIC = {"most rows"}
+# Triton before 3.8 brings an assembler that moves this kernel's sums about in every step.
+OLDER_ISSUE = {"grad_x_kernel, q, k, v, bfloat16": 0.77}
+OLDER = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8)
 
 
 @pytest.fixture(scope="module")
@@ -133,19 +137,34 @@ def test_issue_hides_behind_memory(compiled):
     for entry, report in compiled:
         bound = entry.capability in HIDDEN and entry.case not in UNALIGNED | ARITHMETIC
         ratio = issue.issue_to_memory(entry.launch, report)
-        if bound and ratio is not None and _is_narrow(entry) and ratio > ISSUE:
-            wrong.append(f"{_at(entry)}: issue / memory {ratio:.3f}, at most {ISSUE}")
+        most = OLDER_ISSUE.get(str(entry), ISSUE) if OLDER else ISSUE
+        if bound and ratio is not None and _is_narrow(entry) and ratio > most:
+            wrong.append(f"{_at(entry)}: issue / memory {ratio:.3f}, at most {most}")
     assert not wrong, "\n".join(wrong)
 
 
 def test_no_figure_exceeds_its_budget(compiled):
-    committed = static_gate.read()
-    if committed["triton"] != triton.__version__:
-        pytest.skip(f"budgets are of Triton {committed['triton']}, this is {triton.__version__}")
-    wrong = static_gate.exceeded(
-        committed["kernels"], static_gate.table([report for _, report in compiled])
-    )
+    budgets = static_gate.budgets(static_gate.read(), triton.__version__)
+    wrong = static_gate.exceeded(budgets, static_gate.table([report for _, report in compiled]))
     assert not wrong, "\n".join([*wrong, "meant? `make cuda-check UPDATE=1` makes new budgets"])
+
+
+def test_a_triton_without_budgets_does_not_pass():
+    committed = static_gate.read()
+    with pytest.raises(LookupError, match=r"Triton in use, 3\.5\.1, got some of 3\.6\.0, "):
+        static_gate.budgets(committed, "3.5.1")
+
+
+def test_the_table_has_every_triton_of_the_window():
+    """That is the oldest the packages ask for, what ``make cuda-check-window`` adds, and this."""
+    older = re.search(r"^OLDER := (.*)$", (ROOT / "Makefile").read_text(), re.M)[1].split()
+    oldest = re.search(r'"triton>=([0-9.]+)', (ROOT / "pyproject.toml").read_text())[1]
+    assert older[0].startswith(f"{oldest}.")
+    assert {*older, triton.__version__} <= set(static_gate.read())
+
+
+def test_the_table_is_written_as_it_is_committed():
+    assert static_gate.text(static_gate.read()) == static_gate.TABLE.read_text()
 
 
 def test_a_regression_is_named_with_both_figures():

@@ -203,7 +203,7 @@ def identity(launch: Launch) -> str:
 
 def _source(launch: Launch) -> tuple[ASTSource, Any]:
     backend, kernel = _backend(launch.kernel, launch.device.capability), launch.kernel
-    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages, **_OPTIONS}
+    options = {**launch.blocks.options, **_OPTIONS}
     bind = create_function_from_signature(kernel.signature, kernel.params, backend)
     arguments = {**launch.arguments, **launch.constants, **options}
     parsed, *described = kernel._pack_args(backend, arguments, *bind(**arguments))

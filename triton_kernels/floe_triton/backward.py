@@ -156,27 +156,30 @@ def route_backward_kernel(
         dhidden = sum_i gate_i dz_i,    dgate_i = <dz_i, hidden>
         dlogit = gate * (dgate - <gate, dgate>) / temperature
     """
-    tokens = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    first = tl.program_id(0).to(tl.int64) * BLOCK_T  # within a tile 32 bits address everything
+    near, left = tl.arange(0, BLOCK_T), T - first
     experts = tl.arange(0, BLOCK_EXPERTS)
     ranks = tl.arange(0, BLOCK_RANK)
     real = (experts < EXPERTS)[:, None] & (ranks < RANK)[None, :]
-    inside = (tokens < T)[:, None, None] & real[None, :, :]
+    inside = (near < left)[:, None, None] & real[None, :, :]
     columns = experts[:, None] * RANK + ranks[None, :]
-    offsets = tokens[:, None, None] * (EXPERTS * RANK) + columns[None, :, :]
+    offsets = near[:, None, None] * (EXPERTS * RANK) + columns[None, :, :]
+    part = parts + first * (EXPERTS * RANK)
     step = tl.full((), T, tl.int64) * (EXPERTS * RANK)
     dz = tl.zeros((BLOCK_T, BLOCK_EXPERTS, BLOCK_RANK), tl.float32)
     for _ in range(S):
-        dz += tl.load(parts + offsets, mask=inside, other=0.0)
-        offsets += step
+        dz += tl.load(part + offsets, mask=inside, other=0.0)
+        part += step
     dz = dz * scaling
-    h = load_tile(hidden, tokens, T, RANK, ranks, RANK)
-    weights = load_tile(gate, tokens, T, EXPERTS, experts, EXPERTS)
+    h = load_tile(hidden + first * RANK, near, left, RANK, ranks, RANK)
+    weights = load_tile(gate + first * EXPERTS, near, left, EXPERTS, experts, EXPERTS)
     grad_hidden = tl.sum(dz * weights[:, :, None], axis=1)
     grad_gate = tl.sum(dz * h[:, None, :], axis=2)
     mean = tl.sum(weights * grad_gate, axis=1)
     grad_logit = weights * (grad_gate - mean[:, None]) * inverse_temperature
-    store_tile(grads + hidden_column, tokens, T, P, ranks, RANK, grad_hidden)
-    store_tile(grads + router_column, tokens, T, P, experts, EXPERTS, grad_logit)
+    grads += first * P
+    store_tile(grads + hidden_column, near, left, P, ranks, RANK, grad_hidden)
+    store_tile(grads + router_column, near, left, P, experts, EXPERTS, grad_logit)
 
 
 @triton.jit
@@ -229,7 +232,9 @@ def backward_x(
         "BLOCK_CLEAN": max(16, tuning.power_of_two(count - masked)),
     }
     padded = pads["BLOCK_CLEAN"] + (pads["BLOCK_MASKED"] if masked else 0)
-    blocks = tuning.grad_x_blocks(device, padded, masked > 0, x.element_size(), tuning.aligned(x))
+    blocks = tuning.grad_x_blocks(
+        device, padded, masked > 0, x.element_size(), tuning.aligned(x), needs_x
+    )
     column_tiles = triton.cdiv(columns, blocks.constants["BLOCK_K"])
     stripe = tuning.stripe(device, tokens, column_tiles, blocks, warps=24)
     stripes = triton.cdiv(tokens, stripe)

@@ -47,6 +47,12 @@ class Launch:
     num_stages: int
     device: Device
     flops: int = 0
+    registers: int | None = None
+
+    @property
+    def blocks(self) -> Blocks:
+        """How it is cut, beside its ``constants``."""
+        return Blocks({}, self.num_warps, self.num_stages, self.registers)
 
     @property
     def bytes(self) -> int:
@@ -67,11 +73,22 @@ _state = _State()
 
 @dataclass(frozen=True)
 class Blocks:
-    """How a launch is cut: block sizes and the like by name, warps, pipeline stages."""
+    """How a launch is cut: block sizes and the like by name, warps, pipeline stages.
+
+    ``registers`` is what a thread may take. None lets the assembler aim at a number of blocks that
+    share a multiprocessor, for which it spills a few bytes where that is one register short.
+    """
 
     constants: dict[str, int] = field(default_factory=dict)
     num_warps: int = 4
     num_stages: int = 3
+    registers: int | None = None
+
+    @property
+    def options(self) -> dict[str, int]:
+        """What Triton is told at a launch, by its own names."""
+        told = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        return told if self.registers is None else {**told, "maxnreg": self.registers}
 
 
 def launch(
@@ -90,19 +107,17 @@ def launch(
     if 0 in grid:
         return
     constants = {**constants, **blocks.constants}
-    options = {"num_warps": blocks.num_warps, "num_stages": blocks.num_stages}
     first = next(a for a in arguments.values() if isinstance(a, Tensor))
     if _state.launches is not None:
         device = device_of(first)
-        _state.launches.append(
-            Launch(kernel, grid, dict(arguments), constants, **options, device=device, flops=flops)
-        )
+        cut = (blocks.num_warps, blocks.num_stages, device, flops, blocks.registers)
+        _state.launches.append(Launch(kernel, grid, dict(arguments), constants, *cut))
     if not _state.runs:
         return
     # Triton launches on the current device, which need not be the tensors'
     elsewhere = first.is_cuda and first.get_device() != torch.cuda.current_device()
     with torch.cuda.device(first.device) if elsewhere else nullcontext():
-        kernel[grid](**arguments, **constants, **options, enable_fp_fusion=True)
+        kernel[grid](**arguments, **constants, **blocks.options, enable_fp_fusion=True)
 
 
 def device_of(tensor: Tensor) -> Device:
@@ -159,8 +174,7 @@ def watching() -> Iterator[list[Launch]]:
 
 def again(one: Launch) -> None:
     """Launch what was recorded once more, on the same tensors."""
-    blocks = Blocks({}, one.num_warps, one.num_stages)
-    launch(one.kernel, one.grid, one.arguments, one.constants, blocks)
+    launch(one.kernel, one.grid, one.arguments, one.constants, one.blocks)
 
 
 @cache

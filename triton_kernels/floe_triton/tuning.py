@@ -191,7 +191,7 @@ def decode_expand_blocks(
     wide = sum(-(-count // 64) for count in features) >= device.multiprocessors
     block_n = 64 if wide and width * itemsize <= 256 else 32
     sizes = {"BLOCK_T": 16, "BLOCK_N": block_n, "AT_ONCE": at_once}
-    return Blocks(sizes, 4, 1)
+    return Blocks(sizes, 4, 1, registers=128)
 
 
 # Backward
@@ -230,7 +230,12 @@ def aligned(matrix: Tensor) -> bool:
 
 
 def grad_x_blocks(
-    device: Device, padded: int, dropping: bool, itemsize: int, aligned: bool = True
+    device: Device,
+    padded: int,
+    dropping: bool,
+    itemsize: int,
+    aligned: bool = True,
+    writes_x: bool = True,
 ) -> Blocks:
     """Tile of `grad_x_kernel`, whose sums over ``padded`` rows stay in registers."""
     if not device.capability:
@@ -240,7 +245,8 @@ def grad_x_blocks(
     elif itemsize == 2:
         # tokens, columns, warps, stages
         narrow = (32, 128, 4, 2 if device.capability == 90 else 3)
-        tiles = {48: narrow, 128: (32, 64, 4, 3), 256: (32, 64, 8, 2)}
+        middle = narrow if writes_x or device.capability == 100 else (32, 256, 8, 2)
+        tiles = {32: narrow, 48: middle, 128: (32, 64, 4, 3), 256: (32, 64, 8, 2)}
         if not dropping:
             tiles = {32: (32, 128, 4, 3), 64: (64, 64, 4, 3), 256: (32, 64, 4, 3)}
     elif precision() == "tf32":
@@ -252,7 +258,9 @@ def grad_x_blocks(
         if not dropping:
             tiles = {256: (32, 32, 8, 2)}
     tokens, columns, warps, stages = next(tiles[most] for most in tiles if padded <= most)
-    return Blocks({"BLOCK_T": tokens, "BLOCK_K": columns}, warps, stages)
+    bounded = dropping and itemsize == 2 and aligned and padded <= 32 and not writes_x
+    sizes = {"BLOCK_T": tokens, "BLOCK_K": columns}
+    return Blocks(sizes, warps, stages, registers=128 if bounded else None)
 
 
 def grad_y_blocks(device: Device, width: int, itemsize: int, aligned: bool = True) -> Blocks:
