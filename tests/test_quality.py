@@ -119,7 +119,7 @@ def test_arms_may_spend_their_parameters_otherwise(study):
     remove_adapters(model)
 
 
-@pytest.mark.parametrize("arm", ["adapter_fisher@parts", "evem", "@modules"])
+@pytest.mark.parametrize("arm", ["adapter_fisher@parts", "unknown", "@modules"])
 def test_unknown_arms_are_refused(arm):
     with pytest.raises(ValueError, match=r"arm must be one of .*@modules or @sizes, got"):
         check_arm(arm)

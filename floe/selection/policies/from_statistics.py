@@ -148,7 +148,7 @@ def forward_selection(situation: Situation) -> Floats:
 
     Greedy: each layer joins those already open. Source: forward selection of regression, with
     adapters for variables. Assumed: what the adapters of a full warm-up do together says what fresh
-    adapters on these layers alone would learn.
+    adapters on these layers alone would learn. In our runs no better than adapter_fisher.
     """
     return -_plain(situation, "forward_selection", "forward_place")
 
