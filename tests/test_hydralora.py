@@ -118,6 +118,7 @@ def without(tensors, part):
         (lambda t: t, {"peft_type": "LOHA"}, "peft_type must be LORA, .* got 'LOHA'"),
         (lambda t: t, {"bias": "all"}, "bias must be 'none' to import, got 'all'"),
         (lambda t: t, {"lora_alpha": None}, "lora_alpha must be a number, got None"),
+        (lambda t: t, {"r": 8}, "_proj: lora_A must have r = 8 rows, got 4"),
         (lambda t: without(t, "route"), {}, "must have lora_A, lora_B0 ... and lora_route, got"),
         (lambda t: without(t, "lora_B1"), {}, r"rows, 3, got lora_B of \[0, 2\]"),
         (lambda t: renamed(t, "layers.2", "layers.7"), {}, "which is no projection of the base"),
@@ -148,6 +149,9 @@ def test_code_in_a_pickle_is_not_run(tmp_path):
     with pytest.raises(FileError, match="cannot be read as tensors"):
         import_hydralora(source, tmp_path / "out", tiny_model(layers=3))
     assert not (tmp_path / "ran").exists()
+    torch.save([torch.ones(1)], source / "adapter_model.bin")
+    with pytest.raises(FileError, match="must hold named tensors, got list"):
+        import_hydralora(source, tmp_path / "out", tiny_model(layers=3))
 
 
 def test_folders_without_an_adapter_or_a_base_are_named(tmp_path):

@@ -8,7 +8,6 @@ mask for each expert; trained on here, an imported adapter draws one for all.
 
 from __future__ import annotations
 
-import json
 import os
 import pickle
 import re
@@ -27,6 +26,7 @@ from floe.adapters.peft_tuner import get_model, remove_adapters
 from floe.adapters.targets import adapted_modules
 from floe.blocks import find_blocks
 from floe.errors import FileError
+from floe.runs import read_json
 
 _CONFIG, _TENSORS = "adapter_config.json", ("adapter_model.safetensors", "adapter_model.bin")
 _KEY = re.compile(r"(?:base_model\.model\.)?(.+)\.lora_(A|B(\d+)|route)(?:\.default)?\.weight")
@@ -110,22 +110,17 @@ class _Layer:
 
 def _settings(folder: Path) -> dict[str, Any]:
     file = folder / _CONFIG
-    try:
-        values: Any = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise FileError(file, "does not exist") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise FileError(file, f"cannot be read as JSON: {error}") from error
-    kind = values.get("peft_type") if isinstance(values, dict) else type(values).__name__
-    if kind != "LORA":
-        raise FileError(file, f"peft_type must be LORA, as HydraLoRA writes it, got {kind!r}")
+    values = read_json(file)
+    if values.get("peft_type") != "LORA":
+        came = values.get("peft_type")
+        raise FileError(file, f"peft_type must be LORA, as HydraLoRA writes it, got {came!r}")
     for name, allowed in (("bias", ("none", None)), ("modules_to_save", (None, []))):
         if values.get(name) not in allowed:
             raise FileError(file, f"{name} must be {allowed[0]!r} to import, got {values[name]!r}")
     for name in ("r", "lora_alpha"):
         if isinstance(values.get(name), bool) or not isinstance(values.get(name), (int, float)):
             raise FileError(file, f"{name} must be a number, got {values.get(name)!r}")
-    return dict(values)
+    return values
 
 
 def _layers(folder: Path) -> dict[str, _Layer]:
@@ -140,9 +135,11 @@ def _layers(folder: Path) -> dict[str, _Layer]:
             tensors = torch.load(found[0], map_location="cpu", weights_only=True)
     except (SafetensorError, OSError, ValueError, RuntimeError, pickle.UnpicklingError) as error:
         raise FileError(found[0], f"cannot be read as tensors: {error}") from error
+    if not isinstance(tensors, dict):
+        raise FileError(found[0], f"must hold named tensors, got {type(tensors).__name__}")
     layers: dict[str, _Layer] = {}
     for name, tensor in tensors.items():
-        match = _KEY.fullmatch(name)
+        match = _KEY.fullmatch(str(name))
         if match is None or not isinstance(tensor, Tensor):
             raise FileError(
                 found[0], f"tensors must be lora_A, lora_B<i> or lora_route, got {name}"
@@ -178,6 +175,8 @@ def _config(
     dtypes = {v: k for k, v in DTYPES.items()}
     try:
         a, route, _ = layer.parts()
+        if len(a) != settings["r"]:  # r scales the output, too
+            raise ValueError(f"lora_A must have r = {settings['r']} rows, got {len(a)}")
         return FloeConfig(
             r=len(a), num_experts=len(route), alpha=float(settings["lora_alpha"]),
             dropout=float(settings.get("lora_dropout") or 0.0), layer_modules=modules,
