@@ -48,6 +48,8 @@ def placed(work: Workspace, run: Path, choice: Selection, kind: str) -> Placemen
     Raises:
         ValueError: see :func:`floe.pipeline.placing.place`.
     """
+    if kind == "layers":  # needs no scores, which may be large
+        return Placement(choice.layers)
     found = read_json(run / "search/result.json")
     size, search = (found["rank"], found["num_experts"]), work.config.search
     gain = capacity_gain(found, work.config.select.r0) if kind == "sizes" else None
