@@ -3,6 +3,10 @@
 The arm ``DEFAULT`` is compared with every other, on the same rows of the seeds that both have.
 Intervals are 95 % percentiles of a two-level bootstrap: seeds, and the draws of a random arm, are
 drawn with replacement, then rows within each seed. With one seed they hold no seed noise.
+
+At equal seconds: a run's test loss plus what its own validation loss still had to change from the
+step that the budget allows to its end. The schedule of the learning rate is not cut to the budget,
+and the intervals leave out the rows' noise in that correction: it is a difference along one run.
 """
 
 from __future__ import annotations
@@ -24,6 +28,7 @@ RESAMPLES = 2000
 SCOUT = (0, 0)  # the seed and the draw that an arm's learning rate is chosen on
 Result = dict[str, Any]
 Floats = NDArray[np.float64]
+Corrections = dict[tuple[str, int, int], float]  # of a run's test loss, by `key_of`
 
 
 @dataclass(frozen=True)
@@ -127,17 +132,27 @@ def compare(cells: list[Cell], resamples: int = RESAMPLES, seed: int = 41) -> di
     return {"value": value, "low": float(low), "high": float(high)}
 
 
-def cell(own: Result, others: list[Result]) -> Cell:
-    """Losses of two arms on one seed's test rows; ValueError if the rows are not the same."""
-    tokens = own["test"]["tokens"]
+def cell(own: Result, others: list[Result], corrections: Corrections | None = None) -> Cell:
+    """Losses of two arms on one seed's test rows, each run's with its correction per token.
+
+    Raises:
+        ValueError: the rows are not the same.
+    """
     for other in others:
-        if other["test"]["tokens"] != tokens:
+        if other["test"]["tokens"] != own["test"]["tokens"]:
             raise ValueError("arms must be measured on the same rows, got other token counts")
-    return Cell(
-        np.array(own["test"]["nll"]),
-        np.array([other["test"]["nll"] for other in others]),
-        np.array(tokens, dtype=np.float64),
-    )
+    tokens = np.array(own["test"]["tokens"], dtype=np.float64)
+
+    def losses(run: Result) -> Floats:
+        correction = 0.0 if corrections is None else corrections[key_of(run)]
+        return np.array(run["test"]["nll"]) + correction * tokens
+
+    return Cell(losses(own), np.array([losses(other) for other in others]), tokens)
+
+
+def key_of(run: Result) -> tuple[str, int, int]:
+    """What tells the runs of one mix, number of steps and rate apart."""
+    return run["arm"], run["seed"], run["draw"]
 
 
 def loss_at(run: Result, base: Result, step: float) -> float:
@@ -159,32 +174,42 @@ def _group(records: Records, mix: str, steps: int) -> list[dict[str, Any]]:
         if rates(same, mix, arm, steps):
             rate = best_rate(same, mix, arm, steps)
             arms[arm] = [run for run in same if (run["arm"], run["rate"]) == (arm, rate)]
-    fastest = _fastest(records, mix, arms)
-    budget = None if fastest is None else steps * fastest
-    rows = [_row(records, runs, budget) for runs in arms.values()]
+    budget = _budget(records, mix, steps, arms)
+    corrections = None if budget is None else _corrections(records, arms, budget)
+    rows = [_row(records, runs) for runs in arms.values()]
     for row, runs in zip(rows, arms.values(), strict=True):
+        default = [] if runs is arms.get(DEFAULT) else arms.get(DEFAULT, [])
         row["rates"] = {f"{r:g}": v for r, v in rates(same, mix, row["arm"], steps).items()}
-        row["default_minus_this"] = _against(arms.get(DEFAULT, []), runs)
+        row["default_minus_this"] = _against(default, runs, None)
+        row["equal_seconds"] = budget
+        if corrections is not None:
+            row |= _at_equal_seconds(records, default, runs, corrections)
     return rows
 
 
-def _step_seconds(records: Records, run: Result) -> float | None:
-    return records.times.get(place_of(run))
-
-
-def _fastest(records: Records, mix: str, arms: dict[str, list[Result]]) -> float | None:
-    """The shortest step of a group; None while one of its runs has not been timed."""
-    times = [_step_seconds(records, run) for runs in arms.values() for run in runs]
+def _budget(records: Records, mix: str, steps: int, arms: dict[str, list[Result]]) -> float | None:
+    """Seconds of the group's fastest run; None while one of its runs has not been timed."""
+    times = [records.times.get(place_of(run)) for runs in arms.values() for run in runs]
     known = [seconds for seconds in times if seconds is not None]
-    return min(known) if known and len(known) == len(times) else None
+    return steps * min(known) if known and len(known) == len(times) else None
 
 
-def _row(records: Records, runs: list[Result], budget: float | None) -> dict[str, Any]:
+def _corrections(records: Records, arms: dict[str, list[Result]], budget: float) -> Corrections:
+    """Validation loss at the step that the budget allows minus that at the end, by run."""
+    found = {}
+    for run in (run for runs in arms.values() for run in runs):
+        base = records.bases[run["mix"], run["seed"]]
+        step = budget / records.times[place_of(run)]
+        found[key_of(run)] = loss_at(run, base, step) - last_loss(run)
+    return found
+
+
+def _row(records: Records, runs: list[Result]) -> dict[str, Any]:
     first = runs[0]
     bases = [records.bases[run["mix"], run["seed"]] for run in runs]
     rises = [run["other"]["mean"] - b["other"]["mean"] for run, b in zip(runs, bases, strict=True)]
     marks = [step for step, _ in first["validation"]]
-    row: dict[str, Any] = {
+    return {
         "mix": first["mix"], "steps": first["steps"], "arm": first["arm"], "rate": first["rate"],
         "seeds": len({run["seed"] for run in runs}), "runs": len(runs),
         "base": _over_seeds(runs, [base["test"]["mean"] for base in bases]),
@@ -196,16 +221,20 @@ def _row(records: Records, runs: list[Result], budget: float | None) -> dict[str
         ],
         "forgetting": _over_seeds(runs, rises),
         "layers": [[run["seed"], run["draw"], run["layers"]] for run in runs],
-        "step_seconds": None, "equal_seconds": None, "at_equal_seconds": None,
+        "step_seconds": None, "at_equal_seconds": None, "default_minus_this_at_equal_seconds": None,
     }  # fmt: skip
-    if budget is not None:
-        seconds = [records.times[place_of(run)] for run in runs]
-        found = [
-            loss_at(run, b, budget / s) for run, b, s in zip(runs, bases, seconds, strict=True)
-        ]
-        row["step_seconds"] = _over_seeds(runs, seconds)
-        row["equal_seconds"], row["at_equal_seconds"] = budget, _over_seeds(runs, found)
-    return row
+
+
+def _at_equal_seconds(
+    records: Records, default: list[Result], runs: list[Result], corrections: Corrections
+) -> dict[str, Any]:
+    """The part of a row that needs step times."""
+    losses = [run["test"]["mean"] + corrections[key_of(run)] for run in runs]
+    return {
+        "step_seconds": _over_seeds(runs, [records.times[place_of(run)] for run in runs]),
+        "at_equal_seconds": _over_seeds(runs, losses),
+        "default_minus_this_at_equal_seconds": _against(default, runs, corrections),
+    }
 
 
 def _over_seeds(runs: list[Result], values: list[float]) -> float:
@@ -216,17 +245,18 @@ def _over_seeds(runs: list[Result], values: list[float]) -> float:
     return float(np.mean([np.mean(group) for group in groups.values()]))
 
 
-def _against(default: list[Result], runs: list[Result]) -> dict[str, Any] | None:
-    """The default minus an arm on the seeds both have; None for itself, or without any."""
-    if not default or runs is default:
-        return None
+def _against(
+    default: list[Result], runs: list[Result], corrections: Corrections | None
+) -> dict[str, Any] | None:
+    """The default minus an arm on the seeds both have; None without any."""
     pairs = [(own, [run for run in runs if run["seed"] == own["seed"]]) for own in default]
-    pairs = [(own, others) for own, others in pairs if others]
-    if not pairs:
+    found = [cell(own, others, corrections) for own, others in pairs if others]
+    if not found:
         return None
-    signs = [own["test"]["mean"] < one["test"]["mean"] for own, others in pairs for one in others]
-    found: dict[str, Any] = dict(compare([cell(own, others) for own, others in pairs]))
-    return found | {"lower": sum(signs), "pairs": len(signs), "seeds": len(pairs)}
+    gaps = [(one.own.sum() - one.others.sum(1)).tolist() for one in found]
+    lower = sum(gap < 0 for seed in gaps for gap in seed)
+    counts = {"lower": lower, "pairs": sum(map(len, gaps)), "seeds": len(found)}
+    return {**compare(found), **counts}
 
 
 def tables(rows: list[dict[str, Any]]) -> str:
@@ -244,20 +274,27 @@ def tables(rows: list[dict[str, Any]]) -> str:
 
 
 def _losses_table(group: list[dict[str, Any]]) -> str:
-    header = ["arm", "seeds", "runs", "rate", "test loss", f"{DEFAULT} minus it", "lower in",
-              "forgetting", "s/step", "at equal s"]  # fmt: skip
+    header = ["arm", "seeds", "runs", "rate", "test loss", "default minus it", "lower in",
+              "forgetting", "s/step", "at equal s", "default minus it", "lower in"]  # fmt: skip
     return harness.table(header, [_cells(row) for row in group])
 
 
 def _cells(row: dict[str, Any]) -> list[str]:
-    gap, timed = row["default_minus_this"], row["step_seconds"] is not None
+    timed = row["step_seconds"] is not None
     return [
         row["arm"], str(row["seeds"]), str(row["runs"]), f"{row['rate']:g}", f"{row['test']:.4f}",
-        "" if gap is None else f"{gap['value']:+.4f} [{gap['low']:+.4f}, {gap['high']:+.4f}]",
-        "" if gap is None else f"{gap['lower']} of {gap['pairs']}", f"{row['forgetting']:+.4f}",
+        *_gap(row["default_minus_this"]), f"{row['forgetting']:+.4f}",
         f"{row['step_seconds']:.3f}" if timed else "-",
         f"{row['at_equal_seconds']:.4f}" if timed else "-",
+        *_gap(row["default_minus_this_at_equal_seconds"]),
     ]  # fmt: skip
+
+
+def _gap(gap: dict[str, Any] | None) -> tuple[str, str]:
+    if gap is None:
+        return "", ""
+    interval = f"{gap['value']:+.4f} [{gap['low']:+.4f}, {gap['high']:+.4f}]"
+    return interval, f"{gap['lower']} of {gap['pairs']}"
 
 
 def _curves_table(group: list[dict[str, Any]]) -> str:

@@ -148,7 +148,10 @@ def test_the_comparison_is_that_of_the_files(study):
             for seed in (0, 1)
             for draw in draws
         ]
+        timed = row["default_minus_this_at_equal_seconds"]
+        assert (timed is None) == (row["arm"] == "adapter_fisher")
         if row["arm"] != "adapter_fisher":
+            assert timed["low"] <= timed["value"] <= timed["high"]
             assert row["default_minus_this"]["value"] == pytest.approx(np.mean(gaps), abs=1e-12)
             assert row["default_minus_this"]["lower"] == sum(gap < 0 for gap in gaps)
 
@@ -276,8 +279,13 @@ def test_equal_seconds_are_those_of_the_fastest_arm():
     first, second = quality_report.summarise(records)
     assert (first["arm"], second["arm"]) == ("adapter_fisher", "last")
     assert first["equal_seconds"] == pytest.approx(8.0)
-    assert first["at_equal_seconds"] == pytest.approx(4.0 - 4 / 5)  # four steps of five
-    assert second["at_equal_seconds"] == pytest.approx(2.5)
+    left = (4.0 - 4 / 5) - 2.0  # four steps of five are done, the validation loss ends at 2
+    assert first["at_equal_seconds"] == pytest.approx(1.0 + left)
+    assert second["at_equal_seconds"] == pytest.approx(1.0)
+    assert first["default_minus_this_at_equal_seconds"] is None
+    gap = second["default_minus_this_at_equal_seconds"]
+    assert (gap["value"], gap["lower"], gap["pairs"]) == (pytest.approx(left), 0, 1)
+    assert second["default_minus_this"]["value"] == pytest.approx(0.0)
     assert first["forgetting"] == pytest.approx(0.5)
     untimed = quality_report.Records([fast, slow], {("m", 0): base}, {("m", (0,)): 2.0}, {})
     assert quality_report.summarise(untimed)[0]["at_equal_seconds"] is None
