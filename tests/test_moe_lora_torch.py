@@ -8,6 +8,8 @@ import torch
 from budget import assert_within_budget
 from floe_triton import draw_seed, moe_lora, reference
 from lora_cases import NAMES, OPS, SEED, added, assert_equal_runs, case, draw, run
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import floe.ops  # noqa: F401  (the native dropout, which the ops then use)
@@ -70,6 +72,47 @@ def test_opcheck_backward(arguments, needs):
     _, backward = op_arguments(**arguments)
     biased = needs[1] and arguments.get("router_bias", False)
     torch.library.opcheck(torch.ops.floe.moe_lora_backward, (*backward, *needs, biased))
+
+
+@OPS
+def test_without_gradients_to_come_the_outputs_are_the_same_bits(op):
+    inputs, settings = case((6,)), {"scaling": 2.0, "dropout_p": 0.4, "seed": SEED}
+    expected, *_ = run(op, inputs, torch.float32, **settings)
+    x, weight, bias, shrink, expand, _ = (tensor.float() for tensor in inputs)
+    assert torch.equal(op(x, weight, bias, shrink, expand, **settings), expected)
+    x.requires_grad_()
+    with torch.no_grad():
+        assert torch.equal(op(x, weight, bias, shrink, expand, **settings), expected)
+
+
+class _Watching(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen.append(str(func))
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("learns", [True, False])
+def test_whoever_watches_ops_sees_one(learns):
+    x, weight, bias, shrink, expand, _ = case((6,))
+    with _Watching() as watching:
+        y = moe_lora(x.requires_grad_(learns), weight, bias, shrink, expand, scaling=2.0)
+        if learns:
+            y.sum().backward()
+    found = [name for name in watching.seen if name.startswith("floe.")]
+    assert (
+        found == ["floe.moe_lora_forward.default", "floe.moe_lora_backward.default"][: 1 + learns]
+    )
+
+
+def test_fake_tensors_get_shapes_outside_their_mode():
+    with FakeTensorMode(allow_non_fake_inputs=False) as mode:
+        x, weight, bias, shrink, expand, _ = (mode.from_tensor(tensor) for tensor in case((6,)))
+    y = moe_lora(x, weight, bias, shrink, expand, scaling=2.0)
+    assert (type(y), y.shape) == (type(x), (6, 10))
 
 
 @pytest.mark.filterwarnings(

@@ -101,24 +101,18 @@ class MoELoRALinear(nn.Module, BaseTunerLayer):
         """Names of the adapters that take part in the forward."""
         if self.disable_adapters:
             return []
-        return [name for name in self.active_adapters if name in self.floe_shrink]
+        return [name for name in self.active_adapters if name in self.r]
 
     def may_fuse(self) -> bool:
         """Whether the op may read the base's weight itself: a plain, frozen, unhooked linear."""
         base = self.base_layer
-        hooks = (
-            base._forward_hooks,
-            base._forward_pre_hooks,
-            base._backward_hooks,
-            base._backward_pre_hooks,
-        )
-        hooked = any(hooks) or hasattr(base, "_hf_hook")
-        return (
-            type(base) is nn.Linear
-            and not self.calls_base
-            and not hooked
-            and not any(parameter.requires_grad for parameter in base.parameters())
-        )
+        if type(base) is not nn.Linear or self.calls_base or "_hf_hook" in vars(base):
+            return False
+        if base._forward_hooks or base._forward_pre_hooks:
+            return False
+        if base._backward_hooks or base._backward_pre_hooks:
+            return False
+        return not any(p is not None and p.requires_grad for p in base._parameters.values())
 
     def _move_adapter_to_device_of_base_layer(
         self, adapter_name: str, device: torch.device | None = None
@@ -135,16 +129,18 @@ class MoELoRALinear(nn.Module, BaseTunerLayer):
             ):
                 parameter.data = parameter.data.to(device)
 
+    def adapter(self, name: str) -> tuple[Tensor, Tensor]:
+        """``floe_shrink`` and ``floe_expand`` of an adapter."""
+        return self.floe_shrink[name], self.floe_expand[name]
+
     def _fused(self, x: Tensor, name: str) -> Tensor:
+        base = self.base_layer
         return ops.moe_lora(
-            x, self.base_layer.weight, self.base_layer.bias,
-            self.floe_shrink[name], self.floe_expand[name], **self.call_settings(x, name),
-        )  # fmt: skip
+            x, base.weight, base.bias, *self.adapter(name), **self.call_settings(x, name)
+        )
 
     def _added(self, y: Tensor, x: Tensor, name: str) -> Tensor:
-        return ops.moe_lora_add(
-            y, x, self.floe_shrink[name], self.floe_expand[name], **self.call_settings(x, name)
-        )
+        return ops.moe_lora_add(y, x, *self.adapter(name), **self.call_settings(x, name))
 
     def call_settings(self, x: Tensor, name: str) -> dict[str, Any]:
         """Keyword arguments of the op for adapter ``name``, with a fresh dropout seed."""

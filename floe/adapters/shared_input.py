@@ -27,7 +27,7 @@ class _Ready:
 
     x: Tensor
     situation: tuple[Any, ...]
-    outputs: dict[int, Tensor]
+    outputs: dict[MoELoRALinear, Tensor]
 
 
 class SharedInput:
@@ -45,37 +45,33 @@ class SharedInput:
         """
         if torch.compiler.is_compiling():
             return None
-        place = next(i for i, other in enumerate(self.members) if other is member)
         situation = _situation(x, name)
         ready = self._ready  # another thread may put its own there meanwhile
         if ready is not None and ready.x is x and ready.situation == situation:
-            found = ready.outputs.pop(place, None)
+            found = ready.outputs.pop(member, None)
             if not ready.outputs:
                 self._ready = None
             if found is not None:
                 return found
         if not self._agree(name):
             return None
-        outputs = dict(enumerate(self._outputs(x, name)))
-        mine = outputs.pop(place)
+        outputs = dict(zip(self.members, self._outputs(x, name), strict=True))
+        mine = outputs.pop(member)
         self._ready = _Ready(x, situation, outputs)
         return mine
 
     def _outputs(self, x: Tensor, name: str) -> list[Tensor]:
         members = self.members
+        bases = [member.base_layer for member in members]
+        shrinks, expands = zip(*(member.adapter(name) for member in members), strict=True)
         return ops.moe_lora_group(
-            x,
-            [member.base_layer.weight for member in members],
-            [member.base_layer.bias for member in members],
-            [member.floe_shrink[name] for member in members],
-            [member.floe_expand[name] for member in members],
+            x, [base.weight for base in bases], [base.bias for base in bases], shrinks, expands,
             **members[0].call_settings(x, name),
-        )
+        )  # fmt: skip
 
     def _agree(self, name: str) -> bool:
-        return all(member.may_fuse() for member in self.members) and (
-            len({_traits(member, name) for member in self.members}) == 1
-        )
+        wanted = _traits(self.members[0], name)
+        return all(member.may_fuse() and _traits(member, name) == wanted for member in self.members)
 
 
 def _situation(x: Tensor, name: str) -> tuple[Any, ...]:
@@ -88,9 +84,9 @@ def _situation(x: Tensor, name: str) -> tuple[Any, ...]:
 
 def _traits(member: MoELoRALinear, name: str) -> tuple[Any, ...]:
     """What the members of one op must have in common; a trait of its own where it has none."""
-    if name not in member.floe_shrink or member.active_names() != [name]:
+    if member.active_names() != [name]:
         return (id(member),)
-    shrink, expand = member.floe_shrink[name], member.floe_expand[name]
+    shrink, expand = member.adapter(name)
     if isinstance(shrink, DTensor) or isinstance(member.base_layer.weight, DTensor):
         return (id(member),)  # sharded on its own: gathered only while its own forward runs
     return (

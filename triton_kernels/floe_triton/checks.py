@@ -10,6 +10,8 @@ from torch import Tensor
 
 BACKENDS = ("auto", "eager", "native", "gemm", "fused")
 DROPOUT_MODES = ("shared", "per_expert")
+_FROZEN = ("weight", "bias")
+_OF_X = (*_FROZEN, "base_output")  # they have its dtype
 
 
 def check_group(
@@ -141,14 +143,16 @@ def _check_tensors(named: dict[str, Tensor | None], x: Tensor, where: str) -> No
     for name, tensor in named.items():
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name}{where} must be a tensor, got {type(tensor).__name__}")
+    device, dtype, cast = x.device, x.dtype, autocasts(x)
+    for name, tensor in named.items():
+        assert tensor is not None  # just checked
         if not tensor.is_floating_point():
             raise TypeError(f"{name}{where} must be floating point, got {tensor.dtype}")
-        if tensor.device != x.device:
-            raise ValueError(f"{name}{where} must be on x's device {x.device}, got {tensor.device}")
-        same_dtype = name in ("weight", "bias", "base_output") and not autocasts(x)
-        if same_dtype and tensor.dtype != x.dtype:
-            raise TypeError(f"{name}{where} must have x's dtype {x.dtype}, got {tensor.dtype}")
-        if name in ("weight", "bias") and tensor.requires_grad:
+        if tensor.device != device:
+            raise ValueError(f"{name}{where} must be on x's device {device}, got {tensor.device}")
+        if name in _OF_X and tensor.dtype != dtype and not cast:
+            raise TypeError(f"{name}{where} must have x's dtype {dtype}, got {tensor.dtype}")
+        if name in _FROZEN and tensor.requires_grad:
             raise ValueError(
                 f"{name}{where} must be frozen (requires_grad=False): moe_lora gives it no gradient"
             )

@@ -18,8 +18,6 @@ from floe_triton.checks import autocasts, check_group, check_settings
 
 __all__ = ["moe_lora", "moe_lora_add", "moe_lora_group", "moe_lora_group_add"]
 
-assert registration.library  # imported for the ops it registers
-
 
 class _Settings(NamedTuple):
     linears: int
@@ -194,7 +192,7 @@ class _MoELoRA(torch.autograd.Function):
         ctx: Any, settings: _Settings, x: Tensor, seed: Tensor | None, *tensors: Tensor | None
     ) -> tuple[Tensor, ...]:
         arguments = _arguments(settings, seed, tensors)
-        ys, *routed = torch.ops.floe.moe_lora_forward(x, *arguments)
+        ys, *routed = registration.forward_of(x, *tensors)(x, *arguments)
         # base outputs are not needed again, and would be kept alive
         kept = [None] * settings.linears if settings.on_base else tensors[: settings.linears]
         adapters = tensors[-3 * settings.linears :]
@@ -214,7 +212,7 @@ class _MoELoRA(torch.autograd.Function):
         needs = [any(adapted[i * count : (i + 1) * count]) for i in range(3)]
         saved = (*([] if settings.on_base else (*weights, *[None] * count)), *adapters)
         arguments = _arguments(settings._replace(on_base=False), seed, saved)
-        grad_x, *grads = torch.ops.floe.moe_lora_backward(
+        grad_x, *grads = registration.backward_of(x, *grad_ys, *tensors)(
             list(grad_ys), x, *arguments, hidden, gate, z, needs_x, *needs
         )
         on_base = grad_ys if settings.on_base else [None] * (2 * count)
@@ -257,8 +255,17 @@ def _apply(
         dropout_p=float(settings.dropout_p),
     )
     seed = seed if settings.dropout_p > 0.0 else None
-    ys = _MoELoRA.apply(settings, x.reshape(-1, x.shape[-1]), seed, *base, *adapters)
+    rows, tensors = x.reshape(-1, x.shape[-1]), (*base, *adapters)
+    if _differentiable(x, *tensors):
+        ys = _MoELoRA.apply(settings, rows, seed, *tensors)
+    else:  # a Function would cost as much as a small layer's product
+        forward = registration.forward_of(rows, *tensors)
+        ys = forward(rows, *_arguments(settings, seed, tensors))[0]
     return [y.view(*x.shape[:-1], y.shape[-1]) for y in ys]
+
+
+def _differentiable(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def _given(router_biases: Sequence[Tensor | None] | None, count: int) -> Sequence[Tensor | None]:

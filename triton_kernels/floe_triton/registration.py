@@ -5,11 +5,13 @@ The schemas live here, not in C++, because this package also stands alone, witho
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from floe_triton import paths
 from floe_triton.group import Group, Needs, Routed
@@ -84,3 +86,23 @@ def _backward_fake(
         like(group.expand_weights, needs.expand),
         like(group.router_biases, needs.router_bias),
     )
+
+
+def forward_of(*tensors: Tensor | None) -> Callable[..., Any]:
+    """``moe_lora_forward`` for these tensors: the op, or where nobody watches ops, what it runs.
+
+    Those who watch are compilers, dispatch modes and tensor subclasses. A call through the
+    dispatcher takes as long as five small kernels.
+    """
+    return _forward if _unwatched(tensors) else torch.ops.floe.moe_lora_forward
+
+
+def backward_of(*tensors: Tensor | None) -> Callable[..., Any]:
+    """``moe_lora_backward``, likewise."""
+    return _backward if _unwatched(tensors) else torch.ops.floe.moe_lora_backward
+
+
+def _unwatched(tensors: Sequence[Tensor | None]) -> bool:
+    if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
+        return False
+    return all(t is None or type(t) is Tensor or type(t) is Parameter for t in tensors)
