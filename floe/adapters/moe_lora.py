@@ -87,10 +87,13 @@ class MoELoRALinear(nn.Module, BaseTunerLayer):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Base output plus every active adapter's; [..., K] -> [..., N]."""
         active = self.active_names()
-        if active and self.may_fuse():
-            ready = None if self.shared is None else self.shared.output(self, x, active[0])
-            y = self._fused(x, active[0]) if ready is None else ready
-            active = active[1:]
+        ready = None
+        if active and self.shared is not None:
+            ready = self.shared.output(self, x, active[0])
+        if ready is not None:
+            y, active = ready, active[1:]
+        elif active and self.may_fuse():
+            y, active = self._fused(x, active[0]), active[1:]
         else:
             y = self.base_layer(x, *args, **kwargs)
         for name in active:
@@ -130,8 +133,9 @@ class MoELoRALinear(nn.Module, BaseTunerLayer):
                 parameter.data = parameter.data.to(device)
 
     def adapter(self, name: str) -> tuple[Tensor, Tensor]:
-        """``floe_shrink`` and ``floe_expand`` of an adapter."""
-        return self.floe_shrink[name], self.floe_expand[name]
+        """``floe_shrink`` and ``floe_expand`` of an adapter, past a module's slow look-ups."""
+        modules: dict[str, Any] = self._modules
+        return tuple(modules[key]._parameters[name] for key in self.adapter_layer_names)
 
     def _fused(self, x: Tensor, name: str) -> Tensor:
         base = self.base_layer

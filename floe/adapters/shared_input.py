@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +19,16 @@ from floe import ops
 
 if TYPE_CHECKING:
     from floe.adapters.moe_lora import MoELoRALinear
+
+
+class _Part(NamedTuple):
+    """``traits`` are what all members of one op must have in common."""
+
+    traits: tuple[Any, ...]
+    weight: Tensor
+    bias: Tensor | None
+    shrink: Tensor
+    expand: Tensor
 
 
 @dataclass
@@ -45,52 +55,53 @@ class SharedInput:
         """
         if torch.compiler.is_compiling():
             return None
-        situation = _situation(x, name)
+        situation = _situation(member, x, name)
         ready = self._ready  # another thread may put its own there meanwhile
         if ready is not None and ready.x is x and ready.situation == situation:
-            found = ready.outputs.pop(member, None)
+            mine = ready.outputs.pop(member, None)
             if not ready.outputs:
                 self._ready = None
-            if found is not None:
-                return found
-        if not self._agree(name):
+            if mine is not None:
+                return mine
+        found = self._outputs(x, name)
+        if found is None:
             return None
-        outputs = dict(zip(self.members, self._outputs(x, name), strict=True))
+        outputs = dict(zip(self.members, found, strict=True))
         mine = outputs.pop(member)
         self._ready = _Ready(x, situation, outputs)
         return mine
 
-    def _outputs(self, x: Tensor, name: str) -> list[Tensor]:
-        members = self.members
-        bases = [member.base_layer for member in members]
-        shrinks, expands = zip(*(member.adapter(name) for member in members), strict=True)
-        return ops.moe_lora_group(
-            x, [base.weight for base in bases], [base.bias for base in bases], shrinks, expands,
-            **members[0].call_settings(x, name),
-        )  # fmt: skip
-
-    def _agree(self, name: str) -> bool:
-        wanted = _traits(self.members[0], name)
-        return all(member.may_fuse() and _traits(member, name) == wanted for member in self.members)
+    def _outputs(self, x: Tensor, name: str) -> list[Tensor] | None:
+        parts: list[_Part] = []
+        for member in self.members:
+            part = _part(member, name)
+            if part is None or (parts and part.traits != parts[0].traits):
+                return None
+            parts.append(part)
+        _, weights, biases, shrinks, expands = zip(*parts, strict=True)
+        settings = self.members[0].call_settings(x, name)
+        return ops.moe_lora_group(x, weights, biases, shrinks, expands, **settings)
 
 
-def _situation(x: Tensor, name: str) -> tuple[Any, ...]:
+def _situation(member: MoELoRALinear, x: Tensor, name: str) -> tuple[Any, ...]:
     """What must not have changed between the first member's call and another's."""
     device = x.device.type
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     version = None if x.is_inference() else x._version
-    return name, version, torch.is_grad_enabled(), autocast
+    return name, version, torch.is_grad_enabled(), autocast, member.training, member.calls_base
 
 
-def _traits(member: MoELoRALinear, name: str) -> tuple[Any, ...]:
-    """What the members of one op must have in common; a trait of its own where it has none."""
-    if member.active_names() != [name]:
-        return (id(member),)
-    shrink, expand = member.adapter(name)
-    if isinstance(shrink, DTensor) or isinstance(member.base_layer.weight, DTensor):
-        return (id(member),)  # sharded on its own: gathered only while its own forward runs
-    return (
+def _part(member: MoELoRALinear, name: str) -> _Part | None:
+    """What the member brings to an op of all members; None if it has to run alone."""
+    if member.active_names() != [name] or not member.share_input[name] or not member.may_fuse():
+        return None
+    base, (shrink, expand) = member.base_layer, member.adapter(name)
+    weight = base.weight
+    if isinstance(shrink, DTensor) or isinstance(weight, DTensor):
+        return None  # sharded on its own: gathered only while its own forward runs
+    traits = (
         shrink.shape, expand.shape[1:], shrink.dtype, expand.dtype, shrink.device,
         member.scaling[name], member.dropout[name] if member.training else 0.0,
-        member.backend[name], member.share_input[name] or id(member),
+        member.backend[name],
     )  # fmt: skip
+    return _Part(traits, weight, base.bias, shrink, expand)

@@ -36,6 +36,7 @@ def check_group(
     for name, values in lists.items():
         if len(values) != count:
             raise ValueError(f"{name} must have one entry per linear, {count}, got {len(values)}")
+    _check_tensors((("x", x),), x, "")
     for g in range(count):
         _check_linear(
             x,
@@ -101,11 +102,10 @@ def _check_linear(
     router_bias: Tensor | None,
     where: str,
 ) -> None:
-    named: dict[str, Tensor | None]
-    named = {"x": x, "shrink_weight": shrink_weight, "expand_weight": expand_weight}
-    named |= {"weight": weight} if base_output is None else {"base_output": base_output}
-    named |= {"bias": bias} if bias is not None else {}
-    named |= {"router_bias": router_bias} if router_bias is not None else {}
+    own = ("weight", weight) if base_output is None else ("base_output", base_output)
+    named = [("shrink_weight", shrink_weight), ("expand_weight", expand_weight), own]
+    named += [("bias", bias)] if bias is not None else []
+    named += [("router_bias", router_bias)] if router_bias is not None else []
     _check_tensors(named, x, where)
     if expand_weight.dim() != 3:
         shape = tuple(expand_weight.shape)
@@ -139,15 +139,15 @@ def _check_linear(
         )
 
 
-def _check_tensors(named: dict[str, Tensor | None], x: Tensor, where: str) -> None:
-    for name, tensor in named.items():
+def _check_tensors(named: Sequence[tuple[str, Tensor | None]], x: Tensor, where: str) -> None:
+    for name, tensor in named:
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name}{where} must be a tensor, got {type(tensor).__name__}")
-    device, dtype, cast = x.device, x.dtype, autocasts(x)
-    for name, tensor in named.items():
-        assert tensor is not None  # just checked
         if not tensor.is_floating_point():
             raise TypeError(f"{name}{where} must be floating point, got {tensor.dtype}")
+    device, dtype, cast = x.device, x.dtype, autocasts(x)
+    for name, tensor in named:
+        assert tensor is not None  # just checked
         if tensor.device != device:
             raise ValueError(f"{name}{where} must be on x's device {device}, got {tensor.device}")
         if name in _OF_X and tensor.dtype != dtype and not cast:
