@@ -1,4 +1,7 @@
-"""Draw `benchmarks.latency`'s JSON file: ``python -m benchmarks.plot RECORDS.json PICTURE``."""
+"""Draw the JSON file of `benchmarks.latency` or `benchmarks.search`.
+
+``python -m benchmarks.plot RECORDS.json PICTURE``
+"""
 
 from __future__ import annotations
 
@@ -41,12 +44,17 @@ def draw(source: str, target: str) -> None:
         panel.grid(axis="y", alpha=0.3)
     environment = data["rows"][0]["environment"]
     machine = environment["gpu"] or environment["cpu"]
-    figure.supxlabel(f"{machine}; bands and error bars: p20 to p80 of the rounds", fontsize=8)
+    figure.supxlabel(f"{machine}; bands and error bars: p20 to p80", fontsize=8)
     figure.savefig(target)
 
 
 def _title(row: Row) -> str:
     case = row["case"]
+    if case["table"] == "8":
+        return (
+            f"{case['model']}, {case['mix']}, {case['steps']} steps, {case['points']} points, "
+            f"{case['replays']} replays, {case['device']}, scale: {case['scale']}"
+        )
     size = case["model"] or f"{case['columns']} to {case['features']}"
     cache = f" after {case['cache']} cached" if "cache" in case else ""
     batch = f", batch {case['batch']}" if "batch" in case else ""
@@ -103,6 +111,20 @@ def _ratios(panel: Any, rows: Sequence[Row]) -> None:
     _name_rows(panel, "time over the frozen linear")
 
 
+def _regret(panel: Any, rows: Sequence[Row]) -> None:
+    """Lowest loss so far minus the surface's best against trials, a line for every strategy."""
+    for row, colour in zip(rows, _COLOURS, strict=False):
+        regret, trials = row["regret"], range(1, len(row["regret"]["mean"]) + 1)
+        name = row["case"]["implementation"]
+        panel.plot(trials, regret["mean"], color=colour, label=f"{name}, mean")
+        panel.fill_between(
+            trials, regret["p20"], regret["p80"], color=colour, alpha=0.15, linewidth=0
+        )
+    panel.set(xlabel="trials", ylabel="regret, nats per token")
+    panel.xaxis.set_major_locator(MaxNLocator(integer=True))
+    panel.legend(fontsize=7)
+
+
 def _name_rows(panel: Any, label: str) -> None:
     panel.invert_yaxis()
     panel.set_xlabel(label)
@@ -110,7 +132,7 @@ def _name_rows(panel: Any, label: str) -> None:
 
 
 _PANELS: dict[str, Callable[[Any, Sequence[Row]], None]] = {
-    "4": _against_layers, "5": _phases, "op": _ratios,
+    "4": _against_layers, "5": _phases, "op": _ratios, "8": _regret,
 }  # fmt: skip
 
 

@@ -92,3 +92,11 @@ def comparing(folder, options):
 
     gc.freeze()
     quality.main(options)
+
+
+def replaying(folder, options):
+    """The benchmark of search strategies with these options."""
+    from benchmarks import search
+
+    gc.freeze()
+    search.main(options)
