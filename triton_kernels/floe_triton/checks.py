@@ -36,7 +36,8 @@ def check_group(
     for name, values in lists.items():
         if len(values) != count:
             raise ValueError(f"{name} must have one entry per linear, {count}, got {len(values)}")
-    _check_tensors((("x", x),), x, "")
+    _check_float("x", x, "")
+    cast = autocasts(x)
     for g in range(count):
         _check_linear(
             x,
@@ -46,6 +47,7 @@ def check_group(
             shrink_weights[g],
             expand_weights[g],
             router_biases[g],
+            cast,
             "" if count == 1 else f" of linear {g}",
         )
     shapes = {tuple(expand.shape[1:]) for expand in expand_weights}
@@ -100,13 +102,15 @@ def _check_linear(
     shrink_weight: Tensor,
     expand_weight: Tensor,
     router_bias: Tensor | None,
+    cast: bool,
     where: str,
 ) -> None:
     own = ("weight", weight) if base_output is None else ("base_output", base_output)
+    named: list[tuple[str, Any]]
     named = [("shrink_weight", shrink_weight), ("expand_weight", expand_weight), own]
     named += [("bias", bias)] if bias is not None else []
     named += [("router_bias", router_bias)] if router_bias is not None else []
-    _check_tensors(named, x, where)
+    _check_tensors(named, x, cast, where)
     if expand_weight.dim() != 3:
         shape = tuple(expand_weight.shape)
         raise ValueError(f"expand_weight{where} must be [N, M, r], got {shape}")
@@ -139,15 +143,17 @@ def _check_linear(
         )
 
 
-def _check_tensors(named: Sequence[tuple[str, Tensor | None]], x: Tensor, where: str) -> None:
+def _check_float(name: str, tensor: object, where: str) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}{where} must be a tensor, got {type(tensor).__name__}")
+    if not tensor.is_floating_point():
+        raise TypeError(f"{name}{where} must be floating point, got {tensor.dtype}")
+
+
+def _check_tensors(named: Sequence[tuple[str, Any]], x: Tensor, cast: bool, where: str) -> None:
+    device, dtype = x.device, x.dtype
     for name, tensor in named:
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name}{where} must be a tensor, got {type(tensor).__name__}")
-        if not tensor.is_floating_point():
-            raise TypeError(f"{name}{where} must be floating point, got {tensor.dtype}")
-    device, dtype, cast = x.device, x.dtype, autocasts(x)
-    for name, tensor in named:
-        assert tensor is not None  # just checked
+        _check_float(name, tensor, where)
         if tensor.device != device:
             raise ValueError(f"{name}{where} must be on x's device {device}, got {tensor.device}")
         if name in _OF_X and tensor.dtype != dtype and not cast:
