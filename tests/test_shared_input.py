@@ -7,6 +7,7 @@ from tiny import tiny_model
 
 from floe import FloeConfig, get_model, ops
 from floe.adapters import adapted_modules
+from floe.adapters.moe_lora import separate_base
 
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 TOKENS = torch.arange(14).view(2, 7)
@@ -101,6 +102,24 @@ def test_a_change_between_two_members_is_seen():
     assert k(x).requires_grad
     torch.testing.assert_close(k(x), k._fused(x, "default"))
     assert not torch.equal(first, k(x))
+
+
+def test_a_mode_changed_between_two_members_is_seen():
+    model = adapted(dropout=0.5).train()
+    q, k, *_ = adapted_modules(model).values()
+    x = torch.randn(3, q.in_features)
+    q(x)  # leaves k's output, dropped
+    model.eval()
+    torch.testing.assert_close(k(x), k._fused(x, "default"))
+    with model.disable_adapter():
+        assert torch.equal(q(x), q.base_layer(x))
+    k(x)  # leaves q's output
+    with separate_base(model):
+        seen = []
+        handle = q.base_layer.register_forward_hook(lambda *_: seen.append(True))
+        q(x)
+        handle.remove()
+    assert seen
 
 
 def test_one_mask_serves_the_group_and_recomputation_repeats_it():
