@@ -1,7 +1,8 @@
 """The MoE-LoRA linear and its variants, differentiable: what users call.
 
-Autograd is one ``autograd.Function`` around the two registered ops: cheaper per call than an
-autograd registration, and ``torch.compile`` traces through it.
+Autograd is one ``autograd.Function`` around the two registered ops, or around what they run where
+nobody watches ops: cheaper per call than an autograd registration, and ``torch.compile`` traces
+through it. Without gradients to come there is no Function.
 """
 
 from __future__ import annotations
