@@ -254,67 +254,35 @@ def _dropout_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
 torch.library.register_autograd("floe::dropout", _dropout_backward, setup_context=_dropout_context)
 
 
-@torch.library.register_fake("floe::shrink")
-def _fake_shrink(
-    x: Tensor, rows: Tensor, hidden_rows: int, dropout_p: float, seed: Tensor | None
-) -> Tensor:
-    return x.new_empty((x.shape[0], rows.shape[0]), dtype=_wide(x.dtype))
-
-
-@torch.library.register_fake("floe::route")
-def _fake_route(
-    products: Tensor,
-    router_bias: Tensor | None,
-    groups: int,
-    rank: int,
-    experts: int,
-    scaling: float,
-    temperature: float,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor]:
-    tokens = products.shape[0]
+@torch.library.register_fake("floe::moe_lora_experts")
+def _fake_experts(
+    x: Tensor, shrink_weights: list[Tensor], expand_weights: list[Tensor], *arguments: Any
+) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
+    tokens, wide = x.shape[0], _wide(x.dtype)
+    linears, (_, experts, rank) = len(expand_weights), expand_weights[0].shape
     return (
-        products.new_empty((groups, tokens, rank)),
-        products.new_empty((groups, tokens, experts)),
-        products.new_empty((groups, tokens, experts * rank), dtype=dtype),
+        [x.new_empty((tokens, expand.shape[0])) for expand in expand_weights],
+        x.new_empty((linears, tokens, rank), dtype=wide),
+        x.new_empty((linears, tokens, experts), dtype=wide),
+        x.new_empty((linears, tokens, experts * rank)),
     )
 
 
-@torch.library.register_fake("floe::expand")
-def _fake_expand(z: Tensor, expand: Tensor, bias: Tensor | None, base: Tensor | None) -> Tensor:
-    return z.new_empty((z.shape[0], expand.shape[0]))
-
-
-@torch.library.register_fake("floe::moe_lora_grad_y")
-def _fake_grad_y(
-    grad_y: Tensor, z: Tensor, expand: Tensor, needs_expand: bool
-) -> tuple[Tensor, Tensor]:
-    shape = expand.shape if needs_expand else (0,)
-    return z.new_empty(z.shape, dtype=_wide(z.dtype)), expand.new_empty(shape)
-
-
-@torch.library.register_fake("floe::route_backward")
-def _fake_route_backward(
-    grad_z: list[Tensor], hidden: Tensor, gate: Tensor, scaling: float, temperature: float
-) -> Tensor:
-    groups, tokens, rank = hidden.shape
-    return hidden.new_empty((tokens, groups * (rank + gate.shape[2])))
-
-
-@torch.library.register_fake("floe::moe_lora_grad_x")
-def _fake_grad_x(
-    grads: Tensor,
+@torch.library.register_fake("floe::moe_lora_experts_backward")
+def _fake_experts_backward(
+    grad_ys: list[Tensor],
     x: Tensor,
-    rows: Tensor,
-    hidden_rows: int,
-    dropout_p: float,
-    seed: Tensor | None,
-    needs_x: bool,
-    needs_rows: bool,
-) -> tuple[Tensor, Tensor]:
+    shrink_weights: list[Tensor],
+    expand_weights: list[Tensor],
+    *arguments: Any,
+) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor]:
+    *_, needs_x, needs_shrink, needs_expand = arguments
+    rows = sum(shrink.shape[0] for shrink in shrink_weights)
     return (
         x.new_empty(x.shape if needs_x else (0,)),
-        rows.new_empty(rows.shape if needs_rows else (0,)),
+        [one.new_empty(one.shape) for one in shrink_weights if needs_shrink],
+        [one.new_empty(one.shape) for one in expand_weights if needs_expand],
+        x.new_empty((x.shape[0], rows), dtype=_wide(x.dtype)),
     )
 
 

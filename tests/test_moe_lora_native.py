@@ -10,23 +10,27 @@ import floe.ops  # noqa: F401 - loads the operators
 
 OPS = torch.ops.floe
 SEED = torch.tensor(2**61 + 12345)
+SCALING, TEMPERATURE = 2.0, 0.7
 FLOATS = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
 DTYPES = pytest.mark.parametrize(
     ("dtype", "adapter"),
     [*((dtype, dtype) for dtype in FLOATS), *((dtype, torch.float32) for dtype in FLOATS[:2])],
     ids=["bf16", "fp16", "fp32", "fp64", "bf16-fp32-adapter", "fp16-fp32-adapter"],
 )
-# T, K, N, r, M, G: one of everything, odd sizes, groups, tiles and chunks that end in the middle
+# T, K, N of each linear, r, M: one of everything, odd sizes, groups, tiles and chunks that end in
+# the middle
 SHAPES = [
-    (1, 1, 1, 1, 1, 1),
-    (0, 20, 7, 3, 2, 1),
-    (5, 40, 33, 3, 5, 1),
-    (33, 257, 300, 8, 4, 3),
-    (70, 129, 260, 2, 1, 2),
-    (37, 600, 48, 17, 3, 1),
-    (1050, 64, 34, 8, 10, 1),
+    (1, 1, [1], 1, 1),
+    (0, 20, [7], 3, 2),
+    (5, 40, [33], 3, 5),
+    (33, 257, [300, 5, 64], 8, 4),
+    (70, 129, [260, 31], 2, 1),
+    (37, 600, [48], 17, 3),
+    (1050, 64, [34], 8, 10),
 ]
-SHAPED = pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "x".join(map(str, shape)))
+SHAPED = pytest.mark.parametrize(
+    "shape", SHAPES, ids=lambda shape: "x".join(map(str, shape)).replace(" ", "")
+)
 DROPPED = pytest.mark.parametrize("p", [0.0, 0.3], ids=["kept", "dropped"])
 
 
@@ -40,10 +44,12 @@ def drawn(dtype, *shape, seed=0, scale=1.0):
     return values, values.double()
 
 
-def parameter(adapter, dtype, *shape, seed=0, scale=1.0):
-    """A parameter kept in ``adapter``; computing rounds it to ``dtype`` first."""
-    values = draw(*shape, seed=seed, scale=scale).to(adapter)
-    return values, values.to(dtype).double()
+def parameters(adapter, dtype, shapes, seed, scale=1.0):
+    """Parameters kept in ``adapter``, and in float64 what computing in ``dtype`` makes of them."""
+    stored = [
+        draw(*shape, seed=seed + g, scale=scale).to(adapter) for g, shape in enumerate(shapes)
+    ]
+    return stored, [one.to(dtype).double() for one in stored]
 
 
 def keep_of(tokens, columns, p):
@@ -64,169 +70,198 @@ def check(actual, plain, exact, name, rounded_to=None):
     assert_within_budget(actual, plain.to(actual.dtype), exact, name, rounded_to)
 
 
-def shrink_case(shape, dtype, adapter):
-    tokens, columns, _, rank, experts, groups = shape
-    x, x_exact = drawn(dtype, tokens, columns, seed=1)
-    count = groups * (rank + experts)
-    rows, rows_exact = parameter(
-        adapter, dtype, count, columns, seed=2, scale=max(columns, 1) ** -0.5
-    )
-    return x, rows, x_exact, rows_exact, groups * rank
+def shrinks_of(shape, dtype, adapter):
+    _, columns, features, rank, experts = shape
+    shapes = [(rank + experts, columns)] * len(features)
+    return parameters(adapter, dtype, shapes, seed=20, scale=columns**-0.5)
+
+
+def expands_of(shape, dtype, adapter):
+    _, _, features, rank, experts = shape
+    shapes = [(count, experts, rank) for count in features]
+    return parameters(adapter, dtype, shapes, seed=30, scale=rank**-0.5)
+
+
+def experts(x, shrinks, expands, *, routers=(), biases=(), bases=(), p=0.0):
+    seed = SEED if p else None
+    numbers = SCALING, TEMPERATURE, p, seed
+    return OPS.moe_lora_experts(x, shrinks, expands, [*routers], [*biases], [*bases], *numbers)
+
+
+def gated(logits, router):
+    return torch.softmax((logits if router is None else logits + router) / TEMPERATURE, -1)
+
+
+def spread(gate, hidden):
+    """z [T, M r]."""
+    return (SCALING * gate[..., None] * hidden[..., None, :]).flatten(-2)
 
 
 @SHAPED
 @DTYPES
 @DROPPED
-def test_shrink(shape, dtype, adapter, p):
-    x, rows, x_exact, rows_exact, hidden = shrink_case(shape, dtype, adapter)
-    keep = keep_of(*x.shape, p)
-
-    def products(x, rows, keep):
-        return torch.cat([(x * keep) @ rows[:hidden].T, x @ rows[hidden:].T], 1)
-
-    actual = OPS.shrink(x, rows, hidden, p, SEED if p else None)
-    assert actual.dtype == wide(dtype)
-    plain = products(x, rows.to(dtype), keep.to(dtype))
-    check(actual, plain, products(x_exact, rows_exact, keep), "products")
-
-
-def routed(products, bias, shape, scaling, temperature):
-    tokens, _, _, rank, experts, groups = shape
-    hidden = products[:, : groups * rank].view(tokens, groups, rank).transpose(0, 1)
-    logits = products[:, groups * rank :].view(tokens, groups, experts).transpose(0, 1)
-    if bias is not None:
-        logits = logits + bias[:, None]
-    gate = torch.softmax(logits / temperature, -1)
-    z = (scaling * gate[..., None] * hidden[..., None, :]).flatten(2)
-    return hidden, gate, z
-
-
-@SHAPED
-@pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("biased", [False, True])
-def test_route(shape, dtype, biased):
-    tokens, _, _, rank, experts, groups = shape
-    products, exact = drawn(wide(dtype), tokens, groups * (rank + experts), seed=3, scale=2.0)
-    bias, exact_bias = drawn(wide(dtype), groups, experts, seed=4) if biased else (None, None)
-    found = OPS.route(products, bias, groups, rank, experts, 2.0, 0.7, dtype)
-    plain = routed(products, bias, shape, 2.0, 0.7)
-    truth = routed(exact, exact_bias, shape, 2.0, 0.7)
-    for name, actual, one, right in zip(("hidden", "gate", "z"), found, plain, truth, strict=True):
-        check(actual, one.to(dtype) if name == "z" else one, right, name)
-    assert torch.equal(found[0], plain[0])
-    assert [one.dtype for one in found] == [wide(dtype), wide(dtype), dtype]
+def test_hidden_gate_and_z(shape, dtype, adapter, p, biased):
+    tokens, columns, features, rank, count = shape
+    x, x_exact = drawn(dtype, tokens, columns, seed=1)
+    shrinks, exact = shrinks_of(shape, dtype, adapter)
+    expands, _ = expands_of(shape, dtype, adapter)
+    routers, routers_exact = parameters(adapter, adapter, [(count,)] * len(features), seed=4)
+    keep = keep_of(tokens, columns, p)
+    _, hidden, gate, z = experts(x, shrinks, expands, routers=routers if biased else (), p=p)
+    assert [one.dtype for one in (hidden, gate, z)] == [wide(dtype), wide(dtype), dtype]
+    for g in range(len(features)):
+        shrink = shrinks[g].to(dtype)
+        plain = (x * keep.to(dtype)) @ shrink[:rank].T, (x @ shrink[rank:].T).to(wide(dtype))
+        truth = (x_exact * keep) @ exact[g][:rank].T, x_exact @ exact[g][rank:].T
+        router = routers[g].to(wide(dtype)) if biased else None
+        right = gated(truth[1], routers_exact[g] if biased else None)
+        check(hidden[g], plain[0], truth[0], "hidden")
+        check(gate[g], gated(plain[1], router), right, "gate")
+        # of what was found: only z's own arithmetic and its one rounding
+        check(z[g], spread(gate[g], hidden[g]), spread(gate[g].double(), hidden[g].double()), "z")
 
 
 def test_gate_of_large_logits_is_finite():
-    products = torch.tensor([[1.0, 3e38, -3e38]])
-    _, gate, _ = OPS.route(products, None, 1, 1, 2, 1.0, 1.0, torch.float32)
+    shrink = torch.tensor([[1.0], [2e38], [-2e38]])
+    _, _, gate, _ = experts(torch.ones(1, 1), [shrink], [torch.ones(1, 2, 1)])
     assert gate.tolist() == [[[1.0, 0.0]]]
 
 
 @SHAPED
 @DTYPES
 @pytest.mark.parametrize("added", ["nothing", "bias", "base", "both"])
-def test_expand(shape, dtype, adapter, added):
-    tokens, _, features, rank, experts, _ = shape
-    z, z_exact = drawn(dtype, tokens, experts * rank, seed=5)
-    weight, weight_exact = parameter(adapter, dtype, features, experts, rank, seed=6)
-    bias = drawn(dtype, features, seed=7) if added in ("bias", "both") else (None, None)
-    base = drawn(dtype, tokens, features, seed=8) if added in ("base", "both") else (None, None)
+def test_output(shape, dtype, adapter, added):
+    tokens, columns, features, _, _ = shape
+    x, _ = drawn(dtype, tokens, columns, seed=5)
+    shrinks, _ = shrinks_of(shape, dtype, adapter)
+    expands, exact = expands_of(shape, dtype, adapter)
+    none = [(None, None)] * len(features)
+    biases = [drawn(dtype, n, seed=7) for n in features] if added in ("bias", "both") else none
+    bases = (
+        [drawn(dtype, tokens, n, seed=8) for n in features] if added in ("base", "both") else none
+    )
+    ys, _, _, z = experts(
+        x, shrinks, expands, biases=[bias for bias, _ in biases],
+        bases=[base for base, _ in bases if base is not None],
+    )  # fmt: skip
 
     def product(z, weight, bias, base):
         y = z @ weight.flatten(1).T
         y = y if bias is None else y + bias
         return y if base is None else y + base
 
-    actual = OPS.expand(z, weight, bias[0], base[0])
-    assert actual.dtype == dtype
-    plain = product(z, weight.to(dtype), bias[0], base[0])
-    check(actual, plain, product(z_exact, weight_exact, bias[1], base[1]), "y")
+    for g, y in enumerate(ys):
+        assert y.dtype == dtype
+        (bias, bias_exact), (base, base_exact) = biases[g], bases[g]
+        plain = product(z[g], expands[g].to(dtype), bias, base)
+        check(y, plain, product(z[g].double(), exact[g], bias_exact, base_exact), "y")
 
 
-@SHAPED
-@DTYPES
-@pytest.mark.parametrize("needs_expand", [True, False])
-def test_grad_y(shape, dtype, adapter, needs_expand):
-    tokens, _, features, rank, experts, _ = shape
-    grad, grad_exact = drawn(dtype, tokens, features, seed=9)
-    z, z_exact = drawn(dtype, tokens, experts * rank, seed=10)
-    weight, weight_exact = parameter(adapter, dtype, features, experts, rank, seed=11)
-
-    def gradients(grad, z, weight):
-        return grad @ weight.flatten(1), (grad.T @ z).view(features, experts, rank)
-
-    grad_z, grad_expand = OPS.moe_lora_grad_y(grad, z, weight, needs_expand)
-    plain = gradients(grad, z, weight.to(dtype))
-    truth = gradients(grad_exact, z_exact, weight_exact)
-    assert grad_z.dtype == wide(dtype)
-    assert grad_expand.dtype == adapter
-    check(grad_z, plain[0], truth[0], "grad_z")
-    if needs_expand:
-        check(grad_expand, plain[1], truth[1], "grad_expand")
-    else:
-        assert grad_expand.shape == (0,)
+def backward_case(shape, dtype, adapter):
+    """x, shrinks, expands, what forward leaves, and the outputs' gradients."""
+    tokens, columns, features, rank, count = shape
+    x, _ = drawn(dtype, tokens, columns, seed=9)
+    shrinks, _ = shrinks_of(shape, dtype, adapter)
+    expands, _ = expands_of(shape, dtype, adapter)
+    hidden, _ = drawn(wide(dtype), len(features), tokens, rank, seed=10)
+    gate = torch.softmax(draw(len(features), tokens, count, seed=11), -1).to(wide(dtype))
+    z = spread(gate, hidden).to(dtype)
+    grads = [drawn(dtype, tokens, n, seed=12 + g, scale=n**-0.5)[0] for g, n in enumerate(features)]
+    return x, shrinks, expands, (hidden, gate, z), grads
 
 
-@SHAPED
-@pytest.mark.parametrize("dtype", FLOATS[2:], ids=str)
-def test_route_backward(shape, dtype):
-    tokens, _, _, rank, experts, groups = shape
-    products, _ = drawn(dtype, tokens, groups * (rank + experts), seed=12)
-    grad_z = [drawn(dtype, tokens, experts * rank, seed=13 + g)[0] for g in range(groups)]
-    hidden, gate, _ = OPS.route(products, None, groups, rank, experts, 2.0, 0.7, dtype)
-
-    def gradients(dtype):
-        leaf = products.to(dtype).clone().requires_grad_()
-        z = routed(leaf, None, shape, 2.0, 0.7)[2]
-        z.backward(torch.stack(grad_z).to(dtype))
-        return leaf.grad
-
-    grads = OPS.route_backward(grad_z, hidden, gate, 2.0, 0.7)
-    check(grads, gradients(dtype), gradients(torch.float64), "grads")
-
-
-def grad_x_case(shape, dtype, adapter):
-    x, rows, x_exact, rows_exact, hidden = shrink_case(shape, dtype, adapter)
-    grads, grads_exact = drawn(wide(dtype), x.shape[0], rows.shape[0], seed=14)
-    return (grads, x, rows), (grads_exact, x_exact, rows_exact), hidden
+def grad_products(grad_ys, expands, hidden, gate):
+    """[T, P] in the dtype of all of them: gradients of hidden, then of the logits."""
+    hiddens, logits = [], []
+    for g, (grad_y, expand) in enumerate(zip(grad_ys, expands, strict=True)):
+        grad_z = SCALING * (grad_y @ expand.flatten(1)).unflatten(1, expand.shape[1:])
+        hiddens.append((gate[g][:, :, None] * grad_z).sum(1))
+        grad_gate = (grad_z * hidden[g][:, None]).sum(2)
+        mean = (gate[g] * grad_gate).sum(1, keepdim=True)
+        logits.append(gate[g] * (grad_gate - mean) / TEMPERATURE)
+    return torch.cat([*hiddens, *logits], 1)
 
 
 @SHAPED
 @DTYPES
 @DROPPED
-@pytest.mark.parametrize(("needs_x", "needs_rows"), [(True, True), (True, False), (False, True)])
-def test_grad_x(shape, dtype, adapter, p, needs_x, needs_rows):
-    (grads, x, rows), exact, hidden = grad_x_case(shape, dtype, adapter)
-    keep = keep_of(*x.shape, p)
+@pytest.mark.parametrize(
+    ("needs_x", "needs_shrink", "needs_expand"),
+    [(True, True, True), (True, False, False), (False, True, False), (False, False, True)],
+)
+def test_backward(shape, dtype, adapter, p, needs_x, needs_shrink, needs_expand):
+    tokens, columns, features, rank, _ = shape
+    x, shrinks, expands, saved, grad_ys = backward_case(shape, dtype, adapter)
+    grad_x, grad_shrink, grad_expand, grads = OPS.moe_lora_experts_backward(
+        grad_ys, x, shrinks, expands, *saved, SCALING, TEMPERATURE, p, SEED if p else None,
+        needs_x, needs_shrink, needs_expand,
+    )  # fmt: skip
+    hidden, gate, z = saved
+    plain = grad_products(
+        grad_ys, [e.to(dtype) for e in expands], *(s.to(dtype) for s in saved[:2])
+    )
+    rounded = [e.to(dtype).double() for e in expands]
+    truth = grad_products([g.double() for g in grad_ys], rounded, hidden.double(), gate.double())
+    assert grads.dtype == wide(dtype)
+    check(grads, plain, truth, "grads")
+    assert grad_x.numel() == needs_x * x.numel()
+    assert [len(grad_shrink), len(grad_expand)] == [
+        needs_shrink * len(features), needs_expand * len(features),
+    ]  # fmt: skip
+    # the rest, of the grads found
+    for g, found in enumerate(grad_expand):
+        grad, weight = grad_ys[g], expands[g]
+        assert found.dtype == adapter
+        exact = (grad.double().T @ z[g].double()).view(weight.shape)
+        check(found, (grad.T @ z[g]).view(weight.shape), exact, "grad_expand")
+    keep, split = keep_of(tokens, columns, p), len(features) * rank
 
-    def gradients(grads, x, rows, keep):
-        of_hidden, of_logits = grads[:, :hidden], grads[:, hidden:]
-        grad_x = keep * (of_hidden @ rows[:hidden]) + of_logits @ rows[hidden:]
-        return grad_x, torch.cat([of_hidden.T @ (keep * x), of_logits.T @ x])
+    def rows(parameters):
+        return torch.cat([s[:rank] for s in parameters]), torch.cat([s[rank:] for s in parameters])
 
-    found = OPS.moe_lora_grad_x(grads, x, rows, hidden, p, SEED if p else None, needs_x, needs_rows)
-    plain = gradients(grads.to(dtype), x, rows.to(dtype), keep.to(dtype))
-    truth = gradients(*exact, keep)
-    assert [one.dtype for one in found] == [dtype, adapter]
+    def of_x(grads, parameters, keep):
+        a, routers = rows(parameters)
+        return keep * (grads[:, :split] @ a) + grads[:, split:] @ routers
+
+    def of_rows(grads, x, keep):
+        both = grads[:, :split].T @ (keep * x), grads[:, split:].T @ x
+        parts = [part.split(len(part) // len(features)) for part in both]
+        return [torch.cat(pair) for pair in zip(*parts, strict=True)]
+
+    here, exact_shrinks = grads.to(dtype), [s.to(dtype).double() for s in shrinks]
     if needs_x:
-        check(found[0], plain[0], truth[0], "grad_x")
-    if needs_rows:
-        check(found[1], plain[1], truth[1], "grad_rows")
-    sizes = [one.numel() for one in found]
-    assert sizes == [needs_x * x.numel(), needs_rows * rows.numel()]
+        assert grad_x.dtype == dtype
+        narrow = of_x(here, [s.to(dtype) for s in shrinks], keep.to(dtype))
+        check(grad_x, narrow, of_x(grads.double(), exact_shrinks, keep), "grad_x")
+    if needs_shrink:
+        exact = of_rows(grads.double(), x.double(), keep)
+        narrow = of_rows(here, x, keep.to(dtype))
+        for found, one, right in zip(grad_shrink, narrow, exact, strict=True):
+            assert found.dtype == adapter
+            check(found, one, right, "grad_shrink", rounded_to=dtype)  # the grads are
+
+
+def one_hot(dtype, tokens, columns):
+    """x of ones and an A that shows each of its columns; nothing else matters."""
+    x, a = torch.ones(tokens, columns, dtype=dtype), torch.eye(columns, dtype=dtype)
+    shrink = torch.cat([a, torch.zeros(1, columns, dtype=dtype)])
+    return x, shrink, torch.ones(1, 1, columns, dtype=dtype)
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_the_dropout_is_that_of_the_definition(dtype):
     """Ones through a one-hot A show every keep bit; a group's linears share them."""
     tokens, columns, p = 40, 300, 0.3
-    x, rows = torch.ones(tokens, columns, dtype=dtype), torch.eye(columns, dtype=dtype)
+    x, shrink, expand = one_hot(dtype, tokens, columns)
     expected = keep_of(tokens, columns, p).float()
-    products = OPS.shrink(x, rows, columns, p, SEED)
-    assert torch.equal(products.float(), expected)
-    grads = torch.ones(tokens, columns, dtype=wide(dtype)) / reference.dropout_scale(p)
-    grad_x, _ = OPS.moe_lora_grad_x(grads, x, rows, columns, p, SEED, True, False)
+    _, hidden, gate, z = experts(x, [shrink] * 2, [expand] * 2, p=p)
+    assert torch.equal(hidden.float(), torch.stack([expected, expected]))
+    grad_ys = [torch.ones(tokens, 1, dtype=dtype)] * 2
+    grad_x, *_ = OPS.moe_lora_experts_backward(
+        grad_ys, x, [shrink] * 2, [expand] * 2, hidden, gate, z, 1.0, 1.0, p, SEED,
+        True, False, False,
+    )  # fmt: skip
     assert torch.equal(grad_x != 0, expected != 0)
 
 
@@ -235,30 +270,39 @@ def test_dropped_values_may_be_infinite(dtype):
     tokens, columns, p = 9, 200, 0.5
     keep = keep_of(tokens, columns, p) != 0
     x = torch.randn(tokens, columns).to(dtype)
-    infinite = x.masked_fill(~keep, float("inf"))
-    zeros = x.masked_fill(~keep, 0.0)
-    rows = torch.randn(3, columns).to(dtype)
-    arguments = rows, 3, p, SEED
-    assert torch.equal(OPS.shrink(infinite, *arguments), OPS.shrink(zeros, *arguments))
-    grads = torch.randn(tokens, 3, dtype=wide(dtype))
-    found, expected = (
-        OPS.moe_lora_grad_x(grads, one, *arguments, False, True)[1] for one in (infinite, zeros)
-    )
-    assert torch.equal(found, expected)
+    infinite, zeros = (x.masked_fill(~keep, value) for value in (float("inf"), 0.0))
+    shrink = torch.randn(4, columns).to(dtype)
+    shrink[3] = 0  # the router sees x undropped: its logits would be infinite
+    expand = torch.randn(5, 1, 3).to(dtype)
+    _, expected, gate, z = experts(zeros, [shrink], [expand], p=p)
+    assert torch.equal(experts(infinite, [shrink], [expand], p=p)[1], expected)
+    grads = [torch.randn(tokens, 5).to(dtype)]
+    found, right = (
+        OPS.moe_lora_experts_backward(
+            grads, one, [shrink], [expand], expected, gate, z, 1.0, 1.0, p, SEED,
+            False, True, False,
+        )[1][0][:3]
+        for one in (infinite, zeros)
+    )  # fmt: skip
+    assert torch.equal(found, right)
 
 
 def test_strides_do_not_matter():
-    x, rows = torch.randn(64, 30).T, torch.randn(64, 9).T
-    assert torch.equal(
-        OPS.shrink(x, rows, 4, 0.2, SEED),
-        OPS.shrink(x.contiguous(), rows.contiguous(), 4, 0.2, SEED),
+    x, shrink, expand = (
+        torch.randn(64, 30).T,
+        torch.randn(64, 8).T,
+        torch.randn(3, 5, 20).permute(2, 1, 0),
     )
-    grads = torch.randn(9, 30).T
-    for found, expected in zip(
-        OPS.moe_lora_grad_x(grads, x, rows, 4, 0.2, SEED, True, True),
-        OPS.moe_lora_grad_x(
-            grads.contiguous(), x.contiguous(), rows.contiguous(), 4, 0.2, SEED, True, True
-        ),
-        strict=True,
+    grad_y = torch.ones(20, 30).T
+    runs = []
+    for given in (
+        (x, shrink, expand, grad_y),
+        [t.contiguous() for t in (x, shrink, expand, grad_y)],
     ):
-        assert torch.equal(found, expected)
+        x, shrink, expand, grad_y = given
+        ys, *saved = experts(x, [shrink], [expand], p=0.2)
+        grad_x, grad_shrink, grad_expand, grads = OPS.moe_lora_experts_backward(
+            [grad_y], x, [shrink], [expand], *saved, 1.0, 1.0, 0.2, SEED, True, True, True
+        )
+        runs.append([*ys, *saved, grad_x, *grad_shrink, *grad_expand, grads])
+    assert all(torch.equal(*pair) for pair in zip(*runs, strict=True))

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from floe_triton import moe_lora
 from lora_cases import draw
 
 import floe.ops  # noqa: F401 - loads the operators
@@ -25,14 +26,14 @@ for dtype in (torch.bfloat16, torch.float16, torch.float32):
     for tokens, columns, features in ((300, 500, 700), (2500, 96, 65)):
         def draw(*shape):
             return (torch.randn(*shape) / 8).to(dtype)
-        x, rows, expand = draw(tokens, columns), draw(12, columns), draw(features, 4, 8)
-        products = ops.shrink(x, rows, 8, 0.1, seed)
-        hidden, gate, z = ops.route(products, None, 1, 8, 4, 1.0, 1.0, dtype)
-        y = ops.expand(z[0], expand, None, None)
-        grad_z, grad_expand = ops.moe_lora_grad_y(y, z[0], expand, True)
-        grads = ops.route_backward([grad_z], hidden, gate, 1.0, 1.0)
-        found = ops.moe_lora_grad_x(grads, x, rows, 8, 0.1, seed, True, True)
-        for one in (products, hidden, gate, z, y, grad_z, grad_expand, grads, *found):
+        x = draw(tokens, columns)
+        shrink = [draw(12, columns), draw(12, columns)]
+        expand = [draw(features, 4, 8), draw(5, 4, 8)]
+        ys, *saved = ops.moe_lora_experts(x, shrink, expand, [], [], [], 1.0, 1.0, 0.1, seed)
+        grad_x, grad_shrink, grad_expand, grads = ops.moe_lora_experts_backward(
+            ys, x, shrink, expand, *saved, 1.0, 1.0, 0.1, seed, True, True, True
+        )
+        for one in (*ys, *saved, grad_x, *grad_shrink, *grad_expand, grads):
             assert one.isfinite().all()
             digest.update(one.contiguous().view(torch.uint8).numpy().tobytes())
 print(digest.hexdigest())
@@ -62,10 +63,9 @@ import test_moe_lora_native as tests
 for shape in tests.SHAPES:
     for adapter in (torch.bfloat16, torch.float32):
         for p in (0.0, 0.3):
-            tests.test_shrink(shape, torch.bfloat16, adapter, p)
-            tests.test_grad_x(shape, torch.bfloat16, adapter, p, True, True)
-        tests.test_expand(shape, torch.bfloat16, adapter, "both")
-        tests.test_grad_y(shape, torch.bfloat16, adapter, True)
+            tests.test_hidden_gate_and_z(shape, torch.bfloat16, adapter, p, True)
+            tests.test_backward(shape, torch.bfloat16, adapter, p, True, True, True)
+        tests.test_output(shape, torch.bfloat16, adapter, "both")
 tests.test_the_dropout_is_that_of_the_definition(torch.bfloat16)
 tests.test_dropped_values_may_be_infinite(torch.bfloat16)
 """
@@ -76,27 +76,29 @@ def test_bfloat16_without_bfloat16_products():
 
 
 def calls(dtype, adapter):
-    """Every operator with arguments that it accepts."""
-    x, rows, hidden, shape = draw(6, 40).to(dtype), draw(10, 40).to(adapter), 6, (2, 3, 2)
-    grads = draw(6, 10).to(torch.promote_types(dtype, torch.float32))
-    routed = OPS.route(OPS.shrink(x, rows, hidden, 0.0, None), None, *shape, 2.0, 1.0, dtype)
-    expand, grad_y = draw(33, 2, 3).to(adapter), draw(6, 33).to(dtype)
-    bias, base = draw(33).to(dtype), draw(6, 33).to(dtype)
-    z = routed[2][0]
-    wide_z = [one.to(grads.dtype) for one in routed[2]]
+    """Both operators with arguments that they accept."""
+    x, shrink = draw(6, 40).to(dtype), [draw(5, 40).to(adapter) for _ in range(2)]
+    expand = [draw(count, 2, 3).to(adapter) for count in (33, 8)]
+    routers, biases = [draw(2).to(adapter)] * 2, [draw(33).to(dtype), None]
+    bases = [draw(6, count).to(dtype) for count in (33, 8)]
+    adapters, numbers = (x, shrink, expand), (2.0, 0.5, 0.0, None)
+    ys, *saved = OPS.moe_lora_experts(*adapters, [], [], [], *numbers)
+    dropped = (2.0, 1.0, 0.2, SEED)
     return [
-        (OPS.shrink, (x, rows, hidden, 0.0, None)),
-        (OPS.shrink, (x, rows, hidden, 0.2, SEED)),
-        (OPS.route, (grads, None, *shape, 2.0, 1.0, dtype)),
-        (OPS.route, (grads, draw(2, 2).to(grads.dtype), *shape, 2.0, 0.5, dtype)),
-        (OPS.expand, (z, expand, bias, None)),
-        (OPS.expand, (z, expand, None, base)),
-        (OPS.moe_lora_grad_y, (grad_y, z, expand, True)),
-        (OPS.moe_lora_grad_y, (grad_y, z, expand, False)),
-        (OPS.route_backward, (wide_z, *routed[:2], 2.0, 1.0)),
-        (OPS.moe_lora_grad_x, (grads, x, rows, hidden, 0.2, SEED, True, True)),
-        (OPS.moe_lora_grad_x, (grads, x, rows, hidden, 0.0, None, True, False)),
-        (OPS.moe_lora_grad_x, (grads, x, rows, hidden, 0.0, None, False, True)),
+        (OPS.moe_lora_experts, (*adapters, [], [], [], *numbers)),
+        (OPS.moe_lora_experts, (*adapters, [None, None], [None, None], [], *dropped)),
+        (OPS.moe_lora_experts, (*adapters, routers, biases, [], *numbers)),
+        (OPS.moe_lora_experts, (*adapters, routers, [], bases, *dropped)),
+        *(
+            (OPS.moe_lora_experts_backward, (ys, *adapters, *saved, *numbers, *needs))
+            for numbers, needs in [
+                (numbers, (True, True, True)),
+                (dropped, (True, True, True)),
+                (dropped, (True, False, False)),
+                (numbers, (False, True, False)),
+                (numbers, (False, False, True)),
+            ]
+        ),
     ]
 
 
@@ -108,46 +110,95 @@ def test_opcheck(dtype, adapter):
         torch.library.opcheck(op.default, arguments)
 
 
-def mistakes():
-    x, rows, z, expand = torch.ones(2, 6), torch.ones(5, 6), torch.ones(2, 6), torch.ones(4, 2, 3)
-    products, hidden, gate = torch.ones(2, 5), torch.ones(1, 2, 3), torch.ones(1, 2, 2)
-    one = 1.0
-    yield from [
-        (OPS.shrink, (x.int(), rows.int(), 3, 0.0, None)),
-        (OPS.shrink, (x, rows[:, 1:], 3, 0.0, None)),
-        (OPS.shrink, (x, rows.double(), 3, 0.0, None)),
-        (OPS.shrink, (x[0], rows, 3, 0.0, None)),
-        (OPS.shrink, (x, rows, 6, 0.0, None)),
-        (OPS.shrink, (x, rows, -1, 0.0, None)),
-        (OPS.shrink, (x, rows, 3, 1.0, SEED)),
-        (OPS.shrink, (x, rows, 3, 0.5, None)),
-        (OPS.shrink, (x, rows, 3, 0.5, SEED[None])),
-        (OPS.route, (products, None, 1, 3, 3, one, one, torch.float32)),
-        (OPS.route, (products, None, 0, 3, 2, one, one, torch.float32)),
-        (OPS.route, (products, None, 1, 3, 2, one, 0.0, torch.float32)),
-        (OPS.route, (products, None, 1, 3, 2, one, one, torch.float64)),
-        (OPS.route, (products, None, 1, 3, 2, one, one, torch.int32)),
-        (OPS.route, (products, torch.ones(2, 1), 1, 3, 2, one, one, torch.float32)),
-        (OPS.expand, (z[:, 1:], expand, None, None)),
-        (OPS.expand, (z, expand[0], None, None)),
-        (OPS.expand, (z, expand, torch.ones(3), None)),
-        (OPS.expand, (z, expand, None, torch.ones(2, 3))),
-        (OPS.expand, (z, expand, None, torch.ones(2, 4, dtype=torch.float64))),
-        (OPS.moe_lora_grad_y, (torch.ones(2, 3), z, expand, True)),
-        (OPS.moe_lora_grad_y, (torch.ones(3, 4), z, expand, True)),
-        (OPS.moe_lora_grad_y, (torch.ones(2, 4), z.double(), expand, True)),
-        (OPS.route_backward, ([], hidden, gate, one, one)),
-        (OPS.route_backward, ([z[:, 1:]], hidden, gate, one, one)),
-        (OPS.route_backward, ([z.double()], hidden, gate, one, one)),
-        (OPS.route_backward, ([z], hidden, gate[:, 1:], one, one)),
-        (OPS.route_backward, ([z], hidden, gate, one, -1.0)),
-        (OPS.moe_lora_grad_x, (products[1:], x, rows, 3, 0.0, None, True, True)),
-        (OPS.moe_lora_grad_x, (products.double(), x, rows, 3, 0.0, None, True, True)),
-        (OPS.moe_lora_grad_x, (products, x, rows, 3, 0.5, None, True, True)),
-    ]
+def forward(**changes):
+    x, shrink, expand = torch.ones(2, 6), [torch.ones(5, 6)], [torch.ones(4, 2, 3)]
+    given = {
+        "x": x, "shrink_weights": shrink, "expand_weights": expand, "router_biases": [],
+        "biases": [], "base_outputs": [], "scaling": 1.0, "temperature": 1.0, "dropout_p": 0.0,
+        "seed": None,
+    }  # fmt: skip
+    return OPS.moe_lora_experts, {**given, **changes}
 
 
-@pytest.mark.parametrize(("op", "arguments"), list(mistakes()))
-def test_direct_calls_are_guarded(op, arguments):
+def backward(**changes):
+    _, given = forward()
+    for name in ("router_biases", "biases", "base_outputs"):
+        del given[name]
+    saved = {"hidden": (1, 2, 3), "gate": (1, 2, 2), "z": (1, 2, 6)}
+    given |= {name: torch.ones(shape) for name, shape in saved.items()}
+    given |= {"grad_ys": [torch.ones(2, 4)]}
+    given |= dict.fromkeys(("needs_x", "needs_shrink", "needs_expand"), True)
+    return OPS.moe_lora_experts_backward, {**given, **changes}
+
+
+@pytest.mark.parametrize("call", [forward, backward])
+def test_right_calls_are_taken(call):
+    op, arguments = call()
+    op(**arguments)
+
+
+ONES = torch.ones
+MISTAKES = [
+    *(
+        (call, changes)
+        for call in (forward, backward)
+        for changes in (
+            {"x": ONES(2, 6).int()},
+            {"x": ONES(6)},
+            {"x": ONES(2, 7)},
+            {"shrink_weights": []},
+            {"shrink_weights": [ONES(4, 6)]},
+            {"shrink_weights": [ONES(5, 6).half()]},
+            {"shrink_weights": [ONES(5, 6).double()]},
+            {"expand_weights": [], "shrink_weights": []},
+            {"expand_weights": [ONES(2, 3)]},
+            {"expand_weights": [ONES(4, 2, 0)]},
+            {"expand_weights": [ONES(4, 3, 3)]},
+            {"expand_weights": [ONES(4, 2, 3)] * 2},
+            {"temperature": 0.0},
+            {"dropout_p": 1.0, "seed": SEED},
+            {"dropout_p": 0.5},
+            {"dropout_p": 0.5, "seed": SEED[None]},
+        )
+    ),
+    (forward, {"x": ONES(2, 6).double()}),  # float64 takes no narrower parameter
+    (forward, {"router_biases": [ONES(3)]}),
+    (forward, {"router_biases": [ONES(2)] * 2}),
+    (forward, {"biases": [ONES(3)]}),
+    (forward, {"biases": [ONES(4).double()]}),
+    (forward, {"biases": [None, None]}),
+    (forward, {"base_outputs": [ONES(2, 3)]}),
+    (forward, {"base_outputs": [ONES(2, 4).double()]}),
+    (forward, {"base_outputs": [ONES(2, 4)] * 2}),
+    (backward, {"grad_ys": []}),
+    (backward, {"grad_ys": [ONES(2, 3)]}),
+    (backward, {"grad_ys": [ONES(2, 4).double()]}),
+    (backward, {"hidden": ONES(1, 2, 2)}),
+    (backward, {"hidden": ONES(1, 2, 3).double()}),
+    (backward, {"gate": ONES(2, 2, 2)}),
+    (backward, {"gate": ONES(1, 2, 2).double()}),
+    (backward, {"z": ONES(1, 2, 5)}),
+    (backward, {"z": ONES(1, 2, 6).double()}),
+]
+
+
+@pytest.mark.parametrize(("call", "changes"), MISTAKES)
+def test_direct_calls_are_guarded(call, changes):
+    op, arguments = call(**changes)
     with pytest.raises(RuntimeError, match="floe: "):
-        op(*arguments)
+        op(**arguments)
+
+
+def test_a_float32_adapter_on_float64_is_computed_in_float64():
+    """Its gradients are float32: no more is written than they hold."""
+    x, weight, shrink, expand = draw(9, 20), draw(300, 20), draw(6, 20), draw(300, 2, 4)
+    found = []
+    for adapter in (torch.float32, torch.float64):
+        leaves = [p.float().to(adapter).requires_grad_() for p in (shrink, expand)]
+        y = moe_lora(x, weight, None, *leaves, scaling=1.0, backend="native")
+        y.backward(torch.ones_like(y))
+        assert all(leaf.grad.dtype == adapter for leaf in leaves)
+        found.append([y.detach(), *(leaf.grad for leaf in leaves)])
+    assert torch.equal(found[0][0], found[1][0])
+    for narrow, wide in zip(found[0][1:], found[1][1:], strict=True):
+        assert torch.equal(narrow, wide.float())

@@ -1,13 +1,16 @@
-// What the operators of the MoE-LoRA linear share: argument checks, and running a call's steps.
+// What the operators of the MoE-LoRA linear share: argument checks, and running calls' steps.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
+#include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <initializer_list>
 #include <optional>
-#include <type_traits>
+#include <vector>
 
 #include "bindings/checks.h"
 #include "moe_lora/linear_bf16_dot.h"
@@ -18,6 +21,7 @@ namespace floe::bindings {
 using moe_lora::Dropout;
 using moe_lora::Step;
 using Sizes = std::initializer_list<std::int64_t>;
+using OptionalTensors = std::vector<std::optional<Tensor>>;
 
 inline constexpr std::int64_t kRoutedPerThread =
     1 << 12;  // as kElementsPerThread, each an exponential
@@ -54,12 +58,6 @@ inline void check_type(const char* name, const Tensor& tensor, ScalarType type) 
   STD_TORCH_CHECK(tensor.scalar_type() == type, "floe: ", name, " has a wrong dtype");
 }
 
-// A parameter: of the activations' dtype, in which it is used, or float32.
-inline void check_parameter(const char* name, const Tensor& tensor, ScalarType type) {
-  STD_TORCH_CHECK(tensor.scalar_type() == type || tensor.scalar_type() == ScalarType::Float,
-                  "floe: ", name, " must have the activations' dtype or float32");
-}
-
 inline std::int64_t value_of_seed(const Tensor& seed) {
   STD_TORCH_CHECK(seed.dim() == 0 && seed.scalar_type() == ScalarType::Long && seed.is_cpu(),
                   "floe: seed must be a 0-dimensional int64 tensor on x's device");
@@ -73,24 +71,120 @@ inline Dropout check_dropout(double p, const std::optional<Tensor>& seed) {
   return {true, p, value_of_seed(*seed)};
 }
 
-// All steps of a call, tasks spread over threads; `elements` is the size of what is read.
-template <template <typename> class Call, typename T>
-void run_steps(const Call<T>& call, std::int64_t elements) {
-  for (const Step step : {Step::kPack, Step::kRun, Step::kFinish}) {
-    const std::int64_t tasks = call.tasks(step);
-    if (tasks == 0) continue;
-    const std::int64_t grain = 1 + kElementsPerThread / (1 + elements / tasks);
-    torch::stable::parallel_for(0, tasks, grain, [&](std::int64_t first, std::int64_t last) {
+// What both directions of a group of linears take, checked and contiguous. Holds the tensors that
+// the raw pointers of a call point into.
+struct GroupArguments {
+  Tensor x;                            // [T, K]
+  std::vector<Tensor> shrink, expand;  // of each linear [r + M, K] and [N, M, r]
+  moe_lora::Group group;
+  double scaling, temperature;
+  Dropout dropout;
+
+  std::int64_t tokens() const { return x.size(0); }
+  std::int64_t columns() const { return x.size(1); }
+  std::int64_t features(std::size_t linear) const { return expand[linear].size(0); }
+  // N of all linears.
+  std::int64_t all_features() const {
+    std::int64_t sum = 0;
+    for (const Tensor& one : expand) sum += one.size(0);
+    return sum;
+  }
+  ScalarType type() const { return x.scalar_type(); }
+  ScalarType wide() const { return accumulator_type(x); }
+
+  template <typename T>
+  moe_lora::Parameter<T> parameter(const Tensor& stored) const {
+    return {stored.const_data_ptr(), stored.scalar_type() != type()};
+  }
+  template <typename T>
+  std::vector<moe_lora::Parameter<T>> shrink_parameters() const {
+    std::vector<moe_lora::Parameter<T>> found;
+    for (const Tensor& one : shrink) found.push_back(parameter<T>(one));
+    return found;
+  }
+};
+
+// A parameter has x's dtype, in which it is used, or that of sums.
+inline Tensor check_parameter(const char* name, const Tensor& tensor, Sizes sizes,
+                              const Tensor& x) {
+  check_shape(name, tensor, sizes);
+  STD_TORCH_CHECK(
+      tensor.scalar_type() == x.scalar_type() || tensor.scalar_type() == accumulator_type(x),
+      "floe: ", name, " must have x's dtype or float32 (float64 for float64 x)");
+  return torch::stable::contiguous(tensor);
+}
+
+inline GroupArguments check_group(const Tensor& x, const std::vector<Tensor>& shrink,
+                                  const std::vector<Tensor>& expand, double scaling,
+                                  double temperature, double dropout_p,
+                                  const std::optional<Tensor>& seed) {
+  STD_TORCH_CHECK(x.is_cpu() && x.dim() == 2, "floe: x must be [T, K]");
+  with_float_type(x.scalar_type(), [](auto) {});  // refuses other dtypes
+  STD_TORCH_CHECK(!expand.empty() && expand.size() == shrink.size(),
+                  "floe: shrink_weights and expand_weights must have one entry per linear");
+  STD_TORCH_CHECK(expand[0].dim() == 3 && expand[0].size(1) >= 1 && expand[0].size(2) >= 1,
+                  "floe: expand_weights must be [N, M, r] with M, r >= 1");
+  STD_TORCH_CHECK(temperature > 0.0, "floe: temperature must be > 0, got ", temperature);
+  const std::int64_t experts = expand[0].size(1), rank = expand[0].size(2);
+  GroupArguments arguments{torch::stable::contiguous(x),
+                           {},
+                           {},
+                           {static_cast<std::int64_t>(expand.size()), rank, experts},
+                           scaling,
+                           temperature,
+                           check_dropout(dropout_p, seed)};
+  for (std::size_t g = 0; g < expand.size(); ++g) {
+    STD_TORCH_CHECK(expand[g].dim() == 3, "floe: expand_weights must be [N, M, r]");
+    arguments.shrink.push_back(
+        check_parameter("shrink_weights", shrink[g], {rank + experts, x.size(1)}, x));
+    arguments.expand.push_back(
+        check_parameter("expand_weights", expand[g], {expand[g].size(0), experts, rank}, x));
+  }
+  return arguments;
+}
+
+template <typename Call>
+void run_tasks(const Call& call, Step step, std::int64_t first, std::int64_t last) {
 #if defined(FLOE_BF16_DOT)
-      if constexpr (std::is_same_v<T, BFloat16>) {
-        if (moe_lora::bf16_dot::available()) {
-          return moe_lora::bf16_dot::run(call, step, first, last);
-        }
-      }
+  if constexpr (requires { moe_lora::bf16_dot::run(call, step, first, last); }) {
+    if (moe_lora::bf16_dot::available()) return moe_lora::bf16_dot::run(call, step, first, last);
+  }
 #endif
-      moe_lora::run(call, step, first, last);
+  moe_lora::run(call, step, first, last);
+}
+
+// Steps of several calls side by side, their tasks spread over threads.
+class Tasks {
+ public:
+  // The call must outlive this.
+  template <typename Call>
+  void add(const Call& call, Step step) {
+    const std::int64_t first = count_;
+    count_ += call.tasks(step);
+    parts_.push_back({first, count_, [&call, step](std::int64_t from, std::int64_t to) {
+                        run_tasks(call, step, from, to);
+                      }});
+  }
+
+  // `elements`: the size of what all tasks read.
+  void run(std::int64_t elements) const {
+    if (count_ == 0) return;
+    const std::int64_t grain = 1 + kElementsPerThread / (1 + elements / count_);
+    torch::stable::parallel_for(0, count_, grain, [&](std::int64_t first, std::int64_t last) {
+      for (const Part& part : parts_) {
+        const std::int64_t from = std::max(first, part.first), to = std::min(last, part.last);
+        if (from < to) part.run(from - part.first, to - part.first);
+      }
     });
   }
-}
+
+ private:
+  struct Part {
+    std::int64_t first, last;
+    std::function<void(std::int64_t, std::int64_t)> run;
+  };
+  std::vector<Part> parts_;
+  std::int64_t count_ = 0;
+};
 
 }  // namespace floe::bindings

@@ -72,22 +72,16 @@ STABLE_TORCH_LIBRARY_FRAGMENT(floe, m) {
       "Tensor? token_mask, Tensor? sample_scale) -> ()");
   m.def("dropout(Tensor x, float p, Tensor seed) -> Tensor");
   m.def(
-      "shrink(Tensor x, Tensor rows, int hidden_rows, float dropout_p, Tensor? seed) -> Tensor "
-      "products");
+      "moe_lora_experts(Tensor x, Tensor[] shrink_weights, Tensor[] expand_weights, "
+      "Tensor?[] router_biases, Tensor?[] biases, Tensor[] base_outputs, float scaling, "
+      "float temperature, float dropout_p, Tensor? seed) -> (Tensor[] ys, Tensor hidden, "
+      "Tensor gate, Tensor z)");
   m.def(
-      "route(Tensor products, Tensor? router_bias, int groups, int rank, int experts, "
-      "float scaling, float temperature, ScalarType dtype) -> (Tensor hidden, Tensor gate, "
-      "Tensor z)");
-  m.def("expand(Tensor z, Tensor expand, Tensor? bias, Tensor? base) -> Tensor y");
-  m.def(
-      "moe_lora_grad_y(Tensor grad_y, Tensor z, Tensor expand, bool needs_expand) -> "
-      "(Tensor grad_z, Tensor grad_expand)");
-  m.def(
-      "route_backward(Tensor[] grad_z, Tensor hidden, Tensor gate, float scaling, "
-      "float temperature) -> Tensor grads");
-  m.def(
-      "moe_lora_grad_x(Tensor grads, Tensor x, Tensor rows, int hidden_rows, float dropout_p, "
-      "Tensor? seed, bool needs_x, bool needs_rows) -> (Tensor grad_x, Tensor grad_rows)");
+      "moe_lora_experts_backward(Tensor[] grad_ys, Tensor x, Tensor[] shrink_weights, "
+      "Tensor[] expand_weights, Tensor hidden, Tensor gate, Tensor z, float scaling, "
+      "float temperature, float dropout_p, Tensor? seed, bool needs_x, bool needs_shrink, "
+      "bool needs_expand) -> (Tensor grad_x, Tensor[] grad_shrink, Tensor[] grad_expand, "
+      "Tensor grad_products)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(floe, CPU, m) {

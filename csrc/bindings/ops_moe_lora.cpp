@@ -3,9 +3,14 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
+#include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <optional>
 #include <tuple>
+#include <utility>
+#include <vector>
 
 #include "bindings/moe_lora_calls.h"
 #include "moe_lora/dropout_cpu.h"
@@ -35,113 +40,157 @@ Tensor dropout_cpu(const Tensor& x, double p, const Tensor& seed) {
   return output;
 }
 
-Tensor shrink_cpu(const Tensor& x, const Tensor& rows, std::int64_t hidden_rows, double dropout_p,
-                  const std::optional<Tensor>& seed) {
-  STD_TORCH_CHECK(x.dim() == 2 && rows.dim() == 2, "floe: x must be [T, K], rows [P, K]");
-  const std::int64_t tokens = x.size(0), columns = x.size(1), row_count = rows.size(0);
-  check_shape("rows", rows, {row_count, columns});
-  check_parameter("rows", rows, x.scalar_type());
-  STD_TORCH_CHECK(0 <= hidden_rows && hidden_rows <= row_count,
-                  "floe: hidden_rows must be in [0, P]");
-  const Dropout dropout = check_dropout(dropout_p, seed);
-  const Tensor input = torch::stable::contiguous(x), parameter = contiguous(rows, x.scalar_type());
-  Tensor products = empty(x, {tokens, row_count}, accumulator_type(x));
-  with_float_type(x.scalar_type(), [&]<typename T>(T) {
-    moe_lora::Shrink<T> call{data<T>(input),
-                             data<T>(parameter),
-                             mutable_data<Accumulator<T>>(products),
-                             nullptr,
-                             tokens,
-                             columns,
-                             hidden_rows,
-                             row_count,
-                             dropout};
-    const Tensor packed = empty(x, {call.packed_size()}, accumulator_type(x));
-    call.packed = packed.mutable_data_ptr();
-    run_steps(call, tokens * columns);
-  });
-  return products;
+// What op moe_lora_experts returns, in the order of its schema.
+struct Outputs {
+  std::vector<Tensor> ys;
+  Tensor hidden, gate, z;
+};
+
+Outputs new_outputs(const GroupArguments& in) {
+  const auto& [linears, rank, experts] = in.group;
+  std::vector<Tensor> ys;
+  for (std::size_t g = 0; g < in.expand.size(); ++g) {
+    ys.push_back(empty(in.x, {in.tokens(), in.features(g)}, in.type()));
+  }
+  return {ys, empty(in.x, {linears, in.tokens(), rank}, in.wide()),
+          empty(in.x, {linears, in.tokens(), experts}, in.wide()),
+          empty(in.x, {linears, in.tokens(), experts * rank}, in.type())};
 }
 
-std::tuple<Tensor, Tensor, Tensor> route_cpu(const Tensor& products,
-                                             const std::optional<Tensor>& router_bias,
-                                             std::int64_t groups, std::int64_t rank,
-                                             std::int64_t experts, double scaling,
-                                             double temperature, ScalarType dtype) {
-  STD_TORCH_CHECK(groups >= 1 && rank >= 1 && experts >= 1,
-                  "floe: groups, rank and experts must be >= 1");
-  STD_TORCH_CHECK(products.dim() == 2, "floe: products must be [T, groups * (rank + experts)]");
-  const std::int64_t tokens = products.size(0);
-  const ScalarType wide = dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-  check_shape("products", products, {tokens, groups * (rank + experts)});
-  check_type("products", products, wide);
-  STD_TORCH_CHECK(temperature > 0.0, "floe: temperature must be > 0, got ", temperature);
-  std::optional<Tensor> bias;
-  if (router_bias) {
-    check_shape("router_bias", *router_bias, {groups, experts});
-    bias = contiguous(*router_bias, wide);
+// [G, M] of the accumulator's type; none where no linear has one.
+std::optional<Tensor> stack_router_biases(const OptionalTensors& biases, const GroupArguments& in) {
+  STD_TORCH_CHECK(biases.empty() || biases.size() == in.expand.size(),
+                  "floe: router_biases must have one entry per linear or none");
+  if (biases.empty() || !biases[0]) return std::nullopt;
+  const std::int64_t experts = in.group.experts;
+  Tensor stacked = empty(in.x, {in.group.linears, experts}, in.wide());
+  auto* target = static_cast<char*>(stacked.mutable_data_ptr());
+  for (const std::optional<Tensor>& bias : biases) {
+    STD_TORCH_CHECK(bias.has_value(), "floe: router_biases must be all given or all None");
+    check_shape("router_biases", *bias, {experts});
+    const Tensor wide = contiguous(*bias, in.wide());
+    const auto bytes = static_cast<std::size_t>(experts) * wide.element_size();
+    std::memcpy(target, wide.const_data_ptr(), bytes);
+    target += bytes;
   }
-  const Tensor input = torch::stable::contiguous(products);
-  Tensor hidden = empty(input, {groups, tokens, rank}, wide);
-  Tensor gate = empty(input, {groups, tokens, experts}, wide);
-  Tensor z = empty(input, {groups, tokens, experts * rank}, dtype);
-  with_float_type(dtype, [&]<typename T>(T) {
-    using A = Accumulator<T>;
-    const moe_lora::Route<T> call{data<A>(input),          bias ? data<A>(*bias) : nullptr,
-                                  mutable_data<A>(hidden), mutable_data<A>(gate),
-                                  mutable_data<T>(z),      {tokens, groups, rank, experts},
-                                  static_cast<A>(scaling), static_cast<A>(temperature)};
-    parallel_for(
-        0, tokens, 1 + kRoutedPerThread / (groups * rank * experts),
-        [&](std::int64_t first, std::int64_t last) { moe_lora::route_tokens(call, first, last); });
-  });
-  return {hidden, gate, z};
+  return stacked;
 }
 
-Tensor expand_cpu(const Tensor& z, const Tensor& expand, const std::optional<Tensor>& bias,
-                  const std::optional<Tensor>& base) {
-  STD_TORCH_CHECK(z.dim() == 2 && expand.dim() == 3, "floe: z must be [T, M r], expand [N, M, r]");
-  const std::int64_t tokens = z.size(0), features = expand.size(0);
-  const std::int64_t width = expand.size(1) * expand.size(2);
-  check_shape("z", z, {tokens, width});
-  check_parameter("expand", expand, z.scalar_type());
-  const Tensor input = torch::stable::contiguous(z),
-               parameter = contiguous(expand, z.scalar_type());
-  std::optional<Tensor> wide_bias, whole_base;
-  if (bias) {
-    check_shape("bias", *bias, {features});
-    wide_bias = contiguous(*bias, accumulator_type(z));
+// What is added to the experts' output of every linear, contiguous.
+struct Added {
+  OptionalTensors biases, bases;  // of each linear [N] or [T, N], or none
+
+  template <typename T>
+  static const T* pointer(const std::optional<Tensor>& tensor) {
+    return tensor ? data<T>(*tensor) : nullptr;
   }
-  if (base) {
-    check_shape("base", *base, {tokens, features});
-    check_type("base", *base, z.scalar_type());
-    whole_base = torch::stable::contiguous(*base);
+};
+
+Added check_added(const OptionalTensors& biases, const std::vector<Tensor>& bases,
+                  const GroupArguments& in) {
+  const std::size_t linears = in.expand.size();
+  STD_TORCH_CHECK(biases.empty() || biases.size() == linears,
+                  "floe: biases must have one entry per linear or none");
+  STD_TORCH_CHECK(bases.empty() || bases.size() == linears,
+                  "floe: base_outputs must have one entry per linear or none");
+  Added added{OptionalTensors(linears), OptionalTensors(linears)};
+  for (std::size_t g = 0; g < biases.size(); ++g) {
+    if (!biases[g]) continue;
+    check_shape("biases", *biases[g], {in.features(g)});
+    check_type("biases", *biases[g], in.type());
+    added.biases[g] = torch::stable::contiguous(*biases[g]);
   }
-  Tensor y = empty(z, {tokens, features}, z.scalar_type());
-  with_float_type(z.scalar_type(), [&]<typename T>(T) {
-    moe_lora::Expand<T> call{data<T>(input),
-                             data<T>(parameter),
-                             wide_bias ? data<Accumulator<T>>(*wide_bias) : nullptr,
-                             whole_base ? data<T>(*whole_base) : nullptr,
-                             mutable_data<T>(y),
-                             nullptr,
-                             tokens,
-                             features,
-                             width};
-    const Tensor packed = empty(z, {call.packed_size()}, accumulator_type(z));
-    call.packed = packed.mutable_data_ptr();
-    run_steps(call, tokens * features);
+  for (std::size_t g = 0; g < bases.size(); ++g) {
+    check_shape("base_outputs", bases[g], {in.tokens(), in.features(g)});
+    check_type("base_outputs", bases[g], in.type());
+    added.bases[g] = torch::stable::contiguous(bases[g]);
+  }
+  return added;
+}
+
+template <typename T>
+std::vector<moe_lora::Expand<T>> expand_calls(const GroupArguments& in, const Added& added,
+                                              const Outputs& out) {
+  std::vector<moe_lora::Expand<T>> calls;
+  const std::int64_t width = in.group.width();
+  const T* z = data<T>(out.z);
+  for (std::size_t g = 0; g < in.expand.size(); ++g, z += in.tokens() * width) {
+    calls.push_back({z, in.parameter<T>(in.expand[g]), Added::pointer<T>(added.biases[g]),
+                     Added::pointer<T>(added.bases[g]), mutable_data<T>(out.ys[g]), nullptr,
+                     in.tokens(), in.features(g), width});
+  }
+  return calls;
+}
+
+// Gives the calls their packed parameters; the tensor that holds them.
+template <typename T>
+Tensor pack(const GroupArguments& in, moe_lora::Shrink<T>& shrink,
+            std::vector<moe_lora::Expand<T>>& expands) {
+  std::int64_t size = shrink.packed_size();
+  for (const auto& expand : expands) size += expand.packed_size();
+  Tensor packed = empty(in.x, {size}, in.wide());
+  auto* next = mutable_data<Accumulator<T>>(packed);
+  Tasks tasks;
+  shrink.packed = std::exchange(next, next + shrink.packed_size());
+  tasks.add(shrink, Step::kPack);
+  for (auto& expand : expands) {
+    expand.packed = std::exchange(next, next + expand.packed_size());
+    tasks.add(expand, Step::kPack);
+  }
+  tasks.run(size);
+  return packed;
+}
+
+// Every parameter is packed once; then each run of tokens takes all three steps in a row.
+template <typename T>
+void run_experts(const GroupArguments& in, const std::optional<Tensor>& router_bias,
+                 const Added& added, const Outputs& out) {
+  using A = Accumulator<T>;
+  using moe_lora::kTokens;
+  const std::int64_t tokens = in.tokens(), columns = in.columns();
+  const auto parameters = in.shrink_parameters<T>();
+  const Tensor products = empty(in.x, {tokens, in.group.row_count()}, in.wide());
+  moe_lora::Shrink<T> shrink{
+      data<T>(in.x), parameters.data(), mutable_data<A>(products), nullptr, tokens, columns,
+      in.group,      in.dropout};
+  const moe_lora::Route<T> route{data<A>(products),
+                                 router_bias ? data<A>(*router_bias) : nullptr,
+                                 mutable_data<A>(out.hidden),
+                                 mutable_data<A>(out.gate),
+                                 mutable_data<T>(out.z),
+                                 tokens,
+                                 in.group,
+                                 static_cast<A>(in.scaling),
+                                 static_cast<A>(in.temperature)};
+  auto expands = expand_calls<T>(in, added, out);
+  const Tensor packed = pack(in, shrink, expands);
+  const std::int64_t grain = 1 + kElementsPerThread / (1 + kTokens * (columns + in.all_features()));
+  parallel_for(0, shrink.tasks(Step::kRun), grain, [&](std::int64_t first, std::int64_t last) {
+    run_tasks(shrink, Step::kRun, first, last);
+    moe_lora::route_tokens(route, first * kTokens, std::min(last * kTokens, tokens));
+    for (const auto& expand : expands) run_tasks(expand, Step::kRun, first, last);
   });
-  return y;
+}
+
+std::tuple<std::vector<Tensor>, Tensor, Tensor, Tensor> experts_cpu(
+    const Tensor& x, const std::vector<Tensor>& shrink_weights,
+    const std::vector<Tensor>& expand_weights, const OptionalTensors& router_biases,
+    const OptionalTensors& biases, const std::vector<Tensor>& base_outputs, double scaling,
+    double temperature, double dropout_p, const std::optional<Tensor>& seed) {
+  const GroupArguments in =
+      check_group(x, shrink_weights, expand_weights, scaling, temperature, dropout_p, seed);
+  const std::optional<Tensor> router_bias = stack_router_biases(router_biases, in);
+  const Added added = check_added(biases, base_outputs, in);
+  const Outputs out = new_outputs(in);
+  with_float_type(in.type(), [&]<typename T>(T) { run_experts<T>(in, router_bias, added, out); });
+  return {out.ys, out.hidden, out.gate, out.z};
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(floe, CPU, m) {
   m.impl("dropout", TORCH_BOX(&dropout_cpu));
-  m.impl("shrink", TORCH_BOX(&shrink_cpu));
-  m.impl("route", TORCH_BOX(&route_cpu));
-  m.impl("expand", TORCH_BOX(&expand_cpu));
+  m.impl("moe_lora_experts", TORCH_BOX(&experts_cpu));
 }
 
 }  // namespace floe::bindings

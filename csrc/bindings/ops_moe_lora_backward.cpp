@@ -3,9 +3,11 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <cstddef>
 #include <cstdint>
 #include <optional>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "bindings/moe_lora_calls.h"
@@ -16,143 +18,160 @@ namespace {
 
 using torch::stable::parallel_for;
 
-std::tuple<Tensor, Tensor> grad_y_cpu(const Tensor& grad_y, const Tensor& z, const Tensor& expand,
-                                      bool needs_expand) {
-  STD_TORCH_CHECK(grad_y.dim() == 2 && expand.dim() == 3,
-                  "floe: grad_y must be [T, N], expand [N, M, r]");
-  const std::int64_t tokens = grad_y.size(0), features = expand.size(0);
-  const std::int64_t width = expand.size(1) * expand.size(2);
-  const ScalarType type = grad_y.scalar_type(), wide = accumulator_type(grad_y);
-  check_shape("grad_y", grad_y, {tokens, features});
-  check_shape("z", z, {tokens, width});
-  check_type("z", z, type);
-  check_parameter("expand", expand, type);
-  const Tensor gradient = torch::stable::contiguous(grad_y), routed = torch::stable::contiguous(z);
-  const Tensor parameter = contiguous(expand, type);
-  Tensor grad_z = empty(z, {tokens, width}, wide);
-  Tensor grad_expand = needs_expand ? torch::stable::new_empty(expand, expand.sizes())
-                                    : empty(expand, {0}, expand.scalar_type());
-  with_float_type(type, [&]<typename T>(T) {
-    using A = Accumulator<T>;
-    moe_lora::GradY<T> call{data<T>(gradient),
-                            data<T>(routed),
-                            data<T>(parameter),
-                            mutable_data<A>(grad_z),
-                            needs_expand ? grad_expand.mutable_data_ptr() : nullptr,
-                            expand.scalar_type() == wide,
-                            nullptr,
-                            nullptr,
-                            nullptr,
-                            tokens,
-                            features,
-                            width};
-    const Tensor packed = empty(z, {call.packed_size()}, wide);
-    const Tensor partial_z = empty(z, {call.partial_z_size()}, wide);
-    const Tensor partial_expand = empty(z, {needs_expand ? call.partial_expand_size() : 0}, wide);
-    call.packed = packed.mutable_data_ptr();
-    call.partial_z = mutable_data<A>(partial_z);
-    call.partial_expand = mutable_data<A>(partial_expand);
-    run_steps(call, tokens * features);
-  });
-  return {grad_z, grad_expand};
+// What op moe_lora_experts_backward returns, in the order of its schema.
+struct Gradients {
+  Tensor x;                            // empty where not needed
+  std::vector<Tensor> shrink, expand;  // one a linear, or none
+  Tensor products;                     // [T, P]
+};
+
+std::vector<Tensor> new_like(const std::vector<Tensor>& tensors) {
+  std::vector<Tensor> found;
+  for (const Tensor& one : tensors) found.push_back(torch::stable::new_empty(one, one.sizes()));
+  return found;
 }
 
-Tensor route_backward_cpu(const std::vector<Tensor>& grad_z, const Tensor& hidden,
-                          const Tensor& gate, double scaling, double temperature) {
-  STD_TORCH_CHECK(hidden.dim() == 3 && gate.dim() == 3,
-                  "floe: hidden must be [G, T, r], gate [G, T, M]");
-  const std::int64_t groups = hidden.size(0), tokens = hidden.size(1);
-  const std::int64_t rank = hidden.size(2), experts = gate.size(2);
-  const ScalarType wide = hidden.scalar_type();
-  STD_TORCH_CHECK(wide == ScalarType::Float || wide == ScalarType::Double,
-                  "floe: hidden must be float32 or float64");
-  STD_TORCH_CHECK(static_cast<std::int64_t>(grad_z.size()) == groups,
-                  "floe: grad_z must hold one tensor a linear");
-  STD_TORCH_CHECK(temperature > 0.0, "floe: temperature must be > 0, got ", temperature);
-  check_shape("gate", gate, {groups, tokens, experts});
-  check_shape("hidden", hidden, {groups, tokens, rank});
-  check_type("gate", gate, wide);
-  std::vector<Tensor> gradients;
-  for (const Tensor& one : grad_z) {
-    check_shape("grad_z", one, {tokens, experts * rank});
-    check_type("grad_z", one, wide);
-    gradients.push_back(torch::stable::contiguous(one));
+// What the forward left, checked and contiguous, and the outputs' gradients.
+struct Saved {
+  std::vector<Tensor> grad_ys;
+  Tensor hidden, gate, z;
+};
+
+Saved check_saved(const std::vector<Tensor>& grad_ys, const Tensor& hidden, const Tensor& gate,
+                  const Tensor& z, const GroupArguments& in) {
+  const auto& [linears, rank, experts] = in.group;
+  STD_TORCH_CHECK(grad_ys.size() == in.expand.size(),
+                  "floe: grad_ys must have one entry per linear");
+  check_shape("hidden", hidden, {linears, in.tokens(), rank});
+  check_shape("gate", gate, {linears, in.tokens(), experts});
+  check_shape("z", z, {linears, in.tokens(), experts * rank});
+  check_type("hidden", hidden, in.wide());
+  check_type("gate", gate, in.wide());
+  check_type("z", z, in.type());
+  Saved saved{{},
+              torch::stable::contiguous(hidden),
+              torch::stable::contiguous(gate),
+              torch::stable::contiguous(z)};
+  for (std::size_t g = 0; g < grad_ys.size(); ++g) {
+    check_shape("grad_ys", grad_ys[g], {in.tokens(), in.features(g)});
+    check_type("grad_ys", grad_ys[g], in.type());
+    saved.grad_ys.push_back(torch::stable::contiguous(grad_ys[g]));
   }
-  const Tensor whole_hidden = torch::stable::contiguous(hidden);
-  const Tensor whole_gate = torch::stable::contiguous(gate);
-  Tensor grads = empty(hidden, {tokens, groups * (rank + experts)}, wide);
-  const auto run = [&]<typename A>(A) {
-    std::vector<const A*> pointers;
-    for (const Tensor& one : gradients) pointers.push_back(data<A>(one));
-    const moe_lora::RouteBackward<A> call{pointers.data(),
-                                          data<A>(whole_hidden),
-                                          data<A>(whole_gate),
-                                          mutable_data<A>(grads),
-                                          {tokens, groups, rank, experts},
-                                          static_cast<A>(scaling),
-                                          static_cast<A>(temperature)};
-    parallel_for(0, tokens, 1 + kRoutedPerThread / (1 + groups * rank * experts),
-                 [&](std::int64_t first, std::int64_t last) {
-                   moe_lora::route_backward_tokens(call, first, last);
-                 });
+  return saved;
+}
+
+// grad_z [G, T, J] and the gradients of the expand weights.
+template <typename T>
+void run_grad_y(const GroupArguments& in, const Saved& saved, const Tensor& grad_z,
+                const Gradients& out) {
+  using A = Accumulator<T>;
+  const std::int64_t tokens = in.tokens(), width = in.group.width();
+  const bool needed = !out.expand.empty();
+  std::vector<moe_lora::GradY<T>> calls;
+  for (std::size_t g = 0; g < in.expand.size(); ++g) {
+    const std::int64_t offset = static_cast<std::int64_t>(g) * tokens * width;
+    calls.push_back({data<T>(saved.grad_ys[g]), data<T>(saved.z) + offset,
+                     in.parameter<T>(in.expand[g]), mutable_data<A>(grad_z) + offset,
+                     needed ? out.expand[g].mutable_data_ptr() : nullptr,
+                     in.expand[g].scalar_type() == in.wide(), nullptr, nullptr, nullptr, tokens,
+                     in.features(g), width});
+  }
+  const auto partial_expand = [&](const auto& call) {
+    return needed ? call.partial_expand_size() : 0;
   };
-  if (wide == ScalarType::Double) {
-    run(double{});
-  } else {
-    run(float{});
+  std::int64_t size = 0;
+  for (const auto& call : calls) {
+    size += call.packed_size() + call.partial_z_size() + partial_expand(call);
   }
-  return grads;
+  const Tensor memory = empty(in.x, {size}, in.wide());
+  A* next = mutable_data<A>(memory);
+  Tasks pack, run, finish;
+  for (auto& call : calls) {
+    call.packed = std::exchange(next, next + call.packed_size());
+    call.partial_z = std::exchange(next, next + call.partial_z_size());
+    call.partial_expand = std::exchange(next, next + partial_expand(call));
+    pack.add(call, Step::kPack);
+    run.add(call, Step::kRun);
+    finish.add(call, Step::kFinish);
+  }
+  pack.run(in.all_features() * width);
+  run.run(in.all_features() * tokens);
+  finish.run(in.all_features() * tokens);
 }
 
-std::tuple<Tensor, Tensor> grad_x_cpu(const Tensor& grads, const Tensor& x, const Tensor& rows,
-                                      std::int64_t hidden_rows, double dropout_p,
-                                      const std::optional<Tensor>& seed, bool needs_x,
-                                      bool needs_rows) {
-  STD_TORCH_CHECK(x.dim() == 2 && rows.dim() == 2, "floe: x must be [T, K], rows [P, K]");
-  const std::int64_t tokens = x.size(0), columns = x.size(1), row_count = rows.size(0);
-  const ScalarType type = x.scalar_type(), wide = accumulator_type(x);
-  check_shape("rows", rows, {row_count, columns});
-  check_parameter("rows", rows, type);
-  check_shape("grads", grads, {tokens, row_count});
-  check_type("grads", grads, wide);
-  STD_TORCH_CHECK(0 <= hidden_rows && hidden_rows <= row_count,
-                  "floe: hidden_rows must be in [0, P]");
-  const Dropout dropout = check_dropout(dropout_p, seed);
-  const Tensor gradient = torch::stable::contiguous(grads), input = torch::stable::contiguous(x);
-  const Tensor parameter = contiguous(rows, type);
-  Tensor grad_x = needs_x ? empty(x, {tokens, columns}, type) : empty(x, {0}, type);
-  Tensor grad_rows = needs_rows ? empty(rows, {row_count, columns}, rows.scalar_type())
-                                : empty(rows, {0}, rows.scalar_type());
-  with_float_type(type, [&]<typename T>(T) {
-    using A = Accumulator<T>;
-    moe_lora::GradX<T> call{data<A>(gradient),
-                            data<T>(input),
-                            data<T>(parameter),
-                            needs_x ? mutable_data<T>(grad_x) : nullptr,
-                            needs_rows ? grad_rows.mutable_data_ptr() : nullptr,
-                            rows.scalar_type() == wide,
-                            nullptr,
-                            nullptr,
-                            tokens,
-                            columns,
-                            hidden_rows,
-                            row_count,
-                            dropout};
-    const Tensor packed = empty(x, {call.packed_size()}, wide);
-    const Tensor partial = empty(x, {needs_rows ? call.partial_rows_size() : 0}, wide);
-    call.packed = packed.mutable_data_ptr();
-    call.partial_rows = mutable_data<A>(partial);
-    run_steps(call, tokens * columns);
+template <typename T>
+void run_route_backward(const GroupArguments& in, const Saved& saved, const Tensor& grad_z,
+                        const Gradients& out) {
+  using A = Accumulator<T>;
+  const moe_lora::RouteBackward<A> call{data<A>(grad_z),
+                                        data<A>(saved.hidden),
+                                        data<A>(saved.gate),
+                                        mutable_data<A>(out.products),
+                                        in.tokens(),
+                                        in.group,
+                                        static_cast<A>(in.scaling),
+                                        static_cast<A>(in.temperature)};
+  const std::int64_t grain = 1 + kRoutedPerThread / (in.group.linears * in.group.width());
+  parallel_for(0, in.tokens(), grain, [&](std::int64_t first, std::int64_t last) {
+    moe_lora::route_backward_tokens(call, first, last);
   });
-  return {grad_x, grad_rows};
+}
+
+template <typename T>
+void run_grad_x(const GroupArguments& in, bool needs_x, const Gradients& out) {
+  using A = Accumulator<T>;
+  const auto parameters = in.shrink_parameters<T>();
+  std::vector<void*> grad_shrink;
+  for (const Tensor& one : out.shrink) grad_shrink.push_back(one.mutable_data_ptr());
+  moe_lora::GradX<T> call{data<A>(out.products),
+                          data<T>(in.x),
+                          parameters.data(),
+                          needs_x ? mutable_data<T>(out.x) : nullptr,
+                          grad_shrink.empty() ? nullptr : grad_shrink.data(),
+                          in.shrink[0].scalar_type() == in.wide(),
+                          nullptr,
+                          nullptr,
+                          in.tokens(),
+                          in.columns(),
+                          in.group,
+                          in.dropout};
+  const std::int64_t partial = grad_shrink.empty() ? 0 : call.partial_rows_size();
+  const Tensor memory = empty(in.x, {call.packed_size() + partial}, in.wide());
+  call.packed = memory.mutable_data_ptr();
+  call.partial_rows = mutable_data<A>(memory) + call.packed_size();
+  for (const Step step : {Step::kPack, Step::kRun, Step::kFinish}) {
+    Tasks tasks;
+    tasks.add(call, step);
+    tasks.run(in.tokens() * in.columns());
+  }
+}
+
+std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>, Tensor> experts_backward_cpu(
+    const std::vector<Tensor>& grad_ys, const Tensor& x, const std::vector<Tensor>& shrink_weights,
+    const std::vector<Tensor>& expand_weights, const Tensor& hidden, const Tensor& gate,
+    const Tensor& z, double scaling, double temperature, double dropout_p,
+    const std::optional<Tensor>& seed, bool needs_x, bool needs_shrink, bool needs_expand) {
+  const GroupArguments in =
+      check_group(x, shrink_weights, expand_weights, scaling, temperature, dropout_p, seed);
+  const Saved saved = check_saved(grad_ys, hidden, gate, z, in);
+  const std::int64_t tokens = in.tokens();
+  Gradients out{needs_x ? empty(x, {tokens, in.columns()}, in.type()) : empty(x, {0}, in.type()),
+                needs_shrink ? new_like(in.shrink) : std::vector<Tensor>{},
+                needs_expand ? new_like(in.expand) : std::vector<Tensor>{},
+                empty(x, {tokens, in.group.row_count()}, in.wide())};
+  const Tensor grad_z = empty(x, {in.group.linears, tokens, in.group.width()}, in.wide());
+  with_float_type(in.type(), [&]<typename T>(T) {
+    run_grad_y<T>(in, saved, grad_z, out);
+    run_route_backward<T>(in, saved, grad_z, out);
+    if (needs_x || needs_shrink) run_grad_x<T>(in, needs_x, out);
+  });
+  return {out.x, out.shrink, out.expand, out.products};
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(floe, CPU, m) {
-  m.impl("moe_lora_grad_y", TORCH_BOX(&grad_y_cpu));
-  m.impl("route_backward", TORCH_BOX(&route_backward_cpu));
-  m.impl("moe_lora_grad_x", TORCH_BOX(&grad_x_cpu));
+  m.impl("moe_lora_experts_backward", TORCH_BOX(&experts_backward_cpu));
 }
 
 }  // namespace floe::bindings

@@ -46,10 +46,12 @@ template <typename Lanes, typename T>
 FLOE_HOST_DEVICE void pack_pairs(const GradY<T>& call, std::int64_t first, std::int64_t last) {
   const std::int64_t width = call.padded_width(), end = std::min(last * kTokens, call.features);
   auto* packed = static_cast<typename Lanes::Element*>(call.packed);
+  const Scratch<T> scratch(2 * call.width);
   for (std::int64_t n = first * kTokens; n < end; n += Lanes::kPair) {
-    const T* row = call.expand + n * call.width;
-    Lanes::pair(row, n + 1 < call.features ? row + call.width : nullptr, call.width, width,
-                packed + n * width);
+    const bool is_last = n + 1 == call.features;
+    const T* row =
+        rounded(call.expand, n * call.width, (is_last ? 1 : 2) * call.width, scratch.get());
+    Lanes::pair(row, is_last ? nullptr : row + call.width, call.width, width, packed + n * width);
   }
 }
 
@@ -147,22 +149,27 @@ FLOE_HOST_DEVICE void finish_grad_y(const GradY<T>& call, std::int64_t first, st
   }
 }
 
-// rows [P, K] as the operand of pack_transposed, lanes along K and steps along P: those of A, then
+// The P rows as the operand of pack_transposed, lanes along K and steps along P: those of A, then
 // those of the routers.
 template <typename Lanes, typename T>
 FLOE_HOST_DEVICE void pack_columns(const GradX<T>& call, std::int64_t first, std::int64_t last) {
   constexpr std::int64_t kPair = Lanes::kPair, kLanes = kWide<Lanes>;
-  const std::int64_t hidden = round_up(call.hidden_rows, kPair);
+  const std::int64_t hidden_rows = call.hidden_rows(), row_count = call.row_count();
+  const std::int64_t hidden = round_up(hidden_rows, kPair);
   const std::int64_t rows = hidden + round_up(call.logit_rows(), kPair);
   auto* packed = static_cast<typename Lanes::Element*>(call.packed);
+  T scratch[2][kLanes];
   for (std::int64_t block = first * kPadding; block < last * kPadding; block += kLanes) {
     const std::int64_t count = std::clamp<std::int64_t>(call.columns - block, 0, kLanes);
     for (std::int64_t q = 0; q < rows; q += kPair) {
-      const std::int64_t p = q < hidden ? q : call.hidden_rows + q - hidden;
-      const std::int64_t end = q < hidden ? call.hidden_rows : call.row_count;
-      const T* row = call.rows + p * call.columns + block;
-      Lanes::pair(row, p + 1 < end ? row + call.columns : nullptr, count, kLanes,
-                  packed + block * rows + q * kLanes);
+      const std::int64_t p = q < hidden ? q : hidden_rows + q - hidden;
+      const std::int64_t end = q < hidden ? hidden_rows : row_count;
+      const T* pair[2] = {nullptr, nullptr};
+      for (std::int64_t i = 0; i < std::min<std::int64_t>(kPair, end - p); ++i) {
+        const auto [linear, row] = call.group.stored(p + i);
+        pair[i] = rounded(call.shrink[linear], row * call.columns + block, count, scratch[i]);
+      }
+      Lanes::pair(pair[0], pair[1], count, kLanes, packed + block * rows + q * kLanes);
     }
   }
 }
@@ -178,7 +185,7 @@ struct GradXScratch {
   Mask<Lanes> mask;
 
   FLOE_HOST_DEVICE explicit GradXScratch(const GradX<T>& call)
-      : hidden(round_up(call.hidden_rows, Lanes::kPair)),
+      : hidden(round_up(call.hidden_rows(), Lanes::kPair)),
         rows(hidden + round_up(call.logit_rows(), Lanes::kPair)),
         padded(call.padded_rows()),
         grads(kTokens * rows),
@@ -194,24 +201,25 @@ FLOE_HOST_DEVICE void load_grads(const GradX<T>& call, GradXScratch<Lanes, T>& s
   constexpr std::int64_t kPair = Lanes::kPair;
   using Sum = typename Lanes::Sum;
   const Sum scale = call.dropout.active ? scratch.mask.scale() : Sum{1};
-  const std::int64_t all = round_up(tokens, 4), first_logit = round_up(call.hidden_rows, 4);
+  const std::int64_t hidden_rows = call.hidden_rows(), row_count = call.row_count();
+  const std::int64_t all = round_up(tokens, 4), first_logit = round_up(hidden_rows, 4);
   auto *grads = scratch.grads.get(), *pairs = scratch.grad_pairs.get();
   std::fill(grads, grads + kTokens * scratch.rows, typename Lanes::Element{});
   std::fill(pairs, pairs + all * scratch.padded, typename Lanes::Element{});
   for (std::int64_t t = 0; t < tokens; ++t) {
-    const Sum* source = call.grads + (origin + t) * call.row_count;
+    const Sum* source = call.grads + (origin + t) * row_count;
     auto* step = pairs + t / kPair * scratch.padded * kPair + t % kPair;
-    for (std::int64_t p = 0; p < call.row_count; ++p) {
-      const bool is_hidden = p < call.hidden_rows;
+    for (std::int64_t p = 0; p < row_count; ++p) {
+      const bool is_hidden = p < hidden_rows;
       const auto value = Lanes::element_of_sum(is_hidden ? source[p] * scale : source[p]);
-      const std::int64_t logit = p - call.hidden_rows;
+      const std::int64_t logit = p - hidden_rows;
       grads[t * scratch.rows + (is_hidden ? p : scratch.hidden + logit)] = value;
       step[kPair * (is_hidden ? p : first_logit + logit)] = value;
     }
   }
 }
 
-// grad_rows of a tile's columns; sums are [padded, stride].
+// The rows' gradients in a tile's columns; sums are [padded, stride].
 template <typename Lanes, typename T>
 FLOE_HOST_DEVICE void add_grad_rows(const GradX<T>& call, GradXScratch<Lanes, T>& scratch,
                                     std::int64_t origin, std::int64_t tokens, std::int64_t c,
@@ -219,7 +227,7 @@ FLOE_HOST_DEVICE void add_grad_rows(const GradX<T>& call, GradXScratch<Lanes, T>
                                     std::int64_t stride) {
   constexpr std::int64_t kPair = Lanes::kPair;
   const std::int64_t rows = round_up(tokens, 4), lanes = round_up(columns, kPadding);
-  const std::int64_t hidden = round_up(call.hidden_rows, 4), step = scratch.padded * kPair;
+  const std::int64_t hidden = round_up(call.hidden_rows(), 4), step = scratch.padded * kPair;
   const auto* tile = scratch.tile.get();
   const auto* grads = scratch.grad_pairs.get();
   load_tile<Lanes>(call.x + origin * call.columns + c, call.columns, tokens, columns,
@@ -289,14 +297,14 @@ FLOE_HOST_DEVICE void grad_x_parts(const GradX<T>& call, std::int64_t first, std
   for (std::int64_t task = first; task < last; ++task) {
     const Part part(cut, task);
     auto* sums = call.partial_rows + task * size;
-    if (call.grad_rows) std::fill(sums, sums + size, typename Lanes::Sum{});
+    if (call.grad_shrink) std::fill(sums, sums + size, typename Lanes::Sum{});
     for (std::int64_t t = part.first_token; t < part.last_token; t += kTokens) {
       const std::int64_t tokens = std::min(kTokens, part.last_token - t);
       load_grads(call, scratch, t, tokens);
       for (std::int64_t c = part.first_column; c < part.last_column; c += kColumns) {
         const std::int64_t columns = std::min(kColumns, part.last_column - c);
         if (call.dropout.active) scratch.mask.draw(t, tokens, c);
-        if (call.grad_rows) {
+        if (call.grad_shrink) {
           add_grad_rows(call, scratch, t, tokens, c, columns, sums + c - part.first_column, stride);
         }
         if (call.grad_x) write_grad_x(call, scratch, t, tokens, c, columns);
@@ -309,14 +317,15 @@ template <typename Lanes, typename T>
 FLOE_HOST_DEVICE void finish_grad_x(const GradX<T>& call, std::int64_t first, std::int64_t last) {
   const Cut cut = call.cut();
   const std::int64_t columns = cut.split_columns(), size = call.padded_rows() * columns;
+  const std::int64_t hidden_rows = call.hidden_rows();
   for (std::int64_t p = first; p < last; ++p) {
-    const std::int64_t row =
-        p < call.hidden_rows ? p : round_up(call.hidden_rows, 4) + p - call.hidden_rows;
+    const auto [linear, stored] = call.group.stored(p);
+    const std::int64_t row = p < hidden_rows ? p : round_up(hidden_rows, 4) + p - hidden_rows;
     for (std::int64_t split = 0; split < cut.splits(); ++split) {
       const std::int64_t c = split * columns;
       add_parts<T>(call.partial_rows + split * size + row * columns, cut.chunks(),
-                   cut.splits() * size, std::min(columns, call.columns - c), call.grad_rows,
-                   p * call.columns + c, call.wide_gradient);
+                   cut.splits() * size, std::min(columns, call.columns - c),
+                   call.grad_shrink[linear], stored * call.columns + c, call.wide_gradient);
     }
   }
 }

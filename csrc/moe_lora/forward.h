@@ -8,12 +8,25 @@
 
 namespace floe::moe_lora {
 
+// Elements [offset, offset + count) of a parameter: in place, or rounded into `scratch`.
+template <typename T>
+FLOE_HOST_DEVICE const T* rounded(const Parameter<T>& parameter, std::int64_t offset,
+                                  std::int64_t count, T* __restrict__ scratch) {
+  if (!parameter.wide) return static_cast<const T*>(parameter.data) + offset;
+  const auto* stored = static_cast<const Accumulator<T>*>(parameter.data) + offset;
+  for (std::int64_t i = 0; i < count; ++i) scratch[i] = narrow<T>(stored[i]);
+  return scratch;
+}
+
 template <typename Lanes, typename T>
 FLOE_HOST_DEVICE void pack_rows(const Shrink<T>& call, std::int64_t first, std::int64_t last) {
   auto* packed = static_cast<typename Lanes::Element*>(call.packed);
+  const Scratch<T> scratch(call.columns);
   for (std::int64_t p = first; p < last; ++p) {
     auto* target = packed + p * call.padded_columns();
-    Lanes::load_row(call.rows + p * call.columns, call.columns, target);
+    const auto [linear, row] = call.group.stored(p);
+    const T* source = rounded(call.shrink[linear], row * call.columns, call.columns, scratch.get());
+    Lanes::load_row(source, call.columns, target);
     std::fill(target + call.columns, target + call.padded_columns(), typename Lanes::Element{});
   }
 }
@@ -25,7 +38,7 @@ struct ShrinkScratch {
   Mask<Lanes> mask;
 
   FLOE_HOST_DEVICE explicit ShrinkScratch(const Shrink<T>& call)
-      : sums(kTokens * call.row_count * Lanes::kLanes), mask(call.dropout) {}
+      : sums(kTokens * call.group.row_count() * Lanes::kLanes), mask(call.dropout) {}
 };
 
 // Adds the products of one tile of x, from token `origin` and column `c` on.
@@ -34,21 +47,21 @@ FLOE_HOST_DEVICE void shrink_tile(const Shrink<T>& call, ShrinkScratch<Lanes, T>
                                   std::int64_t origin, std::int64_t tokens, std::int64_t c) {
   const auto* rows = static_cast<const typename Lanes::Element*>(call.packed) + c;
   const std::int64_t count = std::min(kColumns, call.columns - c);
-  const std::int64_t stride = call.padded_columns();
+  const std::int64_t stride = call.padded_columns(), row_count = call.group.row_count();
   const auto* tile = scratch.tile.get();
   auto* sums = scratch.sums.get();
   load_tile<Lanes>(call.x + origin * call.columns + c, call.columns, tokens, count,
                    scratch.tile.get());
   std::int64_t plain = 0;  // rows before this one are done
   if (call.dropout.active) {
-    plain = call.hidden_rows;
+    plain = call.group.hidden_rows();
     scratch.mask.draw(origin, tokens, c);
     scratch.mask.keep_tile(tile, tokens, count, scratch.kept.get());
     dot<Lanes>(scratch.kept.get(), tokens, rows, plain, stride, round_up(count, kPadding), sums,
-               call.row_count);
+               row_count);
   }
-  dot<Lanes>(tile, tokens, rows + plain * stride, call.row_count - plain, stride,
-             round_up(count, kPadding), sums + plain * Lanes::kLanes, call.row_count);
+  dot<Lanes>(tile, tokens, rows + plain * stride, row_count - plain, stride,
+             round_up(count, kPadding), sums + plain * Lanes::kLanes, row_count);
 }
 
 template <typename Lanes, typename T>
@@ -57,18 +70,19 @@ FLOE_HOST_DEVICE void shrink_tokens(const Shrink<T>& call, std::int64_t first, s
   ShrinkScratch<Lanes, T> scratch(call);
   auto* sums = scratch.sums.get();
   const Sum scale = call.dropout.active ? scratch.mask.scale() : Sum{1};
+  const std::int64_t row_count = call.group.row_count(), hidden_rows = call.group.hidden_rows();
   for (std::int64_t task = first; task < last; ++task) {
     const std::int64_t origin = task * kTokens;
     const std::int64_t tokens = std::min(kTokens, call.tokens - origin);
-    std::fill(sums, sums + round_up(tokens, 4) * call.row_count * Lanes::kLanes, Sum{});
+    std::fill(sums, sums + round_up(tokens, 4) * row_count * Lanes::kLanes, Sum{});
     for (std::int64_t c = 0; c < call.columns; c += kColumns) {
       shrink_tile(call, scratch, origin, tokens, c);
     }
     for (std::int64_t t = 0; t < tokens; ++t) {
-      Sum* products = call.products + (origin + t) * call.row_count;
-      for (std::int64_t p = 0; p < call.row_count; ++p) {
-        const Sum total = Lanes::total(sums + (t * call.row_count + p) * Lanes::kLanes);
-        products[p] = p < call.hidden_rows ? total * scale : total;
+      Sum* products = call.products + (origin + t) * row_count;
+      for (std::int64_t p = 0; p < row_count; ++p) {
+        const Sum total = Lanes::total(sums + (t * row_count + p) * Lanes::kLanes);
+        products[p] = p < hidden_rows ? total * scale : total;
       }
     }
   }
@@ -85,11 +99,13 @@ FLOE_HOST_DEVICE void pack_transposed(const Expand<T>& call, std::int64_t first,
   constexpr std::int64_t kPair = Lanes::kPair, kLanes = kWide<Lanes>;
   const std::int64_t steps = ceil_divide(call.width, kPair), whole = call.width / kPair;
   const std::int64_t end = std::min(last * kTokens, round_up(call.features, kLanes));
+  const Scratch<T> scratch(call.width);
   for (std::int64_t n = first * kTokens; n < end; ++n) {
     auto* target = static_cast<typename Lanes::Element*>(call.packed) +
                    (n / kLanes * steps * kLanes + n % kLanes) * kPair;
-    const T* source = call.expand + n * call.width;
     const bool inside = n < call.features;
+    const T* source =
+        inside ? rounded(call.expand, n * call.width, call.width, scratch.get()) : nullptr;
     for (std::int64_t s = 0; s < (inside ? whole : 0); ++s) {
       for (std::int64_t i = 0; i < kPair; ++i) {
         target[s * kLanes * kPair + i] = Lanes::element(source[s * kPair + i]);
@@ -109,7 +125,7 @@ FLOE_HOST_DEVICE void write_sums(const Expand<T>& call, typename Lanes::Sum* __r
                                  std::int64_t t, std::int64_t n, std::int64_t count) {
   const std::int64_t offset = t * call.features + n;
   if (call.bias != nullptr) {
-    for (std::int64_t i = 0; i < count; ++i) sums[i] += call.bias[n + i];
+    for (std::int64_t i = 0; i < count; ++i) sums[i] += widen(call.bias[n + i]);
   }
   if (call.base != nullptr) {
     for (std::int64_t i = 0; i < count; ++i) sums[i] += widen(call.base[offset + i]);

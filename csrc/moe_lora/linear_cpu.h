@@ -4,8 +4,8 @@
 // caller spreads the tasks over threads. What a task computes depends on the sizes alone, and sums
 // over tasks are formed in a fixed order, so results are bitwise the same for any thread count.
 //
-// T tokens, K in features, N out features, P rows (of A, then of the routers), J = M r columns of
-// z. All matrices are contiguous.
+// T tokens, K in features, N out features, P rows that x is multiplied with, J = M r columns of z.
+// All matrices are contiguous.
 #pragma once
 
 #include <cstdint>
@@ -29,23 +29,51 @@ struct Dropout {
   std::int64_t seed = 0;
 };
 
+// A parameter as it is stored: in T, or in the accumulator's type and rounded to T when packed.
+template <typename T>
+struct Parameter {
+  const void* data;
+  bool wide;
+};
+
+// G linears that read one x, of one rank r and number of experts M. Of x's P = G (r + M) products,
+// first come r of hidden for every linear, then M logits for every linear.
+struct Group {
+  std::int64_t linears, rank, experts;
+
+  std::int64_t hidden_rows() const { return linears * rank; }
+  std::int64_t row_count() const { return linears * (rank + experts); }
+  std::int64_t width() const { return experts * rank; }
+
+  // Of the P rows, row p is this row of what that linear stores, [r + M, K].
+  struct Stored {
+    std::int64_t linear, row;
+  };
+  Stored stored(std::int64_t p) const {
+    if (p < hidden_rows()) return {p / rank, p % rank};
+    const std::int64_t logit = p - hidden_rows();
+    return {logit / experts, rank + logit % experts};
+  }
+};
+
 enum class Step { kPack, kRun, kFinish };
 
-// products [T, P] = [dropout(x) rows[:hidden_rows]^T, x rows[hidden_rows:]^T]
+// products [T, P] = [dropout(x) A^T, x R^T]
 template <typename T>
 struct Shrink {
   const T* x;
-  const T* rows;
+  const Parameter<T>* shrink;  // one a linear
   Accumulator<T>* products;
   void* packed;  // packed_size() accumulators
-  std::int64_t tokens, columns, hidden_rows, row_count;
+  std::int64_t tokens, columns;
+  Group group;
   Dropout dropout;
 
   std::int64_t padded_columns() const { return round_up(columns, kPadding); }
-  std::int64_t packed_size() const { return row_count * padded_columns(); }
+  std::int64_t packed_size() const { return group.row_count() * padded_columns(); }
   std::int64_t tasks(Step step) const {
     if (step == Step::kFinish) return 0;
-    return step == Step::kPack ? row_count : ceil_divide(tokens, kTokens);
+    return step == Step::kPack ? group.row_count() : ceil_divide(tokens, kTokens);
   }
 };
 
@@ -53,9 +81,9 @@ struct Shrink {
 template <typename T>
 struct Expand {
   const T* z;
-  const T* expand;             // [N, J]
-  const Accumulator<T>* bias;  // [N] or null
-  const T* base;               // [T, N] or null
+  Parameter<T> expand;  // [N, J]
+  const T* bias;        // [N] or null
+  const T* base;        // [T, N] or null
   T* y;
   void* packed;
   std::int64_t tokens, features, width;  // T, N, J
@@ -87,7 +115,7 @@ template <typename T>
 struct GradY {
   const T* grad_y;
   const T* z;
-  const T* expand;
+  Parameter<T> expand;
   Accumulator<T>* grad_z;
   void* grad_expand;  // T, or the accumulator where wide_gradient; null where not needed
   bool wide_gradient;
@@ -110,26 +138,31 @@ struct GradY {
   }
 };
 
-// grad_x [T, K] = keep / (1 - p) * (grads[:, :hidden] A) + grads[:, hidden:] R and
-// grad_rows [P, K] = [grads[:, :hidden]^T dropout(x), grads[:, hidden:]^T x]
+// Of grads [T, P], those of hidden and of the logits: grad_x [T, K] = keep / (1 - p) * (hidden A) +
+// logits R and grad_shrink, as P rows, = [hidden^T dropout(x), logits^T x]
 template <typename T>
 struct GradX {
   const Accumulator<T>* grads;
   const T* x;
-  const T* rows;
-  T* grad_x;        // null where not needed
-  void* grad_rows;  // T, or the accumulator where wide_gradient; null where not needed
+  const Parameter<T>* shrink;  // one a linear
+  T* grad_x;                   // null where not needed
+  void* const* grad_shrink;    // one a linear, as GradY's grad_expand; null where not needed
   bool wide_gradient;
   void* packed;
   Accumulator<T>* partial_rows;  // [chunks, splits, padded P, split columns]
-  std::int64_t tokens, columns, hidden_rows, row_count;
+  std::int64_t tokens, columns;
+  Group group;
   Dropout dropout;
 
   Cut cut() const { return {tokens, columns}; }
-  std::int64_t logit_rows() const { return row_count - hidden_rows; }
-  std::int64_t padded_rows() const { return round_up(hidden_rows, 4) + round_up(logit_rows(), 4); }
+  std::int64_t hidden_rows() const { return group.hidden_rows(); }
+  std::int64_t row_count() const { return group.row_count(); }
+  std::int64_t logit_rows() const { return row_count() - hidden_rows(); }
+  std::int64_t padded_rows() const {
+    return round_up(hidden_rows(), 4) + round_up(logit_rows(), 4);
+  }
   std::int64_t packed_size() const {
-    return round_up(columns, kPadding) * (round_up(hidden_rows, 2) + round_up(logit_rows(), 2));
+    return round_up(columns, kPadding) * (round_up(hidden_rows(), 2) + round_up(logit_rows(), 2));
   }
   std::int64_t partial_rows_size() const {
     return cut().tasks() * padded_rows() * cut().split_columns();
@@ -137,7 +170,7 @@ struct GradX {
   std::int64_t tasks(Step step) const {
     if (step == Step::kPack) return grad_x ? ceil_divide(columns, kPadding) : 0;
     if (step == Step::kRun) return cut().tasks();
-    return grad_rows ? row_count : 0;
+    return grad_shrink ? row_count() : 0;
   }
 };
 

@@ -26,16 +26,16 @@ void softmax(const A* logits, const A* bias, A temperature, std::int64_t experts
 template <typename T>
 void route_tokens(const Route<T>& call, std::int64_t first, std::int64_t last) {
   using A = Accumulator<T>;
-  const auto& [tokens, groups, rank, experts] = call.shape;
-  for (std::int64_t g = 0; g < groups; ++g) {
+  const auto& [linears, rank, experts] = call.group;
+  for (std::int64_t g = 0; g < linears; ++g) {
     const A* bias = call.bias != nullptr ? call.bias + g * experts : nullptr;
     for (std::int64_t t = first; t < last; ++t) {
-      const A* products = call.products + t * call.shape.columns();
-      A* hidden = call.hidden + (g * tokens + t) * rank;
-      A* gate = call.gate + (g * tokens + t) * experts;
-      T* z = call.z + (g * tokens + t) * experts * rank;
+      const A* products = call.products + t * call.group.row_count();
+      A* hidden = call.hidden + (g * call.tokens + t) * rank;
+      A* gate = call.gate + (g * call.tokens + t) * experts;
+      T* z = call.z + (g * call.tokens + t) * experts * rank;
       std::copy_n(products + g * rank, rank, hidden);
-      softmax(products + groups * rank + g * experts, bias, call.temperature, experts, gate);
+      softmax(products + linears * rank + g * experts, bias, call.temperature, experts, gate);
       for (std::int64_t i = 0; i < experts; ++i, z += rank) {
         const A factor = call.scaling * gate[i];
         for (std::int64_t j = 0; j < rank; ++j) {
@@ -50,15 +50,15 @@ void route_tokens(const Route<T>& call, std::int64_t first, std::int64_t last) {
 // d logit_i = gate_i (d gate_i - sum_l gate_l d gate_l) / temperature.
 template <typename A>
 void route_backward_tokens(const RouteBackward<A>& call, std::int64_t first, std::int64_t last) {
-  const auto& [tokens, groups, rank, experts] = call.shape;
+  const auto& [linears, rank, experts] = call.group;
   for (std::int64_t t = first; t < last; ++t) {
-    A* grads = call.grads + t * call.shape.columns();
-    for (std::int64_t g = 0; g < groups; ++g) {
-      const A* grad_z = call.grad_z[g] + t * experts * rank;
-      const A* hidden = call.hidden + (g * tokens + t) * rank;
-      const A* gate = call.gate + (g * tokens + t) * experts;
+    A* grads = call.grads + t * call.group.row_count();
+    for (std::int64_t g = 0; g < linears; ++g) {
+      const A* grad_z = call.grad_z + (g * call.tokens + t) * experts * rank;
+      const A* hidden = call.hidden + (g * call.tokens + t) * rank;
+      const A* gate = call.gate + (g * call.tokens + t) * experts;
       A* grad_hidden = grads + g * rank;
-      A* grad_logits = grads + groups * rank + g * experts;
+      A* grad_logits = grads + linears * rank + g * experts;
       std::fill_n(grad_hidden, rank, A{0});
       A mean = 0;
       for (std::int64_t i = 0; i < experts; ++i, grad_z += rank) {

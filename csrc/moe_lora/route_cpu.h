@@ -1,21 +1,14 @@
 // The router of a group of linears that read one x, between its products: softmax, the gated
 // hidden z, and both backwards. Small beside every product: T (r + M r) numbers a linear.
 //
-// G linears, T tokens, M experts, r rank. Columns of products and of grads: G blocks of r hidden,
-// then G blocks of M logits. hidden [G, T, r], gate [G, T, M], z and grad_z [G, T, M r].
+// products and grads [T, P], hidden [G, T, r], gate [G, T, M], z and grad_z [G, T, M r].
 #pragma once
 
 #include <cstdint>
 
-#include "number.h"
+#include "moe_lora/linear_cpu.h"
 
 namespace floe::moe_lora {
-
-struct RouteShape {
-  std::int64_t tokens, groups, rank, experts;
-
-  std::int64_t columns() const { return groups * (rank + experts); }
-};
 
 // gate = softmax((logits + bias) / temperature), z = (scaling * gate_i * hidden_j) rounded to T.
 template <typename T>
@@ -26,18 +19,20 @@ struct Route {
   A* hidden;
   A* gate;
   T* z;
-  RouteShape shape;
+  std::int64_t tokens;
+  Group group;
   A scaling, temperature;
 };
 
-// grads [T, G (r + M)] of the products; grad_z holds one pointer a linear.
+// The products' gradients.
 template <typename A>
 struct RouteBackward {
-  const A* const* grad_z;
+  const A* grad_z;
   const A* hidden;
   const A* gate;
   A* grads;
-  RouteShape shape;
+  std::int64_t tokens;
+  Group group;
   A scaling, temperature;
 };
 
