@@ -16,17 +16,9 @@ from torch.autograd.function import once_differentiable
 
 from floe_triton import reference, registration
 from floe_triton.checks import autocasts, check_group, check_settings
+from floe_triton.group import Group, Needs, Routed
 
 __all__ = ["moe_lora", "moe_lora_add", "moe_lora_group", "moe_lora_group_add"]
-
-
-class _Settings(NamedTuple):
-    linears: int
-    on_base: bool  # base outputs are given, not weights
-    scaling: float
-    temperature: float
-    dropout_p: float
-    backend: str
 
 
 def moe_lora(
@@ -140,9 +132,11 @@ def moe_lora_group(
                 weights, biases, shrink_weights, expand_weights, router_biases, strict=True
             )
         ]  # fmt: skip
-    settings = _Settings(len(expand_weights), False, scaling, temperature, dropout_p, backend)
-    x, cast = _autocast(x, [*weights, *biases])
-    return _apply(settings, x, seed, cast, [*shrink_weights, *expand_weights, *router_biases])
+    x, weights, biases = _autocast(x, weights, biases)
+    return _apply(x, Group(
+        weights, biases, [], shrink_weights, expand_weights, router_biases, float(scaling),
+        float(temperature), float(dropout_p), seed if dropout_p > 0.0 else None,
+    ), backend)  # fmt: skip
 
 
 def moe_lora_group_add(
@@ -175,93 +169,88 @@ def moe_lora_group_add(
                 base_outputs, shrink_weights, expand_weights, router_biases, strict=True
             )
         ]  # fmt: skip
-    settings = _Settings(count, True, scaling, temperature, dropout_p, backend)
-    x, cast = _autocast(x, base_outputs)
-    flat = [None if base is None else base.reshape(-1, base.shape[-1]) for base in cast]
-    return _apply(settings, x, seed, flat, [*shrink_weights, *expand_weights, *router_biases])
+    x, base_outputs = _autocast(x, base_outputs)
+    flat = [base.reshape(-1, base.shape[-1]) for base in base_outputs]
+    return _apply(x, Group(
+        [], [], flat, shrink_weights, expand_weights, router_biases, float(scaling),
+        float(temperature), float(dropout_p), seed if dropout_p > 0.0 else None,
+    ), backend)  # fmt: skip
+
+
+class _Call(NamedTuple):
+    """What a call has beside its tensors."""
+
+    backend: str
+    scaling: float
+    temperature: float
+    dropout_p: float
+    linears: int
+    on_base: bool  # base outputs are given, not weights and biases
 
 
 class _MoELoRA(torch.autograd.Function):
-    """``apply(settings, x, seed, *base, *adapters)``.
-
-    ``base`` are the weights then the biases, or the base outputs; ``adapters`` the shrink weights,
-    the expand weights and the router biases.
-    """
+    """``apply(call, x, seed, *group.tensors())``."""
 
     @staticmethod
     def forward(
-        ctx: Any, settings: _Settings, x: Tensor, seed: Tensor | None, *tensors: Tensor | None
+        ctx: Any, call: _Call, x: Tensor, seed: Tensor | None, *tensors: Tensor | None
     ) -> tuple[Tensor, ...]:
-        arguments = _arguments(settings, seed, tensors)
-        ys, *routed = registration.forward_of(x, *tensors)(x, *arguments)
+        group = _group(call, seed, tensors)
+        ys, routed = registration.forward(x, group, call.backend)
         # base outputs are not needed again, and would be kept alive
-        kept = [None] * settings.linears if settings.on_base else tensors[: settings.linears]
-        adapters = tensors[-3 * settings.linears :]
-        ctx.save_for_backward(x, seed, *routed, *kept, *adapters)
-        ctx.settings = settings
+        kept = (*group.weights, *tensors[-3 * call.linears :])
+        ctx.save_for_backward(x, seed, routed.hidden, routed.gate, routed.z, *kept)
+        ctx.call = call
         return tuple(ys)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_ys: Tensor) -> tuple[Tensor | None, ...]:
-        settings: _Settings = ctx.settings
-        count = settings.linears
-        x, seed, hidden, gate, z, *tensors = ctx.saved_tensors
-        weights, adapters = tensors[:count], tensors[count:]
+        call: _Call = ctx.call
+        x, seed, hidden, gate, z, *kept = ctx.saved_tensors
         needs_x, needed = ctx.needs_input_grad[1], ctx.needs_input_grad[3:]
-        base, adapted = needed[: -3 * count], needed[-3 * count :]
-        needs = [any(adapted[i * count : (i + 1) * count]) for i in range(3)]
-        saved = (*([] if settings.on_base else (*weights, *[None] * count)), *adapters)
-        arguments = _arguments(settings._replace(on_base=False), seed, saved)
-        grad_x, *grads = registration.backward_of(x, *grad_ys, *tensors)(
-            list(grad_ys), x, *arguments, hidden, gate, z, needs_x, *needs
-        )
-        on_base = grad_ys if settings.on_base else [None] * (2 * count)
+        base, adapters = needed[: -3 * call.linears], needed[-3 * call.linears :]
+        by_kind = [adapters[i * call.linears : (i + 1) * call.linears] for i in range(3)]
+        found = registration.backward(
+            list(grad_ys), x, _group(call, seed, kept), Routed(hidden, gate, z),
+            Needs(needs_x, *map(any, by_kind)), call.backend,
+        )  # fmt: skip
+        on_base = grad_ys if call.on_base else [None] * len(base)
         of_base = [grad if need else None for grad, need in zip(on_base, base, strict=True)]
         of_adapters = [
-            found[g] if adapted[i * count + g] else None
-            for i, found in enumerate(grads)
-            for g in range(count)
+            grads[g] if need else None
+            for grads, needs in zip(
+                (found.shrink, found.expand, found.router_bias), by_kind, strict=True
+            )
+            for g, need in enumerate(needs)
         ]
-        return (None, grad_x if needs_x else None, None, *of_base, *of_adapters)
+        return (None, found.x, None, *of_base, *of_adapters)
 
 
-def _arguments(
-    settings: _Settings, seed: Tensor | None, tensors: Sequence[Tensor | None]
-) -> tuple[Any, ...]:
-    """What both ops take between x and what is their own."""
-    count = settings.linears
-    shrink, expand, router_biases = (
-        list(tensors[len(tensors) - (3 - i) * count : len(tensors) - (2 - i) * count])
-        for i in range(3)
+def _group(call: _Call, seed: Tensor | None, tensors: Sequence[Tensor | None]) -> Group:
+    """The group of ``Group.tensors()``, or of those that backward needs: no biases, no outputs."""
+    count, given = call.linears, len(tensors)
+    base: Any = list(tensors[: -3 * count])
+    adapters: Any = (list(tensors[given - i * count : given - (i - 1) * count]) for i in (3, 2, 1))
+    shrink, expand, router_biases = adapters
+    weights, biases, base_outputs = (
+        ([], [], base) if call.on_base else (base[:count], base[count:], [])
     )
-    base = list(tensors[: -3 * count])
-    weights, biases = ([], []) if settings.on_base else (base[:count], base[count:])
-    return (
-        weights, biases, base if settings.on_base else [], shrink, expand, router_biases,
-        settings.scaling, settings.temperature, settings.dropout_p, seed, settings.backend,
+    return Group(
+        weights, biases, base_outputs, shrink, expand, router_biases, call.scaling,
+        call.temperature, call.dropout_p, seed,
     )  # fmt: skip
 
 
-def _apply(
-    settings: _Settings,
-    x: Tensor,
-    seed: Tensor | None,
-    base: Sequence[Tensor | None],
-    adapters: Sequence[Tensor | None],
-) -> list[Tensor]:
-    settings = settings._replace(
-        scaling=float(settings.scaling),
-        temperature=float(settings.temperature),
-        dropout_p=float(settings.dropout_p),
-    )
-    seed = seed if settings.dropout_p > 0.0 else None
-    rows, tensors = x.reshape(-1, x.shape[-1]), (*base, *adapters)
+def _apply(x: Tensor, group: Group, backend: str) -> list[Tensor]:
+    rows = x.reshape(-1, x.shape[-1])
+    tensors = group.tensors()
     if _differentiable(x, *tensors):
-        ys = _MoELoRA.apply(settings, rows, seed, *tensors)
+        call = _Call(backend, group.scaling, group.temperature, group.dropout_p, len(group),
+                     bool(group.base_outputs))  # fmt: skip
+        ys = _MoELoRA.apply(call, rows, group.seed, *tensors)
     else:  # a Function would cost as much as a small layer's product
-        forward = registration.forward_of(rows, *tensors)
-        ys = forward(rows, *_arguments(settings, seed, tensors))[0]
+        ys = registration.forward(rows, group, backend)[0]
     return [y.view(*x.shape[:-1], y.shape[-1]) for y in ys]
 
 
@@ -273,9 +262,10 @@ def _given(router_biases: Sequence[Tensor | None] | None, count: int) -> Sequenc
     return [None] * count if router_biases is None else router_biases
 
 
-def _autocast(x: Tensor, tensors: Sequence[Tensor | None]) -> tuple[Tensor, list[Tensor | None]]:
+def _autocast(x: Tensor, *lists: Sequence[Tensor | None]) -> tuple[Any, ...]:
+    """``x`` and the lists, in autocast's dtype where it is on."""
     # float64 stays as it is, as in torch's own autocast
     if not autocasts(x) or x.dtype == torch.float64:
-        return x, list(tensors)
+        return x, *lists
     dtype = torch.get_autocast_dtype(x.device.type)
-    return x.to(dtype), [None if tensor is None else tensor.to(dtype) for tensor in tensors]
+    return x.to(dtype), *([t if t is None else t.to(dtype) for t in each] for each in lists)

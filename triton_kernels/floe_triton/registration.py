@@ -5,7 +5,7 @@ The schemas live here, not in C++, because this package also stands alone, witho
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch.nn import Parameter
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from floe_triton import paths
-from floe_triton.group import Group, Needs, Routed
+from floe_triton.group import Gradients, Group, Needs, Routed
 
 _GROUP = (
     "Tensor[] weights, Tensor?[] biases, Tensor[] base_outputs, Tensor[] shrink_weights, "
@@ -88,21 +88,32 @@ def _backward_fake(
     )
 
 
-def forward_of(*tensors: Tensor | None) -> Callable[..., Any]:
-    """``moe_lora_forward`` for these tensors: the op, or where nobody watches ops, what it runs.
+def forward(x: Tensor, group: Group, backend: str) -> tuple[Tensors, Routed]:
+    """``moe_lora_forward``, or where nobody watches ops, what it runs.
 
     Those who watch are compilers, dispatch modes and tensor subclasses. A call through the
     dispatcher takes as long as five small kernels.
     """
-    return _forward if _unwatched(tensors) else torch.ops.floe.moe_lora_forward
+    if _unwatched(x, *group.tensors()):
+        return paths.forward(x, group, backend)
+    ys, *routed = torch.ops.floe.moe_lora_forward(x, *group.fields(), backend)
+    return ys, Routed(*routed)
 
 
-def backward_of(*tensors: Tensor | None) -> Callable[..., Any]:
+def backward(
+    grad_ys: Tensors, x: Tensor, group: Group, routed: Routed, needs: Needs, backend: str
+) -> Gradients:
     """``moe_lora_backward``, likewise."""
-    return _backward if _unwatched(tensors) else torch.ops.floe.moe_lora_backward
+    if _unwatched(x, *grad_ys, *group.tensors()):
+        return paths.backward(grad_ys, x, group, routed, needs, backend)
+    grad_x, *found = torch.ops.floe.moe_lora_backward(
+        grad_ys, x, *group.fields(), backend, routed.hidden, routed.gate, routed.z, needs.x,
+        needs.shrink, needs.expand, needs.router_bias,
+    )  # fmt: skip
+    return Gradients(grad_x if needs.x else None, *found)
 
 
-def _unwatched(tensors: Sequence[Tensor | None]) -> bool:
+def _unwatched(*tensors: Tensor | None) -> bool:
     if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
         return False
-    return all(t is None or type(t) is Tensor or type(t) is Parameter for t in tensors)
+    return all(type(t) is Tensor or type(t) is Parameter or t is None for t in tensors)
