@@ -141,6 +141,9 @@ Tensor pack(const GroupArguments& in, moe_lora::Shrink<T>& shrink,
   return packed;
 }
 
+// What passes between the steps of so many tasks, of kTokens tokens each, stays in the cache.
+inline constexpr std::int64_t kTasksInCache = 8;
+
 // Every parameter is packed once; then each run of tokens takes all three steps in a row.
 template <typename T>
 void run_experts(const GroupArguments& in, const std::optional<Tensor>& router_bias,
@@ -165,10 +168,13 @@ void run_experts(const GroupArguments& in, const std::optional<Tensor>& router_b
   auto expands = expand_calls<T>(in, added, out);
   const Tensor packed = pack(in, shrink, expands);
   const std::int64_t grain = 1 + kElementsPerThread / (1 + kTokens * (columns + in.all_features()));
-  parallel_for(0, shrink.tasks(Step::kRun), grain, [&](std::int64_t first, std::int64_t last) {
-    run_tasks(shrink, Step::kRun, first, last);
-    moe_lora::route_tokens(route, first * kTokens, std::min(last * kTokens, tokens));
-    for (const auto& expand : expands) run_tasks(expand, Step::kRun, first, last);
+  parallel_for(0, shrink.tasks(Step::kRun), grain, [&](std::int64_t begin, std::int64_t end) {
+    for (std::int64_t first = begin; first < end; first += kTasksInCache) {
+      const std::int64_t last = std::min(first + kTasksInCache, end);
+      run_tasks(shrink, Step::kRun, first, last);
+      moe_lora::route_tokens(route, first * kTokens, std::min(last * kTokens, tokens));
+      for (const auto& expand : expands) run_tasks(expand, Step::kRun, first, last);
+    }
   });
 }
 

@@ -3,45 +3,74 @@
 #include <algorithm>
 #include <cmath>
 
+#include "moe_lora/scratch.h"
+
 namespace floe::moe_lora {
 namespace {
 
-// gate [M] = softmax((logits + bias) / temperature), the largest exponent subtracted.
-template <typename A>
-void softmax(const A* logits, const A* bias, A temperature, std::int64_t experts, A* gate) {
-  for (std::int64_t i = 0; i < experts; ++i) {
-    gate[i] = (logits[i] + (bias != nullptr ? bias[i] : A{0})) / temperature;
+// e^x for x <= 0, to 2 units in the last place; 0 where that is no normal number. NaN stays NaN.
+// Written out because a loop over std::exp is not vectorised.
+FLOE_HOST_DEVICE float exponential(float x) {
+  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: a sum with it is rounded to an integer
+  constexpr float kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;
+  const float shifted = x * 1.44269504f + kRound, n = shifted - kRound;
+  const float f = (x - n * kLn2High) - n * kLn2Low;  // |f| <= ln 2 / 2, where 8 terms suffice
+  float sum = 1.0f / 5040.0f;
+  for (const float term :
+       {1.0f / 720.0f, 1.0f / 120.0f, 1.0f / 24.0f, 1.0f / 6.0f, 0.5f, 1.0f, 1.0f}) {
+    sum = sum * f + term;
   }
-  const A largest = *std::max_element(gate, gate + experts);
-  A sum = 0;
-  for (std::int64_t i = 0; i < experts; ++i) {
-    gate[i] = std::exp(gate[i] - largest);
-    sum += gate[i];
-  }
-  for (std::int64_t i = 0; i < experts; ++i) gate[i] /= sum;
+  const float power = float_from_bits((bits_from_float(shifted) + 127u) << 23);  // 2^n
+  return x < -87.3f ? 0.0f : sum * power;
 }
 
-}  // namespace
+FLOE_HOST_DEVICE double exponential(double x) { return std::exp(x); }
+
+// hidden, and the softmax's exponents, of one linear; the largest exponent of a token is 0.
+template <typename T, typename A = Accumulator<T>>
+FLOE_HOST_DEVICE void take_products(const Route<T>& call, std::int64_t g, std::int64_t first,
+                                    std::int64_t last, A* __restrict__ gate) {
+  const auto& [linears, rank, experts] = call.group;
+  const A* bias = call.bias != nullptr ? call.bias + g * experts : nullptr;
+  for (std::int64_t t = first; t < last; ++t, gate += experts) {
+    const A* products = call.products + t * call.group.row_count();
+    const A* logits = products + linears * rank + g * experts;
+    std::copy_n(products + g * rank, rank, call.hidden + (g * call.tokens + t) * rank);
+    for (std::int64_t i = 0; i < experts; ++i) {
+      gate[i] = (logits[i] + (bias != nullptr ? bias[i] : A{0})) / call.temperature;
+    }
+    const A largest = *std::max_element(gate, gate + experts);
+    for (std::int64_t i = 0; i < experts; ++i) gate[i] -= largest;
+  }
+}
+
+// gate [M] and z [M r] of one token; `gate` holds the exponentials.
+template <typename T, typename A = Accumulator<T>>
+FLOE_HOST_DEVICE void write_gated(const Group& group, A scaling, const A* __restrict__ hidden,
+                                  A* __restrict__ gate, A* __restrict__ wide, T* __restrict__ z) {
+  A sum = 0;
+  for (std::int64_t i = 0; i < group.experts; ++i) sum += gate[i];
+  for (std::int64_t i = 0; i < group.experts; ++i) {
+    gate[i] /= sum;
+    const A factor = scaling * gate[i];
+    for (std::int64_t j = 0; j < group.rank; ++j) wide[i * group.rank + j] = factor * hidden[j];
+  }
+  for (std::int64_t k = 0; k < group.width(); ++k) z[k] = narrow<T>(wide[k]);
+}
 
 template <typename T>
-void route_tokens(const Route<T>& call, std::int64_t first, std::int64_t last) {
+FLOE_HOST_DEVICE void route(const Route<T>& call, std::int64_t first, std::int64_t last) {
   using A = Accumulator<T>;
   const auto& [linears, rank, experts] = call.group;
+  const Scratch<A> wide(call.group.width());
   for (std::int64_t g = 0; g < linears; ++g) {
-    const A* bias = call.bias != nullptr ? call.bias + g * experts : nullptr;
-    for (std::int64_t t = first; t < last; ++t) {
-      const A* products = call.products + t * call.group.row_count();
-      A* hidden = call.hidden + (g * call.tokens + t) * rank;
-      A* gate = call.gate + (g * call.tokens + t) * experts;
-      T* z = call.z + (g * call.tokens + t) * experts * rank;
-      std::copy_n(products + g * rank, rank, hidden);
-      softmax(products + linears * rank + g * experts, bias, call.temperature, experts, gate);
-      for (std::int64_t i = 0; i < experts; ++i, z += rank) {
-        const A factor = call.scaling * gate[i];
-        for (std::int64_t j = 0; j < rank; ++j) {
-          z[j] = narrow<T>(factor * hidden[j]);
-        }
-      }
+    A* gate = call.gate + (g * call.tokens + first) * experts;
+    take_products(call, g, first, last, gate);
+    for (std::int64_t k = 0; k < (last - first) * experts; ++k) gate[k] = exponential(gate[k]);
+    for (std::int64_t t = first; t < last; ++t, gate += experts) {
+      const std::int64_t row = g * call.tokens + t;
+      write_gated(call.group, call.scaling, call.hidden + row * rank, gate, wide.get(),
+                  call.z + row * call.group.width());
     }
   }
 }
@@ -49,7 +78,8 @@ void route_tokens(const Route<T>& call, std::int64_t first, std::int64_t last) {
 // d hidden_j = sum_i gate_i d_ij, d gate_i = sum_j d_ij hidden_j with d = scaling * grad_z, and
 // d logit_i = gate_i (d gate_i - sum_l gate_l d gate_l) / temperature.
 template <typename A>
-void route_backward_tokens(const RouteBackward<A>& call, std::int64_t first, std::int64_t last) {
+FLOE_HOST_DEVICE void route_backward(const RouteBackward<A>& call, std::int64_t first,
+                                     std::int64_t last) {
   const auto& [linears, rank, experts] = call.group;
   for (std::int64_t t = first; t < last; ++t) {
     A* grads = call.grads + t * call.group.row_count();
@@ -77,11 +107,26 @@ void route_backward_tokens(const RouteBackward<A>& call, std::int64_t first, std
   }
 }
 
-template void route_tokens(const Route<BFloat16>&, std::int64_t, std::int64_t);
-template void route_tokens(const Route<Float16>&, std::int64_t, std::int64_t);
-template void route_tokens(const Route<float>&, std::int64_t, std::int64_t);
-template void route_tokens(const Route<double>&, std::int64_t, std::int64_t);
-template void route_backward_tokens(const RouteBackward<float>&, std::int64_t, std::int64_t);
-template void route_backward_tokens(const RouteBackward<double>&, std::int64_t, std::int64_t);
+}  // namespace
+
+#define FLOE_DEFINE(T)                                                           \
+  FLOE_VECTOR_CLONES void route_tokens(const Route<T>& call, std::int64_t first, \
+                                       std::int64_t last) {                      \
+    route(call, first, last);                                                    \
+  }
+FLOE_DEFINE(BFloat16)
+FLOE_DEFINE(Float16)
+FLOE_DEFINE(float)
+FLOE_DEFINE(double)
+#undef FLOE_DEFINE
+
+#define FLOE_DEFINE(A)                                                                            \
+  FLOE_VECTOR_CLONES void route_backward_tokens(const RouteBackward<A>& call, std::int64_t first, \
+                                                std::int64_t last) {                              \
+    route_backward(call, first, last);                                                            \
+  }
+FLOE_DEFINE(float)
+FLOE_DEFINE(double)
+#undef FLOE_DEFINE
 
 }  // namespace floe::moe_lora

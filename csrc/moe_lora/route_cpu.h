@@ -37,9 +37,12 @@ struct RouteBackward {
 };
 
 // Tokens [first, last).
-template <typename T>
-void route_tokens(const Route<T>& call, std::int64_t first, std::int64_t last);
-template <typename A>
-void route_backward_tokens(const RouteBackward<A>& call, std::int64_t first, std::int64_t last);
+void route_tokens(const Route<BFloat16>& call, std::int64_t first, std::int64_t last);
+void route_tokens(const Route<Float16>& call, std::int64_t first, std::int64_t last);
+void route_tokens(const Route<float>& call, std::int64_t first, std::int64_t last);
+void route_tokens(const Route<double>& call, std::int64_t first, std::int64_t last);
+void route_backward_tokens(const RouteBackward<float>& call, std::int64_t first, std::int64_t last);
+void route_backward_tokens(const RouteBackward<double>& call, std::int64_t first,
+                           std::int64_t last);
 
 }  // namespace floe::moe_lora
