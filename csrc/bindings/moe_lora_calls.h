@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <functional>
 #include <initializer_list>
+#include <iterator>
 #include <optional>
 #include <vector>
 
@@ -36,13 +37,25 @@ T* mutable_data(const Tensor& tensor) {
   return static_cast<T*>(tensor.mutable_data_ptr());
 }
 
-inline Tensor contiguous(const Tensor& tensor, ScalarType type) {
-  return torch::stable::contiguous(tensor.scalar_type() == type ? tensor
-                                                                : torch::stable::to(tensor, type));
+// These two spend their time on torch's dispatcher only where they must: by name, it takes as long
+// as all else that a call on few tokens does.
+inline Tensor as_contiguous(const Tensor& tensor) {
+  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
 }
 
-inline Tensor empty(const Tensor& like, Sizes sizes, ScalarType type) {
-  return torch::stable::new_empty(like, sizes, type);
+inline Tensor new_tensor(Sizes sizes, ScalarType type) {
+  std::vector<std::int64_t> strides(sizes.size());
+  std::int64_t stride = 1;
+  for (std::size_t d = sizes.size(); d-- > 0;) {
+    strides[d] = stride;
+    stride *= std::max<std::int64_t>(1, std::data(sizes)[d]);
+  }
+  const auto dtype = torch::stable::detail::to<std::int32_t>(torch::stable::detail::from(type));
+  AtenTensorHandle made;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<std::int64_t>(sizes.size()),
+                                                         std::data(sizes), strides.data(), dtype,
+                                                         aoti_torch_device_type_cpu(), 0, &made));
+  return Tensor(made);
 }
 
 inline void check_shape(const char* name, const Tensor& tensor, Sizes sizes) {
@@ -111,7 +124,7 @@ inline Tensor check_parameter(const char* name, const Tensor& tensor, Sizes size
   STD_TORCH_CHECK(
       tensor.scalar_type() == x.scalar_type() || tensor.scalar_type() == accumulator_type(x),
       "floe: ", name, " must have x's dtype or float32 (float64 for float64 x)");
-  return torch::stable::contiguous(tensor);
+  return as_contiguous(tensor);
 }
 
 inline GroupArguments check_group(const Tensor& x, const std::vector<Tensor>& shrink,
@@ -126,7 +139,7 @@ inline GroupArguments check_group(const Tensor& x, const std::vector<Tensor>& sh
                   "floe: expand_weights must be [N, M, r] with M, r >= 1");
   STD_TORCH_CHECK(temperature > 0.0, "floe: temperature must be > 0, got ", temperature);
   const std::int64_t experts = expand[0].size(1), rank = expand[0].size(2);
-  GroupArguments arguments{torch::stable::contiguous(x),
+  GroupArguments arguments{as_contiguous(x),
                            {},
                            {},
                            {static_cast<std::int64_t>(expand.size()), rank, experts},

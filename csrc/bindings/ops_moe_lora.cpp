@@ -25,7 +25,7 @@ Tensor dropout_cpu(const Tensor& x, double p, const Tensor& seed) {
   STD_TORCH_CHECK(x.dim() >= 1, "floe: x must be [..., K]");
   STD_TORCH_CHECK(p >= 0.0 && p < 1.0, "floe: p must be in [0, 1), got ", p);
   const std::int64_t value = value_of_seed(seed);
-  const Tensor input = torch::stable::contiguous(x);
+  const Tensor input = as_contiguous(x);
   Tensor output = torch::stable::new_empty(input, input.sizes());
   const std::int64_t columns = x.size(x.dim() - 1);
   if (input.numel() == 0) return output;
@@ -50,11 +50,11 @@ Outputs new_outputs(const GroupArguments& in) {
   const auto& [linears, rank, experts] = in.group;
   std::vector<Tensor> ys;
   for (std::size_t g = 0; g < in.expand.size(); ++g) {
-    ys.push_back(empty(in.x, {in.tokens(), in.features(g)}, in.type()));
+    ys.push_back(new_tensor({in.tokens(), in.features(g)}, in.type()));
   }
-  return {ys, empty(in.x, {linears, in.tokens(), rank}, in.wide()),
-          empty(in.x, {linears, in.tokens(), experts}, in.wide()),
-          empty(in.x, {linears, in.tokens(), experts * rank}, in.type())};
+  return {ys, new_tensor({linears, in.tokens(), rank}, in.wide()),
+          new_tensor({linears, in.tokens(), experts}, in.wide()),
+          new_tensor({linears, in.tokens(), experts * rank}, in.type())};
 }
 
 // [G, M] of the accumulator's type; none where no linear has one.
@@ -63,12 +63,13 @@ std::optional<Tensor> stack_router_biases(const OptionalTensors& biases, const G
                   "floe: router_biases must have one entry per linear or none");
   if (biases.empty() || !biases[0]) return std::nullopt;
   const std::int64_t experts = in.group.experts;
-  Tensor stacked = empty(in.x, {in.group.linears, experts}, in.wide());
+  Tensor stacked = new_tensor({in.group.linears, experts}, in.wide());
   auto* target = static_cast<char*>(stacked.mutable_data_ptr());
   for (const std::optional<Tensor>& bias : biases) {
     STD_TORCH_CHECK(bias.has_value(), "floe: router_biases must be all given or all None");
     check_shape("router_biases", *bias, {experts});
-    const Tensor wide = contiguous(*bias, in.wide());
+    const Tensor wide = as_contiguous(
+        bias->scalar_type() == in.wide() ? *bias : torch::stable::to(*bias, in.wide()));
     const auto bytes = static_cast<std::size_t>(experts) * wide.element_size();
     std::memcpy(target, wide.const_data_ptr(), bytes);
     target += bytes;
@@ -98,12 +99,12 @@ Added check_added(const OptionalTensors& biases, const std::vector<Tensor>& base
     if (!biases[g]) continue;
     check_shape("biases", *biases[g], {in.features(g)});
     check_type("biases", *biases[g], in.type());
-    added.biases[g] = torch::stable::contiguous(*biases[g]);
+    added.biases[g] = as_contiguous(*biases[g]);
   }
   for (std::size_t g = 0; g < bases.size(); ++g) {
     check_shape("base_outputs", bases[g], {in.tokens(), in.features(g)});
     check_type("base_outputs", bases[g], in.type());
-    added.bases[g] = torch::stable::contiguous(bases[g]);
+    added.bases[g] = as_contiguous(bases[g]);
   }
   return added;
 }
@@ -128,7 +129,7 @@ Tensor pack(const GroupArguments& in, moe_lora::Shrink<T>& shrink,
             std::vector<moe_lora::Expand<T>>& expands) {
   std::int64_t size = shrink.packed_size();
   for (const auto& expand : expands) size += expand.packed_size();
-  Tensor packed = empty(in.x, {size}, in.wide());
+  Tensor packed = new_tensor({size}, in.wide());
   auto* next = mutable_data<Accumulator<T>>(packed);
   Tasks tasks;
   shrink.packed = std::exchange(next, next + shrink.packed_size());
@@ -152,7 +153,7 @@ void run_experts(const GroupArguments& in, const std::optional<Tensor>& router_b
   using moe_lora::kTokens;
   const std::int64_t tokens = in.tokens(), columns = in.columns();
   const auto parameters = in.shrink_parameters<T>();
-  const Tensor products = empty(in.x, {tokens, in.group.row_count()}, in.wide());
+  const Tensor products = new_tensor({tokens, in.group.row_count()}, in.wide());
   moe_lora::Shrink<T> shrink{
       data<T>(in.x), parameters.data(), mutable_data<A>(products), nullptr, tokens, columns,
       in.group,      in.dropout};

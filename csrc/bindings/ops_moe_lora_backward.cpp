@@ -25,10 +25,23 @@ struct Gradients {
   Tensor products;                     // [T, P]
 };
 
-std::vector<Tensor> new_like(const std::vector<Tensor>& tensors) {
-  std::vector<Tensor> found;
-  for (const Tensor& one : tensors) found.push_back(torch::stable::new_empty(one, one.sizes()));
-  return found;
+Gradients new_gradients(const GroupArguments& in, bool needs_x, bool needs_shrink,
+                        bool needs_expand) {
+  const auto& [linears, rank, experts] = in.group;
+  const std::int64_t tokens = in.tokens(), columns = in.columns();
+  Gradients out{needs_x ? new_tensor({tokens, columns}, in.type()) : new_tensor({0}, in.type()),
+                {},
+                {},
+                new_tensor({tokens, in.group.row_count()}, in.wide())};
+  for (std::size_t g = 0; g < in.expand.size(); ++g) {
+    if (needs_shrink) {
+      out.shrink.push_back(new_tensor({rank + experts, columns}, in.shrink[g].scalar_type()));
+    }
+    if (needs_expand) {
+      out.expand.push_back(new_tensor({in.features(g), experts, rank}, in.expand[g].scalar_type()));
+    }
+  }
+  return out;
 }
 
 // What the forward left, checked and contiguous, and the outputs' gradients.
@@ -48,14 +61,11 @@ Saved check_saved(const std::vector<Tensor>& grad_ys, const Tensor& hidden, cons
   check_type("hidden", hidden, in.wide());
   check_type("gate", gate, in.wide());
   check_type("z", z, in.type());
-  Saved saved{{},
-              torch::stable::contiguous(hidden),
-              torch::stable::contiguous(gate),
-              torch::stable::contiguous(z)};
+  Saved saved{{}, as_contiguous(hidden), as_contiguous(gate), as_contiguous(z)};
   for (std::size_t g = 0; g < grad_ys.size(); ++g) {
     check_shape("grad_ys", grad_ys[g], {in.tokens(), in.features(g)});
     check_type("grad_ys", grad_ys[g], in.type());
-    saved.grad_ys.push_back(torch::stable::contiguous(grad_ys[g]));
+    saved.grad_ys.push_back(as_contiguous(grad_ys[g]));
   }
   return saved;
 }
@@ -83,7 +93,7 @@ void run_grad_y(const GroupArguments& in, const Saved& saved, const Tensor& grad
   for (const auto& call : calls) {
     size += call.packed_size() + call.partial_z_size() + partial_expand(call);
   }
-  const Tensor memory = empty(in.x, {size}, in.wide());
+  const Tensor memory = new_tensor({size}, in.wide());
   A* next = mutable_data<A>(memory);
   Tasks pack, run, finish;
   for (auto& call : calls) {
@@ -136,7 +146,7 @@ void run_grad_x(const GroupArguments& in, bool needs_x, const Gradients& out) {
                           in.group,
                           in.dropout};
   const std::int64_t partial = grad_shrink.empty() ? 0 : call.partial_rows_size();
-  const Tensor memory = empty(in.x, {call.packed_size() + partial}, in.wide());
+  const Tensor memory = new_tensor({call.packed_size() + partial}, in.wide());
   call.packed = memory.mutable_data_ptr();
   call.partial_rows = mutable_data<A>(memory) + call.packed_size();
   for (const Step step : {Step::kPack, Step::kRun, Step::kFinish}) {
@@ -155,11 +165,8 @@ std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>, Tensor> experts_bac
       check_group(x, shrink_weights, expand_weights, scaling, temperature, dropout_p, seed);
   const Saved saved = check_saved(grad_ys, hidden, gate, z, in);
   const std::int64_t tokens = in.tokens();
-  Gradients out{needs_x ? empty(x, {tokens, in.columns()}, in.type()) : empty(x, {0}, in.type()),
-                needs_shrink ? new_like(in.shrink) : std::vector<Tensor>{},
-                needs_expand ? new_like(in.expand) : std::vector<Tensor>{},
-                empty(x, {tokens, in.group.row_count()}, in.wide())};
-  const Tensor grad_z = empty(x, {in.group.linears, tokens, in.group.width()}, in.wide());
+  const Gradients out = new_gradients(in, needs_x, needs_shrink, needs_expand);
+  const Tensor grad_z = new_tensor({in.group.linears, tokens, in.group.width()}, in.wide());
   with_float_type(in.type(), [&]<typename T>(T) {
     run_grad_y<T>(in, saved, grad_z, out);
     run_route_backward<T>(in, saved, grad_z, out);

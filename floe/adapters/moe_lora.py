@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from floe import ops
 from floe.adapters.shared_input import SharedInput
 
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
 
 class MoELoRALinear(nn.Module, BaseTunerLayer):
     """One shared A, M experts B_i and a softmax router, beside a frozen linear (FLoE Eq. 1).
@@ -87,15 +89,10 @@ class MoELoRALinear(nn.Module, BaseTunerLayer):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Base output plus every active adapter's; [..., K] -> [..., N]."""
         active = self.active_names()
-        ready = None
-        if active and self.shared is not None:
-            ready = self.shared.output(self, x, active[0])
-        if ready is not None:
-            y, active = ready, active[1:]
-        elif active and self.may_fuse():
-            y, active = self._fused(x, active[0]), active[1:]
-        else:
-            y = self.base_layer(x, *args, **kwargs)
+        fused = self._fused(x, active[0]) if active else None
+        y: Tensor = self.base_layer(x, *args, **kwargs) if fused is None else fused
+        if fused is not None:
+            active = active[1:]
         for name in active:
             y = self._added(y, x, name)
         return y
@@ -106,16 +103,21 @@ class MoELoRALinear(nn.Module, BaseTunerLayer):
             return []
         return [name for name in self.active_adapters if name in self.r]
 
-    def may_fuse(self) -> bool:
-        """Whether the op may read the base's weight itself: a plain, frozen, unhooked linear."""
-        base = self.base_layer
-        if type(base) is not nn.Linear or self.calls_base or "_hf_hook" in vars(base):
-            return False
-        if base._forward_hooks or base._forward_pre_hooks:
-            return False
-        if base._backward_hooks or base._backward_pre_hooks:
-            return False
-        return not any(p is not None and p.requires_grad for p in base._parameters.values())
+    def readable_base(self) -> tuple[Tensor, Tensor | None] | None:
+        """Weight and bias, where the op may read them itself: of a plain, frozen, unhooked linear.
+
+        Every forward asks: what is read here is in dictionaries, past a module's slow look-ups.
+        """
+        base = self._modules["base_layer"]
+        state = vars(base)
+        if type(base) is not nn.Linear or self.calls_base or "_hf_hook" in state:
+            return None
+        if any(state[hooks] for hooks in _HOOKS):
+            return None
+        weight, bias = state["_parameters"].get("weight"), state["_parameters"].get("bias")
+        if weight is None or weight.requires_grad or (bias is not None and bias.requires_grad):
+            return None
+        return weight, bias
 
     def _move_adapter_to_device_of_base_layer(
         self, adapter_name: str, device: torch.device | None = None
@@ -135,13 +137,18 @@ class MoELoRALinear(nn.Module, BaseTunerLayer):
     def adapter(self, name: str) -> tuple[Tensor, Tensor]:
         """``floe_shrink`` and ``floe_expand`` of an adapter, past a module's slow look-ups."""
         modules: dict[str, Any] = self._modules
-        return tuple(modules[key]._parameters[name] for key in self.adapter_layer_names)
+        return modules["floe_shrink"]._parameters[name], modules["floe_expand"]._parameters[name]
 
-    def _fused(self, x: Tensor, name: str) -> Tensor:
-        base = self.base_layer
-        return ops.moe_lora(
-            x, base.weight, base.bias, *self.adapter(name), **self.call_settings(x, name)
-        )
+    def _fused(self, x: Tensor, name: str) -> Tensor | None:
+        """Base and adapter in one op, or one for all that share x; None if the base is its own."""
+        if self.shared is not None:
+            ready = self.shared.output(self, x, name)
+            if ready is not None:
+                return ready
+        base = self.readable_base()
+        if base is None:
+            return None
+        return ops.moe_lora(x, *base, *self.adapter(name), **self.call_settings(x, name))
 
     def _added(self, y: Tensor, x: Tensor, name: str) -> Tensor:
         return ops.moe_lora_add(y, x, *self.adapter(name), **self.call_settings(x, name))

@@ -93,10 +93,10 @@ def _situation(member: MoELoRALinear, x: Tensor, name: str) -> tuple[Any, ...]:
 
 def _part(member: MoELoRALinear, name: str) -> _Part | None:
     """What the member brings to an op of all members; None if it has to run alone."""
-    if member.active_names() != [name] or not member.share_input[name] or not member.may_fuse():
+    base = member.readable_base()
+    if base is None or not member.share_input[name] or member.active_names() != [name]:
         return None
-    base, (shrink, expand) = member.base_layer, member.adapter(name)
-    weight = base.weight
+    (weight, bias), (shrink, expand) = base, member.adapter(name)
     if isinstance(shrink, DTensor) or isinstance(weight, DTensor):
         return None  # sharded on its own: gathered only while its own forward runs
     traits = (
@@ -104,4 +104,4 @@ def _part(member: MoELoRALinear, name: str) -> _Part | None:
         member.scaling[name], member.dropout[name] if member.training else 0.0,
         member.backend[name],
     )  # fmt: skip
-    return _Part(traits, weight, base.bias, shrink, expand)
+    return _Part(traits, weight, bias, shrink, expand)

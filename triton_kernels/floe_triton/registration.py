@@ -116,4 +116,8 @@ def backward(
 def _unwatched(*tensors: Tensor | None) -> bool:
     if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
         return False
-    return all(type(t) is Tensor or type(t) is Parameter or t is None for t in tensors)
+    for tensor in tensors:  # no generator: this is asked for every tensor of every call
+        kind = type(tensor)
+        if kind is not Parameter and kind is not Tensor and tensor is not None:
+            return False
+    return True
