@@ -164,6 +164,14 @@ MISTAKES = [
     (forward, {"x": ONES(2, 6).double()}),  # float64 takes no narrower parameter
     (forward, {"router_biases": [ONES(3)]}),
     (forward, {"router_biases": [ONES(2)] * 2}),
+    (
+        forward,
+        {
+            "shrink_weights": [ONES(5, 6)] * 2,
+            "expand_weights": [ONES(4, 2, 3)] * 2,
+            "router_biases": [None, ONES(2)],
+        },
+    ),
     (forward, {"biases": [ONES(3)]}),
     (forward, {"biases": [ONES(4).double()]}),
     (forward, {"biases": [None, None]}),

@@ -61,7 +61,9 @@ Outputs new_outputs(const GroupArguments& in) {
 std::optional<Tensor> stack_router_biases(const OptionalTensors& biases, const GroupArguments& in) {
   STD_TORCH_CHECK(biases.empty() || biases.size() == in.expand.size(),
                   "floe: router_biases must have one entry per linear or none");
-  if (biases.empty() || !biases[0]) return std::nullopt;
+  const auto given = std::count_if(biases.begin(), biases.end(),
+                                   [](const auto& bias) { return bias.has_value(); });
+  if (given == 0) return std::nullopt;
   const std::int64_t experts = in.group.experts;
   Tensor stacked = new_tensor({in.group.linears, experts}, in.wide());
   auto* target = static_cast<char*>(stacked.mutable_data_ptr());
