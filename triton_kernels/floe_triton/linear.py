@@ -247,7 +247,7 @@ def _apply(x: Tensor, group: Group, backend: str) -> list[Tensor]:
     tensors = group.tensors()
     if _differentiable(x, *tensors):
         call = _Call(backend, group.scaling, group.temperature, group.dropout_p, len(group),
-                     bool(group.base_outputs))  # fmt: skip
+                     len(group.base_outputs) > 0)  # fmt: skip
         ys = _MoELoRA.apply(call, rows, group.seed, *tensors)
     else:  # a Function would cost as much as a small layer's product
         ys = registration.forward(rows, group, backend)[0]
