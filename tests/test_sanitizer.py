@@ -40,7 +40,10 @@ def unmasked_kernel(x, out, N, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def keep_all(seed, rows, first_column, threshold, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr):
+def keep_all(
+    seed, rows, first_column, threshold,
+    BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, SEALED: tl.constexpr = False,
+):  # fmt: skip
     """In place of ``keep_mask``, which touches no memory and is beyond triton-viz."""
     return (rows >= 0)[:, None] & (tl.arange(0, BLOCK_K) >= 0)[None, :]
 

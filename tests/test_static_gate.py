@@ -48,9 +48,6 @@ HIDDEN = [capability for capability in issue.PARTS if capability != 100]
 UNALIGNED = {"ragged"}
 # With 120 rows to multiply x with, arithmetic is no longer small beside the reading of x.
 ARITHMETIC = {"most rows"}
-# Triton before 3.8 brings an assembler that moves this kernel's sums about in every step.
-OLDER_ISSUE = {"grad_x_kernel, q, k, v, bfloat16": 0.77}
-OLDER = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8)
 
 
 @pytest.fixture(scope="module")
@@ -137,9 +134,8 @@ def test_issue_hides_behind_memory(compiled):
     for entry, report in compiled:
         bound = entry.capability in HIDDEN and entry.case not in UNALIGNED | ARITHMETIC
         ratio = issue.issue_to_memory(entry.launch, report)
-        most = OLDER_ISSUE.get(str(entry), ISSUE) if OLDER else ISSUE
-        if bound and ratio is not None and _is_narrow(entry) and ratio > most:
-            wrong.append(f"{_at(entry)}: issue / memory {ratio:.3f}, at most {most}")
+        if bound and ratio is not None and _is_narrow(entry) and ratio > ISSUE:
+            wrong.append(f"{_at(entry)}: issue / memory {ratio:.3f}, at most {ISSUE}")
     assert not wrong, "\n".join(wrong)
 
 

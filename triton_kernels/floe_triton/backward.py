@@ -39,7 +39,7 @@ def grad_x_kernel(
     grads, x, rows, grad_x, parts, seed, T, K, stripe, x_stride, threshold, scale,
     MASKED: tl.constexpr, CLEAN: tl.constexpr, WRITE_X: tl.constexpr, WRITE_ROWS: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_MASKED: tl.constexpr, BLOCK_CLEAN: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, SEALED: tl.constexpr,
 ):  # fmt: skip
     """One tile of columns of x, over one stripe of tokens.
 
@@ -48,7 +48,7 @@ def grad_x_kernel(
         grad_x = keep * scale * (grads[:, :MASKED] rows[:MASKED]) + grads[:, MASKED:] rows[MASKED:]
         parts[stripe] = [scale * grads[:, :MASKED]^T (keep * x); grads[:, MASKED:]^T x]
 
-    Without dropout MASKED is 0.
+    Without dropout MASKED is 0. SEALED is `keep_mask`'s.
     """
     P: tl.constexpr = MASKED + CLEAN
     first_column = tl.program_id(0) * BLOCK_K
@@ -73,7 +73,7 @@ def grad_x_kernel(
             clean_sum = tl.dot(tl.trans(clean_grads), tile, clean_sum, input_precision=PRECISION)
         if MASKED > 0:
             masked_grads = load_tile(grads, tokens, end, P, masked, MASKED)
-            keep = keep_mask(drawn, tokens, first_column, threshold, BLOCK_T, BLOCK_K)
+            keep = keep_mask(drawn, tokens, first_column, threshold, BLOCK_T, BLOCK_K, SEALED)
             if WRITE_ROWS:
                 tile = tl.where(keep, tile, 0.0).to(x.dtype.element_ty)
                 masked_sum = tl.dot(

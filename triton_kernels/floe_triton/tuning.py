@@ -237,9 +237,13 @@ def grad_x_blocks(
     aligned: bool = True,
     writes_x: bool = True,
 ) -> Blocks:
-    """Tile of `grad_x_kernel`, whose sums over ``padded`` rows stay in registers."""
+    """Tile of `grad_x_kernel`, whose sums over ``padded`` rows stay in registers.
+
+    Its mask is sealed where only a product takes it: where grad_x does too, or every element has
+    an address of its own, most of the code is longer for it.
+    """
     if not device.capability:
-        return Blocks({"BLOCK_T": 16, "BLOCK_K": 32}, 1, 1)
+        return Blocks({"BLOCK_T": 16, "BLOCK_K": 32, "SEALED": int(not writes_x)}, 1, 1)
     if itemsize == 2 and not aligned:
         tiles = {256: (32, 64, 8, 1)}
     elif itemsize == 2:
@@ -259,7 +263,7 @@ def grad_x_blocks(
             tiles = {256: (32, 32, 8, 2)}
     tokens, columns, warps, stages = next(tiles[most] for most in tiles if padded <= most)
     bounded = dropping and itemsize == 2 and aligned and padded <= 32 and not writes_x
-    sizes = {"BLOCK_T": tokens, "BLOCK_K": columns}
+    sizes = {"BLOCK_T": tokens, "BLOCK_K": columns, "SEALED": int(aligned and not writes_x)}
     return Blocks(sizes, warps, stages, registers=128 if bounded else None)
 
 
