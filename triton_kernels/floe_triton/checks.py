@@ -24,67 +24,8 @@ def check_group(
     router_biases: Sequence[Tensor | None],
 ) -> None:
     """Raise ValueError or TypeError unless the tensors make a group of linears."""
-    given = (x, weights, biases, base_outputs, shrink_weights, expand_weights, router_biases)
-    if not _is_group(*given):
-        _explain(*given)
-
-
-def _is_group(
-    x: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor | None],
-    base_outputs: Sequence[Tensor],
-    shrink_weights: Sequence[Tensor],
-    expand_weights: Sequence[Tensor],
-    router_biases: Sequence[Tensor | None],
-) -> bool:
-    """A quick answer for the usual call; False means that :func:`_explain` has to look.
-
-    Called in every forward of every adapted linear: a small model's host time is made of this.
-    """
-    try:
-        device, dtype, shape = x.device, x.dtype, x.shape
-        of_adapters = shrink_weights[0].dtype, expand_weights[0].dtype
-        _, experts, rank = expand_weights[0].shape
-        rows = rank + experts, shape[-1]
-        linears = zip(
-            base_outputs or weights, biases, shrink_weights, expand_weights, router_biases,
-            strict=True,
-        )  # fmt: skip
-        for own, bias, shrink, expand, router_bias in linears:
-            features = expand.shape[0]
-            is_linear = (
-                own.device == shrink.device == expand.device == device
-                and own.dtype == dtype
-                and (shrink.dtype, expand.dtype) == of_adapters
-                and expand.shape == (features, experts, rank)
-                and shrink.shape == rows
-                and bias is None
-                and router_bias is None
-            )
-            if not is_linear:
-                return False
-            if base_outputs:
-                if own.shape != (*shape[:-1], features):
-                    return False
-            elif own.requires_grad or own.shape != (features, shape[-1]):
-                return False
-    except (AttributeError, IndexError, TypeError, ValueError):
-        return False
-    floats = all(one.is_floating_point for one in (dtype, *of_adapters))
-    return floats and rank > 0 and experts > 0
-
-
-def _explain(
-    x: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor | None],
-    base_outputs: Sequence[Tensor],
-    shrink_weights: Sequence[Tensor],
-    expand_weights: Sequence[Tensor],
-    router_biases: Sequence[Tensor | None],
-) -> None:
-    """Check tensor by tensor, and raise with the name, the rule and what came."""
+    if _is_group(x, weights, biases, base_outputs, shrink_weights, expand_weights, router_biases):
+        return
     count = len(expand_weights)
     if count == 0:
         raise ValueError("expand_weights must name at least one linear, got none")
@@ -123,6 +64,52 @@ def _explain(
         dtypes = {value.dtype for value in values}
         if len(dtypes) > 1:
             raise TypeError(f"{name} must have one dtype, got {sorted(map(str, dtypes))}")
+
+
+def _is_group(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    base_outputs: Sequence[Tensor],
+    shrink_weights: Sequence[Tensor],
+    expand_weights: Sequence[Tensor],
+    router_biases: Sequence[Tensor | None],
+) -> bool:
+    """A quick answer for the usual call; False means that every tensor has to be looked at.
+
+    Called in every forward of every adapted linear: a small model's host time is made of this.
+    """
+    try:
+        device, dtype, shape = x.device, x.dtype, x.shape
+        of_adapters = shrink_weights[0].dtype, expand_weights[0].dtype
+        _, experts, rank = expand_weights[0].shape
+        rows = rank + experts, shape[-1]
+        linears = zip(
+            base_outputs or weights, biases, shrink_weights, expand_weights, router_biases,
+            strict=True,
+        )  # fmt: skip
+        for own, bias, shrink, expand, router_bias in linears:
+            features = expand.shape[0]
+            is_linear = (
+                own.device == shrink.device == expand.device == device
+                and own.dtype == dtype
+                and (shrink.dtype, expand.dtype) == of_adapters
+                and expand.shape == (features, experts, rank)
+                and shrink.shape == rows
+                and bias is None
+                and router_bias is None
+            )
+            if not is_linear:
+                return False
+            if base_outputs:
+                if own.shape != (*shape[:-1], features):
+                    return False
+            elif own.requires_grad or own.shape != (features, shape[-1]):
+                return False
+    except (AttributeError, IndexError, TypeError, ValueError):
+        return False
+    floats = all(one.is_floating_point for one in (dtype, *of_adapters))
+    return floats and rank > 0 and experts > 0
 
 
 def check_settings(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 
-@dataclass(slots=True)  # not frozen: that takes three times as long to make
+@dataclass  # not frozen: that takes three times as long to make
 class Group:
     """G frozen linears of one input x [T, K] with G adapters of one rank r and M experts.
 
