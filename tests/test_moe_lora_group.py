@@ -220,3 +220,71 @@ def test_a_backend_that_cannot_run_here_says_why():
         moe_lora(x, weight, bias, shrink, expand, scaling=1.0, backend="fused")
     with pytest.raises(ValueError, match="backend 'native' runs on the CPU, got x on meta"):
         paths.choose(x.to("meta"), "native")
+
+
+def plain(**changes):
+    """The usual call, without any bias; ``on_base`` gives base outputs in place of weights."""
+    x, weights, _, shrinks, expands, _, _ = group_case(2, (4,))
+    arguments = {"x": x, "weights": weights, "shrink_weights": shrinks, "expand_weights": expands}
+    return {**arguments, "biases": [None, None], "scaling": 1.0, **changes}
+
+
+ROWS = SHRINKS[0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "text"),
+    [
+        ({"shrink_weights": [ROWS, ROWS.to("meta")]}, ValueError, "must be on x's device"),
+        ({"weights": [WEIGHTS[0], WEIGHTS[1].float()]}, TypeError, "weight of linear 1 must have"),
+        ({"shrink_weights": [ROWS, ROWS.float()]}, TypeError, "must have one dtype"),
+        ({"expand_weights": [EXPANDS[0], EXPANDS[1].float()]}, TypeError, "must have one dtype"),
+        (
+            {
+                "shrink_weights": [ROWS, ROWS[1:]],
+                "expand_weights": [EXPANDS[0], EXPANDS[1][..., 1:]],
+            },
+            ValueError,
+            "one number of experts and one rank",
+        ),
+        (  # r + M agree
+            {"expand_weights": [EXPANDS[0], EXPANDS[1].transpose(1, 2)]},
+            ValueError,
+            "one number of experts and one rank",
+        ),
+        ({"shrink_weights": [ROWS, ROWS[1:]]}, ValueError, "shrink_weight of linear 1 must be"),
+        ({"weights": [WEIGHTS[0], WEIGHTS[1][1:]]}, ValueError, "weight of linear 1 must be"),
+        (
+            {"weights": [WEIGHTS[0], WEIGHTS[1].clone().requires_grad_()]},
+            ValueError,
+            "weight of linear 1 must be frozen",
+        ),
+        (
+            {"shrink_weights": [ROWS.int()] * 2, "expand_weights": [one.int() for one in EXPANDS]},
+            TypeError,
+            "must be floating point",
+        ),
+        (
+            {"shrink_weights": [ROWS[:4]] * 2, "expand_weights": [one[..., :0] for one in EXPANDS]},
+            ValueError,
+            "needs M >= 1 and r >= 1",
+        ),
+    ],
+    ids=lambda value: "" if isinstance(value, dict) else str(value)[:40],
+)
+def test_bad_input_of_the_usual_call_is_named(changes, error, text):
+    moe_lora_group(**plain())
+    with pytest.raises(error, match=text):
+        moe_lora_group(**plain(**changes))
+
+
+def test_a_base_output_of_another_shape_is_named():
+    x, _, _, shrinks, expands, _, grads = group_case(2, (4,))
+    moe_lora_group_add(grads, x, shrinks, expands, scaling=1.0)
+    with pytest.raises(ValueError, match="base_output of linear 1 must be"):
+        moe_lora_group_add([grads[0], grads[1][1:]], x, shrinks, expands, scaling=1.0)
+
+
+def test_router_biases_of_some_linears_only_are_named():
+    with pytest.raises(ValueError, match="all given or all None"):
+        moe_lora_group(**plain(router_biases=[None, ROUTERS[1]]))
