@@ -24,7 +24,8 @@ def check_group(
     router_biases: Sequence[Tensor | None],
 ) -> None:
     """Raise ValueError or TypeError unless the tensors make a group of linears."""
-    if _is_group(x, weights, biases, base_outputs, shrink_weights, expand_weights, router_biases):
+    usual = (base_outputs or weights, biases, shrink_weights, expand_weights, router_biases)
+    if _is_group(x, usual, on_base=len(base_outputs) > 0):
         return
     count = len(expand_weights)
     if count == 0:
@@ -66,29 +67,19 @@ def check_group(
             raise TypeError(f"{name} must have one dtype, got {sorted(map(str, dtypes))}")
 
 
-def _is_group(
-    x: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor | None],
-    base_outputs: Sequence[Tensor],
-    shrink_weights: Sequence[Tensor],
-    expand_weights: Sequence[Tensor],
-    router_biases: Sequence[Tensor | None],
-) -> bool:
+def _is_group(x: Tensor, lists: Sequence[Sequence[Any]], on_base: bool) -> bool:
     """A quick answer for the usual call; False means that every tensor has to be looked at.
 
+    ``lists``: weights or base outputs, biases, shrink weights, expand weights, router biases.
     Called in every forward of every adapted linear: a small model's host time is made of this.
     """
     try:
         device, dtype, shape = x.device, x.dtype, x.shape
-        of_adapters = shrink_weights[0].dtype, expand_weights[0].dtype
-        _, experts, rank = expand_weights[0].shape
+        _, _, shrinks, expands, _ = lists
+        of_adapters = shrinks[0].dtype, expands[0].dtype
+        _, experts, rank = expands[0].shape
         rows = rank + experts, shape[-1]
-        linears = zip(
-            base_outputs or weights, biases, shrink_weights, expand_weights, router_biases,
-            strict=True,
-        )  # fmt: skip
-        for own, bias, shrink, expand, router_bias in linears:
+        for own, bias, shrink, expand, router_bias in zip(*lists, strict=True):
             features = expand.shape[0]
             is_linear = (
                 own.device == shrink.device == expand.device == device
@@ -101,7 +92,7 @@ def _is_group(
             )
             if not is_linear:
                 return False
-            if base_outputs:
+            if on_base:
                 if own.shape != (*shape[:-1], features):
                     return False
             elif own.requires_grad or own.shape != (features, shape[-1]):
