@@ -109,24 +109,15 @@ FLOE_HOST_DEVICE void route_backward(const RouteBackward<A>& call, std::int64_t 
 
 }  // namespace
 
-#define FLOE_DEFINE(T)                                                           \
-  FLOE_VECTOR_CLONES void route_tokens(const Route<T>& call, std::int64_t first, \
-                                       std::int64_t last) {                      \
-    route(call, first, last);                                                    \
+#define FLOE_DEFINE(function, Call, run)                                                      \
+  FLOE_VECTOR_CLONES void function(const Call& call, std::int64_t first, std::int64_t last) { \
+    run(call, first, last);                                                                   \
   }
-FLOE_DEFINE(BFloat16)
-FLOE_DEFINE(Float16)
-FLOE_DEFINE(float)
-FLOE_DEFINE(double)
-#undef FLOE_DEFINE
-
-#define FLOE_DEFINE(A)                                                                            \
-  FLOE_VECTOR_CLONES void route_backward_tokens(const RouteBackward<A>& call, std::int64_t first, \
-                                                std::int64_t last) {                              \
-    route_backward(call, first, last);                                                            \
-  }
-FLOE_DEFINE(float)
-FLOE_DEFINE(double)
-#undef FLOE_DEFINE
+FLOE_DEFINE(route_tokens, Route<BFloat16>, route)
+FLOE_DEFINE(route_tokens, Route<Float16>, route)
+FLOE_DEFINE(route_tokens, Route<float>, route)
+FLOE_DEFINE(route_tokens, Route<double>, route)
+FLOE_DEFINE(route_backward_tokens, RouteBackward<float>, route_backward)
+FLOE_DEFINE(route_backward_tokens, RouteBackward<double>, route_backward)
 
 }  // namespace floe::moe_lora
