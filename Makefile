@@ -7,7 +7,7 @@ SOURCES := $(shell find csrc -type f) CMakeLists.txt pyproject.toml constraints.
 FORMATTED := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 DEMO := runs/demo-inputs
 
-.PHONY: demo test test-slow test-gpu cuda-check cuda-check-window kernel-sanitize lint format bench wheel native browser clean help
+.PHONY: demo test test-slow attack test-gpu cuda-check cuda-check-window kernel-sanitize lint format bench wheel native browser clean help
 
 help: ## list these commands
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile
@@ -21,6 +21,9 @@ test: $(VENV)/ready browser ## the test suite
 
 test-slow: $(VENV)/ready browser ## the long tests: many kills, many shapes
 	$(BIN)/python -m pytest -m "slow and not cuda"
+
+attack: $(VENV)/ready ## damaged adapters, wrong calls, bad inputs and kills, ten times as many as in the suite
+	FLOE_ATTACK=full $(BIN)/python -m pytest --timeout 3600 $(wildcard tests/test_attack_*.py)
 
 test-gpu: $(VENV)/ready ## what needs a CUDA device, with a log
 	mkdir -p build && $(BIN)/python -m pytest -m cuda 2>&1 | tee build/test-gpu.log
