@@ -36,6 +36,7 @@ __all__ = [
 
 Batch = dict[str, Any]
 Item = TypeVar("Item")
+NO_COMPLETION, TOO_LONG = "without a completion", "too long for max_length"
 
 
 @dataclass(frozen=True)
@@ -67,12 +68,27 @@ class TokenRow:
 
 @dataclass(frozen=True)
 class Encoded:
-    """What :func:`encode` made: the rows, and how many lost what. Counts are rows."""
+    """What :func:`encode` made: the rows, and which lost what, by their place in what was given.
+
+    ``dropped`` maps a reason to the rows that were left out for it; of the rows ``cut`` the prompt
+    lost its left.
+    """
 
     rows: list[TokenRow]
-    truncated: int
-    dropped_empty: int
-    dropped_long: int
+    dropped: dict[str, list[int]]
+    cut: list[int]
+
+    @property
+    def given(self) -> int:
+        """Number of rows that came."""
+        return len(self.rows) + sum(map(len, self.dropped.values()))
+
+    def losses(self) -> str:
+        """What was lost, in words; empty if nothing was."""
+        found = [f"{len(rows)} {reason}" for reason, rows in self.dropped.items() if rows]
+        lost = f"{sum(map(len, self.dropped.values()))} dropped: {', '.join(found)}"
+        cut = f"{len(self.cut)} cut at the left of the prompt" if self.cut else ""
+        return "; ".join([lost] * bool(found) + [cut] * bool(cut))
 
 
 def encode(
@@ -103,25 +119,26 @@ def encode(
     """
     _check_length(max_length)
     kept: list[TokenRow] = []
-    truncated = empty = long = 0
+    dropped: dict[str, list[int]] = {NO_COMPLETION: [], TOO_LONG: []}
+    cut: list[int] = []
     for index, row in enumerate(rows):
         if not row["completion"].strip():
-            empty += 1
+            dropped[NO_COMPLETION].append(index)
             continue
         prompt, bos = encode_prompt(row["prompt"], tokenizer, template)
         response = encode_response(row["completion"], tokenizer, eos=True)
         room = max_length - len(response)
         if room < 1:
-            long += 1
+            dropped[TOO_LONG].append(index)
             continue
-        truncated += len(prompt) > room
+        if len(prompt) > room:
+            cut.append(index)
         kept.append(TokenRow(shorten_prompt(prompt, room, bos), response, index, row.get("task")))
+    found = Encoded(kept, dropped, cut)
     if not kept:
-        reason = (
-            f"{empty} had no completion, {long} one that does not fit in max_length={max_length}"
-        )
-        raise DataError(source, f"no row with a target is left of {len(rows)}: {reason}")
-    return Encoded(kept, truncated, empty, long)
+        message = f"no row with a target is left of {len(rows)}: {found.losses()}"
+        raise DataError(source, f"{message} (max_length={max_length})")
+    return found
 
 
 def encode_prompt(

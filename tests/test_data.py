@@ -63,11 +63,11 @@ def test_truncation_takes_the_left_of_the_prompt_never_the_response():
     whole = encode([row], tokenizer).rows[0]
     assert whole.prompt[0] == 1
     cut = encode([row], tokenizer, max_length=8)
-    assert cut.truncated == 1
+    assert (cut.cut, cut.losses()) == ([0], "1 cut at the left of the prompt")
     assert cut.rows[0].response == whole.response
     assert cut.rows[0].prompt == (1, *whole.prompt[-3:])  # bos stays
     assert len(cut.rows[0]) == 8
-    assert encode([row], tokenizer, max_length=15).truncated == 0
+    assert encode([row], tokenizer, max_length=15).cut == []
     only_bos = encode([row], tokenizer, max_length=5).rows[0]
     assert only_bos.prompt == (1,)
 
@@ -76,7 +76,9 @@ def test_rows_without_a_target_are_dropped_and_counted():
     rows = [ROW, {"prompt": "p", "completion": "  "}, {"prompt": "p", "completion": "x" * 20}, ROW]
     encoded = encode(rows, tiny_tokenizer(), max_length=12)
     assert [row.index for row in encoded.rows] == [0, 3]
-    assert (encoded.dropped_empty, encoded.dropped_long) == (1, 1)
+    assert encoded.dropped == {"without a completion": [1], "too long for max_length": [2]}
+    assert encoded.given == 4
+    assert encoded.losses() == "2 dropped: 1 without a completion, 1 too long for max_length"
     with pytest.raises(DataError, match=r"train: no row with a target is left of 2.*max_length=12"):
         encode(rows[1:3], tiny_tokenizer(), max_length=12, source="train")
 
