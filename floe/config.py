@@ -9,16 +9,22 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
+from urllib.parse import quote
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from floe.errors import FileError
+from floe.errors import FileError, hide_secrets, one_line, shown
+from floe.strict_yaml import read_yaml
 
 Fraction = Annotated[float, Field(gt=0.0, le=1.0, allow_inf_nan=False)]
-Count = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=1, lt=2**63)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]  # what numpy, torch and transformers all take
+_LARGEST, _LISTED = 1 << 20, 20  # bytes of a file, problems in a message
+_VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
 Policy = Literal[
     "adapter_fisher", "masks", "probe", "gate_fisher", "gate_fisher_diagonal", "fisher_high",
     "fisher_low", "taylor_high", "taylor_low", "segment", "gradient_norm", "layer_card", "spectrum",
@@ -46,7 +52,9 @@ def _check_choose(choose: str, policy: str) -> None:
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, protected_namespaces=(), hide_input_in_errors=True
+    )
 
 
 class ModelConfig(_Section):
@@ -81,7 +89,8 @@ class DataSource(_Section):
     def _one_source(self) -> DataSource:
         if (self.path is None) == (self.hub is None):
             raise ValueError(
-                f"give exactly one of path and hub, got path={self.path!r} and hub={self.hub!r}"
+                "give exactly one of path and hub, "
+                f"got path={shown(self.path)} and hub={shown(self.hub)}"
             )
         return self
 
@@ -110,7 +119,7 @@ class DataConfig(_Section):
     )
     max_length: Count = 1024
     val_fraction: Fraction = 0.05
-    seed: int = 41
+    seed: Seed = 41
 
 
 class AdapterConfig(_Section):
@@ -139,15 +148,15 @@ class TrainConfig(_Section):
     max_steps: Count | None = None
     warmup_ratio: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.03
     schedule: Literal["cosine", "linear", "constant_with_warmup"] = "cosine"
-    weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
+    weight_decay: Annotated[float, Field(ge=0.0, allow_inf_nan=False)] = 0.0
     max_grad_norm: Annotated[float, Field(gt=0.0)] = 1.0
     group_by_length: bool = False
     gradient_checkpointing: bool = False
-    validations: Annotated[int, Field(ge=0)] = Field(
+    validations: Annotated[int, Field(ge=0, lt=2**31)] = Field(
         4, description="How often to measure validation loss."
     )
     save_steps: Count = 50
-    seed: int = 41
+    seed: Seed = 41
 
 
 class WarmupConfig(_Section):
@@ -155,22 +164,26 @@ class WarmupConfig(_Section):
 
     fraction: Fraction = Field(0.5, description="Share of the training rows (FLoE section 4.1).")
     max_steps: Count | None = None
-    seed: int = 41
+    seed: Seed = 41
 
 
 class SearchConfig(_Section):
     """Rank and expert search on validation loss; `trials: 0` skips it: warm-up uses `adapter`."""
 
-    trials: Annotated[int, Field(ge=0)] = 30
+    trials: Annotated[int, Field(ge=0, lt=2**31)] = 30
     rank: tuple[Count, Count, Count] = Field((2, 32, 2), description="low, high, step")
     num_experts: tuple[Count, Count, Count] = Field((2, 4, 1), description="low, high, step")
     sampler: Literal["tpe", "paper", "random", "grid"] = "tpe"
     startup_trials: Count = 10
     prune: bool = False
     storage: str | None = Field(
-        None, description="Optuna storage URL; None: SQLite in the run folder."
+        None,
+        repr=False,
+        description="Optuna storage URL; None: SQLite in the run folder. ${NAME} is read from the "
+        "environment when the database is opened: the whole URL, or a part (then percent-encoded). "
+        "A password that stands here is masked in what a run writes.",
     )
-    seed: int = 41
+    seed: Seed = 41
 
     @model_validator(mode="after")
     def _ordered_ranges(self) -> SearchConfig:
@@ -205,7 +218,7 @@ class ScoreConfig(_Section):
     statistic_rows: Count = Field(
         32, description="Calibration rows of the layer statistics some policies need."
     )
-    seed: int = 41
+    seed: Seed = 41
 
 
 class SelectConfig(_Section):
@@ -245,7 +258,7 @@ class SelectConfig(_Section):
     )
     tune: bool = True
     tune_tokens: Count = 2048
-    seed: int = 42
+    seed: Seed = 42
 
     @model_validator(mode="after")
     def _projections_have_scores(self) -> SelectConfig:
@@ -264,7 +277,7 @@ class Baseline(_Section):
     pick: Literal["top", "bottom"] = "top"
     choose: Choose = "layers"
     interval: Count = Field(20, description="Steps between the choices of a schedule.")
-    seed: int = 42
+    seed: Seed = 42
 
     @model_validator(mode="after")
     def _projections_have_scores(self) -> Baseline:
@@ -282,14 +295,14 @@ class EvalConfig(_Section):
     )
     max_new_tokens: Count = 32
     limit: Count | None = None
-    seed: int = 41
+    seed: Seed = 41
 
 
 class ProfileConfig(_Section):
     """Step time and memory against the number of adapted layers (Fig. 1b); `steps: 0` skips it."""
 
-    steps: Annotated[int, Field(ge=0)] = 3
-    points: Annotated[int, Field(ge=2)] = 4
+    steps: Annotated[int, Field(ge=0, lt=2**31)] = 3
+    points: Annotated[int, Field(ge=2, lt=2**31)] = 4
 
 
 class RunConfig(_Section):
@@ -334,15 +347,17 @@ def load_config(path: str | os.PathLike[str], overrides: list[str] | None = None
     Relative data and model paths are the file's.
 
     Raises:
-        FileError: missing or unreadable file, or text that is not a mapping.
+        FileError: missing or unreadable file, or text that is not a mapping, or says a thing twice.
         ValueError: an unknown key (with the nearest known one) or a value out of range, every one
-            listed.
+            listed (up to 20), none with a password.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
-        data = yaml.safe_load(text)
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise FileError(path, f"cannot be read as YAML: {error}") from error
+        with open(path, "rb") as file:
+            data = read_yaml(file.read(_LARGEST + 1).decode("utf-8"))
+    except OSError as error:
+        raise FileError(path, f"cannot be read as YAML: {error.strerror}") from error
+    except ValueError as error:
+        raise FileError(path, f"cannot be read as YAML: {error}") from None
     if not isinstance(data, dict):
         raise FileError(path, f"must hold a mapping of settings, got {type(data).__name__}")
     for override in overrides or []:
@@ -352,37 +367,75 @@ def load_config(path: str | os.PathLike[str], overrides: list[str] | None = None
 
 
 def parse_config(data: dict[str, Any]) -> RunConfig:
-    """Validate a mapping; ValueError lists every problem with its place."""
+    """Validate a mapping; ValueError lists every problem (up to 20) with its place."""
     try:
         return RunConfig.model_validate(data)
     except ValidationError as error:
-        lines = [_explain(item) for item in error.errors()]
-        problems = f"{len(lines)} problem{'s' if len(lines) > 1 else ''}"
-        listed = "\n".join(f"  {line}" for line in lines)
-        raise ValueError(f"the configuration has {problems}:\n{listed}") from error
+        found = error.errors(include_url=False)
+    # raised out here: the text of pydantic's error would hold the values, passwords among them
+    lines = [one_line(_explain(item), 300) for item in found[:_LISTED]]
+    lines += [f"{len(found) - _LISTED} more"] if len(found) > _LISTED else []
+    problems = f"{len(found)} problem{'s' if len(found) > 1 else ''}"
+    listed = "\n".join(f"  {line}" for line in lines)
+    raise ValueError(f"the configuration has {problems}:\n{listed}")
+
+
+def storage_url(search: SearchConfig) -> str | None:
+    """The storage with ``${NAME}`` taken from the environment: for the one who opens it alone.
+
+    Raises:
+        ValueError: a variable that is not set, or a password that was masked.
+    """
+    url = search.storage
+    if url is None:
+        return None
+    if ":***@" in url:
+        raise ValueError(
+            "search.storage must hold its password, got one that was masked when the "
+            "configuration was written; give it as ${NAME}, from the environment"
+        )
+
+    def value(found: re.Match[str]) -> str:
+        if found[1] not in os.environ:
+            raise ValueError(f"search.storage needs the environment variable {found[1]}: not set")
+        text = os.environ[found[1]]
+        return text if found[0] == url else quote(text, safe="")
+
+    return _VARIABLE.sub(value, url)
 
 
 def dump_config(config: RunConfig) -> str:
-    """The whole resolved configuration as YAML."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    """The whole resolved configuration as YAML, passwords in URLs masked."""
+    return yaml.safe_dump(
+        _masked(config.model_dump(mode="json")), sort_keys=False, allow_unicode=True
+    )
+
+
+def _masked(values: dict[str, Any]) -> dict[str, Any]:
+    places = ("storage", "path", "hub")
+    return {
+        key: _masked(value) if isinstance(value, dict)
+        else hide_secrets(value, url=True) if key in places and isinstance(value, str)
+        else value
+        for key, value in values.items()
+    }  # fmt: skip
 
 
 def _apply(data: dict[str, Any], override: str) -> None:
     key, equals, value = override.partition("=")
     if not equals or not key:
-        raise ValueError(f"an override must read a.b=value, got {override!r}")
+        raise ValueError(f"an override must read a.b=value, got {shown(override)}")
     *parents, last = key.strip().split(".")
     for name in parents:
         node = data.setdefault(name, {})
         if not isinstance(node, dict):
-            raise ValueError(f"override {override!r}: {name!r} is not a section")
+            raise ValueError(f"override {shown(override)}: {shown(name)} is not a section")
         data = node
     try:
-        data[last] = yaml.safe_load(value)
-    except (ValueError, RecursionError, yaml.YAMLError) as error:
-        raise ValueError(
-            f"override {override!r}: the value cannot be read as YAML: {error}"
-        ) from error
+        data[last] = read_yaml(value)
+    except ValueError as error:
+        problem = f"override {shown(override)}: the value cannot be read as YAML: {error}"
+        raise ValueError(problem) from None
 
 
 def _resolve_paths(data: dict[str, Any], folder: Path) -> None:
@@ -394,9 +447,9 @@ def _resolve_paths(data: dict[str, Any], folder: Path) -> None:
     sources += [data.get("model")]
     for source in sources:
         if isinstance(source, dict) and isinstance(source.get("path"), str):
-            beside = folder / source["path"]
-            if not Path(source["path"]).is_absolute() and beside.exists():
-                source["path"] = str(beside)
+            beside = str(folder / source["path"])
+            if not Path(source["path"]).is_absolute() and os.path.exists(beside):  # never raises
+                source["path"] = beside
 
 
 def _mapping(value: Any) -> dict[str, Any]:
@@ -404,11 +457,15 @@ def _mapping(value: Any) -> dict[str, Any]:
 
 
 def _explain(item: Any) -> str:
-    place = ".".join(str(part) for part in item["loc"]) or "(top level)"
+    parts = [str(part)[:60] for part in item["loc"]]
+    place = ".".join(parts) or "(top level)"
+    if item["type"] == "value_error":  # our own rules say themselves what came
+        return f"{place}: {item['msg']}"
     if item["type"] != "extra_forbidden":
-        return f"{place}: {item['msg']}, got {item.get('input')!r}"
+        came = "" if "storage" in parts else f", got {shown(item.get('input'))}"
+        return f"{place}: {item['msg']}{came}"
     known = _fields_at(item["loc"][:-1])
-    near = difflib.get_close_matches(str(item["loc"][-1]), known, n=1)
+    near = difflib.get_close_matches(parts[-1], known, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}"
     return f"{place}: unknown setting{hint}"
 

@@ -1,11 +1,23 @@
-"""The errors floe raises beside ValueError and TypeError.
+"""The errors floe raises beside ValueError and TypeError, and how messages quote what came.
 
-Each names the thing, the rule and what came.
+Each names the thing, the rule and what came. No message shows a password or walks a large value.
 """
 
 from __future__ import annotations
 
 import os
+import re
+
+_LONGEST = 1000  # characters of a message of floe's own errors
+_URL = re.compile(r"(\w://)(\S*)")
+_WHOLE_URL = re.compile(r"(\w://)(.*)", re.DOTALL)
+_VARIABLE = re.compile(r"\$\{\w+\}")  # says where a password is, not what
+_KEYED = re.compile(
+    r"([?&;][\w.-]*(?:pass|pwd|token|secret|key|sig)[\w.-]*=|\b(?:password|passwd|pwd)\s*[=:]\s*"
+    r"|\bbearer\s+)[^\s&;'\",]+",
+    re.IGNORECASE,
+)
+_TOKEN = re.compile(r"\b(?:hf_|gh[pousr]_|github_pat_|glpat-|sk-)[\w-]{8,}")
 
 
 class FileError(ValueError):
@@ -13,7 +25,7 @@ class FileError(ValueError):
 
     def __init__(self, path: str | os.PathLike[str], message: str) -> None:
         self.path = os.fspath(path)
-        super().__init__(f"{self.path}: {message}")
+        super().__init__(one_line(f"{self.path}: {message}"))
 
 
 class DataError(ValueError):
@@ -23,4 +35,53 @@ class DataError(ValueError):
         self.source = source
         self.row = row
         place = source if row is None else f"{source}, row {row}"
-        super().__init__(f"{place}: {message}")
+        super().__init__(one_line(f"{place}: {message}"))
+
+
+def one_line(text: object, longest: int = _LONGEST) -> str:
+    """What an error says, on one line of at most ``longest`` characters, without secrets."""
+    words = str(text)
+    words = words if len(words) <= 4 * longest else words[: 4 * longest]
+    line = " ".join(hide_secrets(words).split())
+    return line if len(line) <= longest else f"{line[: longest - 3]}..."
+
+
+def shown(value: object) -> str:
+    """``value`` as a message quotes it: short whatever its size, and no part of a URL."""
+    if isinstance(value, str):
+        head, scheme, _ = value[:2000].partition("://")
+        text = head + scheme if scheme else hide_secrets(head)
+        return repr(text) if text == value and len(text) <= 60 else repr(text[:57] + "...")
+    if isinstance(value, int) and value.bit_length() > 200:
+        return f"a whole number of {value.bit_length()} bits"
+    if value is None or isinstance(value, bool | int | float):
+        return repr(value)
+    if isinstance(value, list | tuple | dict | set) and len(value) == 0:
+        return repr(value)
+    if isinstance(value, list | tuple) and len(value) <= 8:
+        plain = all(v is None or isinstance(v, bool | int | float | str) for v in value)
+        text = f"[{', '.join(map(shown, value))}]" if plain else ""
+        if 0 < len(text) <= 60:
+            return text
+    count = f" of {len(value)}" if isinstance(value, list | tuple | dict | set) else ""
+    return f"a {type(value).__name__}{count}"
+
+
+def hide_secrets(text: str, url: bool = False) -> str:
+    """``text`` with the passwords and tokens of its URLs as ``***``.
+
+    With ``url`` the text is one URL, whose password may hold spaces.
+    """
+    text = (_WHOLE_URL if url else _URL).sub(_without_password, text)
+    return _TOKEN.sub("***", _KEYED.sub(r"\1***", text))
+
+
+def _without_password(found: re.Match[str]) -> str:
+    scheme, rest = found.groups()
+    before, at, host = rest.rpartition("@")  # a password may hold an @, a host cannot
+    user, colon, password = before.partition(":")
+    if not at or (not colon and len(before) < 16):  # a name alone; longer, it is a token
+        return str(found.group())
+    if _VARIABLE.fullmatch(password):
+        return str(found.group())
+    return f"{scheme}{user + colon if colon else ''}***@{host}"

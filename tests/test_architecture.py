@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 LAYERS = [  # a module imports its own layer and those before it
-    ["atomic", "errors", "error_budget"],
+    ["atomic", "errors", "error_budget", "strict_yaml"],
     ["config", "progress", "runs", "training.schedule", "training.memory", "training.checkpoints"],
     ["ops", "importance.npz", "importance.scores", "importance.statistics", "selection", "report"],
     ["blocks", "losses", "readers", "adapters.moe_lora", "adapters.shared_input"],
@@ -51,7 +51,7 @@ PLACES = {  # library -> the only modules (and packages) that may import it
     "datasets": ["readers"],
     "optuna": ["rank_search"],
     "pydantic": ["config"],
-    "yaml": ["config"],
+    "yaml": ["config", "strict_yaml"],
     "typer": ["cli"],
     "rich": ["cli", "progress"],
     "matplotlib": ["report"],

@@ -1,12 +1,13 @@
 """The YAML of a run: every mistake is found before anything starts, and named with its place."""
 
 import json
+import traceback
 
 import pytest
 import yaml
 
 from floe import FileError, RunConfig, load_config
-from floe.config import TEMPLATE, dump_config, parse_config
+from floe.config import TEMPLATE, SearchConfig, dump_config, parse_config, storage_url
 
 MINIMAL = {"model": {"path": "some/model"}, "data": {"train": {"hub": "some/data"}}}
 
@@ -288,3 +289,169 @@ def test_the_configuration_knows_every_policy_and_score():
     assert get_args(SelectConfig.model_fields["score"].annotation) == (*get_args(How), "path")
     assert set(get_args(Preset)) == set(PRESETS)
     assert set(get_args(Schedule)) == set(SCHEDULES)
+
+
+REFUSED = {  # text -> what the one line says
+    "a section twice": ("train: {epochs: 3}\nsearch: {trials: 0}\ntrain: {batch_size: 2}",
+                        "line 3: 'train' occurs twice, first in line 1"),
+    "a key twice": ("train:\n  epochs: 3\n  'epochs': 4", "line 3: 'epochs' occurs twice"),
+    "a merge twice": ("a: &a {x: 1}\nb: {<<: *a, <<: *a}", "line 2: '<<' occurs twice"),
+    "bool": ("model: !!bool x", "line 1: this is not of the type !!bool"),
+    "no int": ("model: !!int ''", "line 1: this is not of the type !!int"),
+    "no float": ("name: x\nmodel: !!float ''", "line 2: this is not of the type !!float"),
+    "null that is none": ("model: !!null x", "line 1: this is another !!null"),
+    "a date by its tag": ("model: !!timestamp x", "line 1: tags are not allowed"),
+    "a date": ("model: {revision: 2026-01-02}", "line 1: quote a date"),
+    "a set": ("model: !!set {x}", "line 1: tags are not allowed"),
+    "octal": ("warmup: {max_steps: 010}", "line 1: this is another !!int than it looks"),
+    "sexagesimal": ("warmup: {max_steps: 1:30}", "line 1: this is another !!int than it looks"),
+    "400 digits": ("adapter: {r: " + "1" * 400 + "}", "line 1: a number must have at most 64"),
+    "long sexagesimal": ("a: " + "1:" * 200_000 + "1", "line 1: a number must have at most 64"),
+    "deep": ("a: " + "[" * 100_000, "line 1: values must be nested at most 32 deep"),
+    "deep through aliases": ("a: &a " + "[" * 20 + "]" * 20 + "\nb: " + "[" * 20 + "*a" + "]" * 20,
+                             "line 2: values must be nested at most 32 deep"),
+    "inside itself": ("a: &a [*a]", "line 1: the alias names no value before it"),
+    "two documents": ("a: 1\n---\nb: 2", "line 2: there must be one document"),
+    "a number as a key": ("1: x", "line 1: a setting's name must be text"),
+    "a list as a key": ("? [a]\n: x", "line 1: a setting's name must be text"),
+    "half a pair": ('name: "\\ud800"', "line 1: "),
+    "an escaped NUL": ('output_dir: "a\\0b"', "line 1: text must not hold NUL"),
+    "large": ("# " + "x" * (1 << 20), "it must be at most 1,048,576 characters long"),
+    "many values": ("a: [" + "1," * 20_000 + "]", "at most 20,000 values"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_yaml_would_bend_is_refused_in_one_line(name, tmp_path):
+    text, message = REFUSED[name]
+    path = tmp_path / "run.yaml"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(FileError, match=f"cannot be read as YAML: .*{message}") as caught:
+        load_config(path)
+    assert len(str(caught.value)) < 300
+    path.write_text("{}", encoding="utf-8")
+    with pytest.raises(ValueError, match="cannot be read as YAML") as caught:
+        load_config(path, [f"model.path={text}"])
+    assert len(str(caught.value)) < 300
+
+
+def bomb(first, repeated):
+    """A kilobyte that stands for 10^9 values."""
+    rows = [f"a0: &a0 {first}"]
+    return "\n".join(rows + [f"a{i}: &a{i} {repeated(f'*a{i - 1}')}" for i in range(1, 9)])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (bomb("[x,x,x,x,x,x,x,x,x,x]", lambda a: f"[{','.join([a] * 10)}]"), "at most 20,000"),
+        (bomb("{x: 1}", lambda a: f"{{p: {a}, q: {a}, r: {a}, s: {a}}}"), "at most 20,000"),
+        (bomb("{x: 1}", lambda a: f"{{<<: [{','.join([a] * 10)}]}}"), "unknown setting"),
+    ],
+    ids=["lists", "maps", "merges"],
+)
+def test_aliases_cannot_grow(text, message, tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(f"{text}\nmodel: *a8\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=message) as caught:
+        load_config(path)
+    assert len(str(caught.value)) < 3000
+
+
+def test_aliases_and_merges_are_copies(tmp_path):
+    """An override of one of two settings that share an anchor changes that one."""
+    text = "model: {path: m}\ndata: {train: &rows {path: a, limit: 3}, test: *rows}\n"
+    text += "baselines: [&one {name: a, policy: even}, {<<: *one, name: b}]\n"
+    path = tmp_path / "run.yaml"
+    path.write_text("\ufeff" + text, encoding="utf-8")  # a byte order mark is no text
+    config = load_config(path, ["data.test.path=b"])
+    assert (config.data.train.path, config.data.test.path) == ("a", "b")
+    assert config.data.test.limit == 3
+    assert [(b.name, b.policy) for b in config.baselines] == [("a", "even"), ("b", "even")]
+
+
+def test_a_message_is_small_whatever_came():
+    nested = ["x"]
+    for _ in range(60):
+        nested = [nested] * 2
+    wrong = {"model": nested, "data": {"train": nested}, "name": "x" * 10**7, "seeds": [[]] * 10**5}
+    wrong |= {"baselines": [nested, 10**5000, {"name": "a" * 10**6}] * 50, "k" * 10**6: 1}
+    with pytest.raises(ValueError, match=r"more$") as caught:
+        parse_config(wrong)
+    assert len(str(caught.value)) < 3000
+    assert len(str(caught.value).splitlines()) == 22
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32, 10**400], ids=["negative", "2^32", "400 digits"])
+def test_numbers_no_generator_takes_are_refused(seed):
+    with pytest.raises(ValueError, match=r"train\.seed: .*got"):
+        parse_config(change(train={"seed": seed}))
+    with pytest.raises(ValueError, match=r"warmup\.max_steps: .*got a whole number of 1329 bits"):
+        parse_config(change(warmup={"max_steps": 10**400}))
+
+
+SECRET = "S3CRET"
+URL = f"postgresql://u:{SECRET}@h/db"
+LEAKS = {  # where a password can come into a message
+    "beside a wrong range": {"search": {"rank": [8, 2, 2], "storage": URL}},
+    "a list": {"search": {"storage": [URL]}},
+    "a map": {"search": {"storage": {"url": URL}}},
+    "for the section": {"search": URL},
+    "for the sections": {"search": [URL], "train": {"a": URL}},
+    "an @ in it": {"search": f"postgresql://u:x@{SECRET}@h/db"},
+    "a space in it": {"search": f"postgresql://u:x {SECRET}@h/db"},
+    "another setting": {"name": URL, "select": {"policy": URL}},
+    "as a key": {URL: 1, "search": {URL: 1}},
+    "a far @": {"name": f"postgresql://u:{'x' * 5000}{SECRET}@h/db"},
+    "two sources": {
+        "data": {"train": {"path": f"https://u:{SECRET}@h/x", "hub": f"hf_xyz{SECRET}"}}
+    },
+    "a token": {"select": {"policy": f"https://h/x?access_token={SECRET}"}},
+}
+
+
+@pytest.mark.parametrize("case", LEAKS)
+def test_no_message_shows_a_password(case, tmp_path):
+    with pytest.raises(ValueError, match="problem") as caught:
+        parse_config(MINIMAL | LEAKS[case])
+    text = "".join(traceback.format_exception(caught.value))  # what a notebook would show
+    assert SECRET not in text
+
+
+def test_broken_yaml_and_overrides_show_no_password(tmp_path):
+    path = tmp_path / "run.yaml"
+    for text in (f"search: {{storage: {URL}: x}}", f"a: b: {URL}", f"a: !{SECRET} x", f"a: '{URL}"):
+        path.write_text(text, encoding="utf-8")
+        with pytest.raises(FileError) as caught:
+            load_config(path)
+        assert SECRET not in "".join(traceback.format_exception(caught.value))
+    path = write(tmp_path, MINIMAL)
+    for override in (f"search.storage:{URL}", f"search.storage=[{URL}", f"name.x.{URL}=1"):
+        with pytest.raises(ValueError, match="override") as caught:
+            load_config(path, [override, "name=x", override])
+        assert SECRET not in "".join(traceback.format_exception(caught.value))
+
+
+def test_a_written_password_is_masked_and_not_read_back(tmp_path):
+    config = parse_config(change(search={"storage": URL}, model={"path": f"https://u:{SECRET}@h"}))
+    assert SECRET not in repr(config.search)
+    text = dump_config(config)
+    assert SECRET not in text
+    assert "postgresql://u:***@h/db" in text
+    with pytest.raises(ValueError, match=r"got one that was masked.*\$\{NAME\}"):
+        storage_url(load_config(write(tmp_path, text)).search)
+
+
+def test_the_storage_is_read_from_the_environment_when_it_is_used(monkeypatch):
+    for name in ("FLOE_DB", "FLOE_PW"):
+        monkeypatch.delenv(name, raising=False)
+    part = SearchConfig(storage="postgresql://u:${FLOE_PW}@h/db")
+    assert "${FLOE_PW}" in dump_config(parse_config(change(search={"storage": part.storage})))
+    with pytest.raises(ValueError, match=r"search\.storage needs the .* FLOE_PW"):
+        storage_url(part)
+    monkeypatch.setenv("FLOE_PW", "a@b/c d")
+    monkeypatch.setenv("FLOE_DB", URL)
+    assert storage_url(part) == "postgresql://u:a%40b%2Fc%20d@h/db"
+    assert storage_url(SearchConfig(storage="${FLOE_DB}")) == URL
+    assert storage_url(SearchConfig(storage=URL)) == URL
+    assert storage_url(SearchConfig()) is None

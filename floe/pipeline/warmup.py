@@ -10,6 +10,7 @@ from typing import Any
 from floe.adapters import remove_adapters
 from floe.adapters.files import save_adapter
 from floe.atomic import copy_folder, write_json
+from floe.config import storage_url
 from floe.pipeline.workspace import Workspace, plain
 from floe.rank_search.proposals import SearchSpace
 from floe.rank_search.search import search
@@ -62,7 +63,7 @@ def _search(work: Workspace, folder: Path, on_trial: Any) -> None:
         directory=folder,
         space=SearchSpace(config.search.rank, config.search.num_experts),
         trials=config.search.trials,
-        storage=config.search.storage,
+        storage=storage_url(config.search),
         sampler=config.search.sampler,
         startup_trials=config.search.startup_trials,
         seed=config.search.seed,

@@ -1,0 +1,168 @@
+"""YAML without its traps: nothing is said twice, nothing grows, and only plain values come out.
+
+PyYAML's safe loader takes the last of two equal keys, lets a kilobyte of aliases stand for
+gigabytes, reads 010 as 8, and fails in many ways on a tag that does not fit. So the values are made
+from the parser's events here. Messages give the line, and nothing of the text: it may be secret.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import yaml
+
+_TEXT, _VALUES, _DEPTH, _NUMBER = 1 << 20, 20_000, 32, 64
+_Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+_TAG = "tag:yaml.org,2002:"
+_SCALARS: dict[str, Any] = {
+    f"{_TAG}{name}": getattr(yaml.constructor.SafeConstructor, f"construct_yaml_{name}")
+    for name in ("null", "bool", "int", "float", "str")
+}
+_OTHERWISE = {  # by YAML 1.1: octal and sexagesimal numbers, and any text that is tagged as null
+    "int": re.compile(r"[-+]?0[0-9_]|.*:"),
+    "float": re.compile(r".*:"),
+    "null": re.compile(r"(?!(?:~|null|Null|NULL)?\Z)"),
+}
+_UNFIT = (ValueError, LookupError, AttributeError, OverflowError)  # of PyYAML's constructors
+
+
+def read_yaml(text: str) -> Any:
+    """The one document in ``text``: None, bool, int, float, str, lists and maps with text keys.
+
+    Raises:
+        ValueError: broken YAML, a key twice, a tag, a date, a number that YAML 1.1 reads otherwise
+            than it looks, or more than 20,000 values once aliases are expanded.
+    """
+    if len(text) > _TEXT:
+        raise ValueError(f"it must be at most {_TEXT:,} characters long, got {len(text):,}")
+    try:
+        loader = _Loader(text)
+        try:
+            return _Reading(loader).document()
+        finally:
+            loader.dispose()
+    except UnicodeError:
+        problem = "it must be text that UTF-8 can hold"
+    except yaml.reader.ReaderError as error:
+        problem = f"character {error.position + 1} is not allowed ({error.reason})"
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        problem = f"{f'line {mark.line + 1}: ' if mark else ''}{error.problem}"
+    raise ValueError(problem)
+
+
+class _Reading:
+    """One document's events as values; an alias is a copy, so that no two settings share one."""
+
+    def __init__(self, loader: Any) -> None:
+        self.loader = loader
+        self.anchors: dict[str, Any] = {}
+        self.left = _VALUES
+
+    def document(self) -> Any:
+        self.loader.get_event()
+        if self.loader.check_event(yaml.StreamEndEvent):
+            return None
+        self.loader.get_event()
+        value = self._value(0)
+        self.loader.get_event()
+        if not self.loader.check_event(yaml.StreamEndEvent):
+            raise _wrong(self.loader.peek_event(), "there must be one document, a second starts")
+        return value
+
+    def _value(self, depth: int) -> Any:
+        event = self.loader.get_event()
+        self._count(event, depth)
+        if isinstance(event, yaml.AliasEvent):
+            if event.anchor not in self.anchors:
+                raise _wrong(event, "the alias names no value before it")
+            return self._copy(self.anchors[event.anchor], event, depth)
+        if isinstance(event, yaml.ScalarEvent):
+            value = self._scalar(event)
+        elif event.tag not in (None, "!", f"{_TAG}seq", f"{_TAG}map"):
+            raise _wrong(event, "tags are not allowed")
+        elif isinstance(event, yaml.SequenceStartEvent):
+            value = []
+            while not self.loader.check_event(yaml.SequenceEndEvent):
+                value.append(self._value(depth + 1))
+            self.loader.get_event()
+        else:
+            value = self._mapping(depth)
+        if event.anchor is not None:
+            self.anchors[event.anchor] = value
+        return value
+
+    def _mapping(self, depth: int) -> dict[str, Any]:
+        own: dict[str, Any] = {}
+        merged: dict[str, Any] = {}
+        lines: dict[str, int] = {}
+        while not self.loader.check_event(yaml.MappingEndEvent):
+            key = self.loader.get_event()
+            self._count(key, depth)
+            if not isinstance(key, yaml.ScalarEvent):
+                raise _wrong(key, "a setting's name must be text")
+            name, is_merge = key.value, self._tag(key) == f"{_TAG}merge"
+            if not is_merge and not isinstance(self._scalar(key), str):
+                raise _wrong(key, "a setting's name must be text; quote it")
+            if name in lines:
+                raise _wrong(key, f"{name[:60]!r} occurs twice, first in line {lines[name]}")
+            lines[name] = key.start_mark.line + 1
+            value = self._value(depth + 1)
+            if not is_merge:
+                own[name] = value
+                continue
+            for part in reversed(value if isinstance(value, list) else [value]):
+                if not isinstance(part, dict):
+                    raise _wrong(key, "<< takes a map or a list of maps")
+                merged |= part
+        self.loader.get_event()
+        return merged | own
+
+    def _tag(self, event: Any) -> str:
+        if event.tag not in (None, "!"):
+            return str(event.tag)
+        return str(self.loader.resolve(yaml.ScalarNode, event.value, event.implicit))
+
+    def _scalar(self, event: Any) -> Any:
+        tag, text = self._tag(event), event.value
+        if tag == f"{_TAG}value":  # a bare =
+            tag = f"{_TAG}str"
+        if tag not in _SCALARS:
+            date = tag == f"{_TAG}timestamp" and event.tag is None
+            raise _wrong(event, "quote a date" if date else "tags are not allowed")
+        kind = tag.removeprefix(_TAG)
+        if kind in ("int", "float") and len(text) > _NUMBER:
+            raise _wrong(event, f"a number must have at most {_NUMBER} characters")
+        if kind in _OTHERWISE and _OTHERWISE[kind].match(text):
+            raise _wrong(event, f"this is another !!{kind} than it looks; no leading 0, no colon")
+        try:
+            value = _SCALARS[tag](self.loader, yaml.ScalarNode(tag, text))
+        except _UNFIT:
+            raise _wrong(event, f"this is not of the type !!{kind}") from None
+        if isinstance(value, str) and not _is_writable(value):
+            raise _wrong(event, "text must not hold NUL or half of a surrogate pair")
+        return value
+
+    def _copy(self, value: Any, event: Any, depth: int) -> Any:
+        self._count(event, depth)
+        if isinstance(value, list):
+            return [self._copy(part, event, depth + 1) for part in value]
+        if isinstance(value, dict):
+            return {name: self._copy(part, event, depth + 1) for name, part in value.items()}
+        return value
+
+    def _count(self, event: Any, depth: int) -> None:
+        self.left -= 1
+        if self.left < 0:
+            raise _wrong(event, f"there must be at most {_VALUES:,} values, aliases expanded")
+        if depth > _DEPTH:
+            raise _wrong(event, f"values must be nested at most {_DEPTH} deep")
+
+
+def _is_writable(text: str) -> bool:
+    return "\0" not in text and not any("\ud800" <= letter <= "\udfff" for letter in text)
+
+
+def _wrong(event: Any, problem: str) -> yaml.MarkedYAMLError:
+    return yaml.MarkedYAMLError(problem=problem, problem_mark=event.start_mark)
