@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from floe.chat import ChatTemplate
 from floe.errors import DataError
 from floe.losses import IGNORE_INDEX
 from floe.readers import load_rows
@@ -22,26 +23,35 @@ __all__ = [
     "TokenRow",
     "accepts_logits_to_keep",
     "encode",
+    "encode_choices",
     "encode_prompt",
-    "encode_response",
+    "encode_questions",
     "fingerprint",
     "load_rows",
     "make_batches",
     "row_order",
+    "rows_of_both",
     "sample",
     "shorten_prompt",
     "split",
+    "stop_tokens",
     "to_device",
 ]
 
 Batch = dict[str, Any]
 Item = TypeVar("Item")
-NO_COMPLETION, TOO_LONG = "without a completion", "too long for max_length"
+Rows = Sequence[Mapping[str, Any]] | Mapping[int, Mapping[str, Any]]
+
+# Why a row is dropped.
+NO_COMPLETION = "without a completion"
+NO_PROMPT = "without a prompt"
+NO_CHOICE = "with a choice of no tokens"
+TOO_LONG = "too long for max_length"
 
 
 @dataclass(frozen=True)
 class TokenRow:
-    """One tokenised row: ``prompt`` then ``response`` (which ends with eos in training rows).
+    """One tokenised row: ``prompt`` then ``response`` (in training rows with its end, eos).
 
     ``index`` is the row's place in the data it came from; ``task`` groups rows in the evaluation.
     """
@@ -68,31 +78,32 @@ class TokenRow:
 
 @dataclass(frozen=True)
 class Encoded:
-    """What :func:`encode` made: the rows, and which lost what, by their place in what was given.
+    """What encoding made of a data set, and what it left out.
 
-    ``dropped`` maps a reason to the rows that were left out for it; of the rows ``cut`` the prompt
-    lost its left.
+    ``rows``: what is used. ``given``: how many rows came. ``dropped``: reason -> numbers of the
+    rows left out for it, each row under one reason. ``cut``: numbers of the used rows whose prompt
+    lost its left. A row's number is its 0-based place in its data.
     """
 
     rows: list[TokenRow]
+    given: int
     dropped: dict[str, list[int]]
     cut: list[int]
 
     @property
-    def given(self) -> int:
-        """Number of rows that came."""
-        return len(self.rows) + sum(map(len, self.dropped.values()))
+    def lost(self) -> int:
+        """How many rows were left out."""
+        return sum(len(numbers) for numbers in self.dropped.values())
 
     def losses(self) -> str:
         """What was lost, in words; empty if nothing was."""
-        found = [f"{len(rows)} {reason}" for reason, rows in self.dropped.items() if rows]
-        lost = f"{sum(map(len, self.dropped.values()))} dropped: {', '.join(found)}"
+        found = ", ".join(f"{len(numbers)} {reason}" for reason, numbers in self.dropped.items())
         cut = f"{len(self.cut)} cut at the left of the prompt" if self.cut else ""
-        return "; ".join([lost] * bool(found) + [cut] * bool(cut))
+        return "; ".join([f"{self.lost} dropped: {found}"] * bool(found) + [cut] * bool(cut))
 
 
 def encode(
-    rows: Sequence[Mapping[str, Any]],
+    rows: Rows,
     tokenizer: Any,
     *,
     template: str | None = None,
@@ -101,80 +112,229 @@ def encode(
 ) -> Encoded:
     """Tokenise prompt and completion rows for training and loss evaluation.
 
-    A row becomes ``[bos] prompt completion eos``; the loss is on ``completion eos``. Too long a row
-    loses the left of its prompt (bos stays), never a part of its response; a row whose response and
-    one token before it do not fit is dropped, as is one with an empty completion. All are counted.
+    A row becomes ``[bos] prompt completion eos``; the loss is on ``completion eos``. Under a chat
+    template a row is all that the template writes for question and answer, and eos where that does
+    not hold it; the loss is on the answer and all that follows. Too long a row loses the left of
+    its prompt (bos stays), never a part of its response; a row whose response and one token before
+    it do not fit is dropped, as is one with an empty completion. All are listed.
 
     Args:
-        rows: as :func:`load_rows` gives them.
+        rows: as :func:`load_rows` gives them, or some of those by their numbers.
         tokenizer: a ``transformers`` tokenizer with an eos token.
         template: None or ``"none"``, ``"chat"`` (the tokenizer's chat template, one user turn), or
-            any text with ``{prompt}`` in it.
+            any text with ``{prompt}`` in it. Where a chat template writes today's date, it is given
+            a fixed one.
         max_length: tokens per row, prompt and response with eos.
         source: what to call the data in errors.
 
     Raises:
         ValueError: for a template without ``{prompt}``, a tokenizer without eos or chat template.
-        DataError: if no row is left; the text names the setting to change.
+        DataError: for a row with a lone surrogate, or one that the chat template refuses or does
+            not write as it is; if no row is left: the text names the setting to change.
     """
     _check_length(max_length)
-    kept: list[TokenRow] = []
-    dropped: dict[str, list[int]] = {NO_COMPLETION: [], TOO_LONG: []}
-    cut: list[int] = []
-    for index, row in enumerate(rows):
+    writer = _Writer(tokenizer, template)
+    if template != "chat" and tokenizer.eos_token_id is None:
+        raise ValueError("tokenizer must have an eos token, got None")
+
+    def one(row: Mapping[str, Any]) -> _Written | str:
         if not row["completion"].strip():
-            dropped[NO_COMPLETION].append(index)
-            continue
-        prompt, bos = encode_prompt(row["prompt"], tokenizer, template)
-        response = encode_response(row["completion"], tokenizer, eos=True)
-        room = max_length - len(response)
-        if room < 1:
-            dropped[TOO_LONG].append(index)
-            continue
-        if len(prompt) > room:
-            cut.append(index)
-        kept.append(TokenRow(shorten_prompt(prompt, room, bos), response, index, row.get("task")))
-    found = Encoded(kept, dropped, cut)
-    if not kept:
-        message = f"no row with a target is left of {len(rows)}: {found.losses()}"
-        raise DataError(source, f"{message} (max_length={max_length})")
-    return found
+            return NO_COMPLETION
+        prompt, bos, response = writer.row(row["prompt"], row["completion"], end=True)
+        return (prompt, bos, [response]) if response else NO_COMPLETION
+
+    encoded = _encode(rows, one, max_length, source)
+    _check_some_left(encoded, max_length, source)
+    return encoded
+
+
+def encode_choices(
+    rows: Rows,
+    tokenizer: Any,
+    *,
+    template: str | None = None,
+    max_length: int = 1024,
+    source: str = "rows",
+) -> Encoded:
+    """Tokenise every choice of every row after its prompt, without an end.
+
+    The result has one entry a choice, in order, its row's number as ``index``; a row whose choices
+    do not all fit, or whose prompt or a choice has no tokens, is dropped.
+
+    Raises:
+        ValueError, DataError: as :func:`encode`, and DataError for a row without choices; not if
+            no row is left.
+    """
+    _check_length(max_length)
+    writer = _Writer(tokenizer, template)
+
+    def one(row: Mapping[str, Any]) -> _Written | str:
+        if "choices" not in row:
+            raise ValueError("must have choices and answer")
+        written = [writer.row(row["prompt"], text, end=False) for text in row["choices"]]
+        prompt, bos, _ = written[0]
+        choices = [choice for *_, choice in written]
+        if not prompt:
+            return NO_PROMPT
+        return (prompt, bos, choices) if all(choices) else NO_CHOICE
+
+    return _encode(rows, one, max_length, source)
+
+
+def encode_questions(
+    rows: Rows,
+    tokenizer: Any,
+    *,
+    template: str | None = None,
+    max_length: int = 1024,
+    max_new_tokens: int = 32,
+    source: str = "rows",
+) -> Encoded:
+    """Tokenise the prompts alone, cut to leave ``max_new_tokens`` of ``max_length`` to an answer.
+
+    A row whose prompt has no tokens is dropped.
+
+    Raises:
+        ValueError, DataError: as :func:`encode`; not if no row is left.
+    """
+    _check_length(max_length)
+    if not 1 <= max_new_tokens < max_length:
+        raise ValueError(f"max_new_tokens must be in [1, {max_length - 1}], got {max_new_tokens}")
+    writer = _Writer(tokenizer, template)
+
+    def one(row: Mapping[str, Any]) -> _Written | str:
+        prompt, bos = writer.prompt(row["prompt"])
+        return (prompt, bos, [()]) if prompt else NO_PROMPT
+
+    return _encode(rows, one, max_length - max_new_tokens, source)
+
+
+def rows_of_both(first: Encoded, second: Encoded, max_length: int, source: str) -> Encoded:
+    """The first's rows without those the second dropped; both are encodings of the same data.
+
+    Raises:
+        DataError: if no row is left.
+    """
+    gone = {number for numbers in first.dropped.values() for number in numbers}
+    dropped = {reason: [*numbers] for reason, numbers in first.dropped.items()}
+    for reason, numbers in second.dropped.items():
+        new = {*numbers} - gone
+        if new:
+            dropped[reason] = sorted(new | {*dropped.get(reason, [])})
+    out = {number for numbers in dropped.values() for number in numbers}
+    rows = [row for row in first.rows if row.index not in out]
+    both = Encoded(rows, first.given, dropped, sorted({*first.cut, *second.cut} - out))
+    _check_some_left(both, max_length, source)
+    return both
 
 
 def encode_prompt(
     prompt: str, tokenizer: Any, template: str | None = None
 ) -> tuple[tuple[int, ...], bool]:
-    """Tokens of a prompt under a template, and whether the first is a bos the tokenizer added."""
-    if template == "chat":
-        if not getattr(tokenizer, "chat_template", None):
-            raise ValueError("template must not be 'chat' for a tokenizer without a chat template")
-        turns = [{"role": "user", "content": prompt}]
-        text = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
-        return _tokens(text, tokenizer), False
-    if template is not None and template != "none":
-        if "{prompt}" not in template:
+    """Tokens of a prompt under a template, and whether the first is a bos."""
+    return _Writer(tokenizer, template).prompt(prompt)
+
+
+def stop_tokens(tokenizer: Any, template: str | None = None) -> list[int]:
+    """The tokens that end an answer: eos, and the chat template's end of turn, if it is a token."""
+    writer = _Writer(tokenizer, template)
+    stops = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    if writer.chat is not None:
+        ending = writer.tokens(writer.chat.ending())
+        stops += [token for token in ending if token in writer.marks][:1]
+    return sorted(set(stops))
+
+
+_Tokens = tuple[int, ...]
+_Written = tuple[_Tokens, bool, list[_Tokens]]  # prompt, whether it begins with bos, responses
+
+
+def _encode(
+    rows: Rows, one: Callable[[Mapping[str, Any]], _Written | str], longest: int, source: str
+) -> Encoded:
+    """Every row as ``one`` writes it, or dropped for the reason that it gives instead."""
+    kept: list[TokenRow] = []
+    dropped: dict[str, list[int]] = {}
+    cut: list[int] = []
+    for number, row in rows.items() if isinstance(rows, Mapping) else enumerate(rows):
+        try:
+            found = one(row)
+        except ValueError as error:
+            raise DataError(source, str(error), number) from error
+        if not isinstance(found, str):
+            prompt, bos, responses = found
+            room = longest - max(len(response) for response in responses)
+            if room >= 1:
+                short = shorten_prompt(prompt, room, bos)
+                kept += [
+                    TokenRow(short, response, number, row.get("task")) for response in responses
+                ]
+                cut += [number] if len(prompt) > room else []
+                continue
+            found = TOO_LONG
+        dropped.setdefault(found, []).append(number)
+    return Encoded(kept, len(rows), dropped, cut)
+
+
+def _check_some_left(encoded: Encoded, max_length: int, source: str) -> None:
+    if not encoded.rows:
+        message = f"no row with a target is left of {encoded.given}: {encoded.losses()}"
+        raise DataError(source, f"{message} (max_length={max_length})")
+
+
+class _Writer:
+    """Prompts and answers as tokens, under one template."""
+
+    def __init__(self, tokenizer: Any, template: str | None) -> None:
+        self.tokenizer = tokenizer
+        self.chat = ChatTemplate(tokenizer) if template == "chat" else None
+        self.marks = {*tokenizer.get_added_vocab().values(), *tokenizer.all_special_ids}
+        self._frame = "{prompt}" if template in (None, "none", "chat") else str(template)
+        if "{prompt}" not in self._frame:
             raise ValueError(f"template must be none, chat or hold {{prompt}}, got {template!r}")
-        prompt = template.replace("{prompt}", prompt)
-    tokens = _tokens(prompt, tokenizer)
-    bos = tokenizer.bos_token_id
-    with_special = tokenizer(prompt, add_special_tokens=True)["input_ids"]
-    if bos is not None and with_special[:1] == [bos] and tokens[:1] != (bos,):
-        return (bos, *tokens), True
-    return tokens, False
 
+    def tokens(self, text: str) -> _Tokens:
+        """Tokens of a text, none added."""
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            found = f"{text[error.start]!r} at character {error.start}"
+            raise ValueError(f"text must be Unicode, got the lone surrogate {found}") from error
+        return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
-def encode_response(text: str, tokenizer: Any, *, eos: bool) -> tuple[int, ...]:
-    """Tokens of a completion or an answer choice, and eos after them if asked."""
-    tokens = _tokens(text, tokenizer)
-    if not eos:
-        return tokens
-    if tokenizer.eos_token_id is None:
-        raise ValueError("tokenizer must have an eos token, got None")
-    return (*tokens, tokenizer.eos_token_id)
+    def prompt(self, prompt: str) -> tuple[_Tokens, bool]:
+        """Tokens up to where the answer begins, and whether the first is a bos."""
+        bos = self.tokenizer.bos_token_id
+        if self.chat is not None:  # it writes bos itself, where the model wants it
+            tokens = self.tokens(self.chat.turn(prompt).opening)
+            return tokens, bos is not None and tokens[:1] == (bos,)
+        text = self._frame.replace("{prompt}", prompt)
+        tokens = self.tokens(text)
+        with_special = self.tokenizer(text, add_special_tokens=True)["input_ids"]
+        if bos is None or with_special[:1] != [bos]:
+            return tokens, False
+        return (tokens if tokens[:1] == (bos,) else (bos, *tokens)), True
 
-
-def _tokens(text: str, tokenizer: Any) -> tuple[int, ...]:
-    return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+    def row(self, prompt: str, answer: str, *, end: bool) -> tuple[_Tokens, bool, _Tokens]:
+        """:meth:`prompt`, and the answer's tokens with their ``end``; none for an empty answer."""
+        eos = self.tokenizer.eos_token_id
+        if self.chat is None:
+            tokens = self.tokens(answer)
+            return *self.prompt(prompt), (*tokens, eos) if end and tokens else tokens
+        turn = self.chat.turn(prompt, answer)
+        opening, bos = self.prompt(prompt)
+        if not self.tokens(turn.answer):
+            return opening, bos, ()
+        written = turn.answer + (turn.ending if end else "")
+        tokens = self.tokens(turn.opening + written)
+        # What follows the prompt in one piece; if a token would lie across, the answer on its own.
+        whole = tokens[: len(opening)] == opening
+        tokens = tokens[len(opening) :] if whole else self.tokens(written)
+        ending = {*self.tokens(turn.ending)} if end else set()
+        if end and eos is None and not ending & self.marks:
+            raise ValueError("tokenizer must have an eos token, got None")
+        # Also a runtime that knows no end but eos is to stop.
+        return opening, bos, (*tokens, eos) if end and eos not in {None, *ending} else tokens
 
 
 def shorten_prompt(prompt: tuple[int, ...], room: int, bos: bool) -> tuple[int, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -14,14 +14,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from floe.blocks import base_of
 from floe.data import (
     Collator,
     TokenRow,
-    encode_prompt,
-    encode_response,
+    encode_choices,
+    encode_questions,
     make_batches,
     row_order,
-    shorten_prompt,
+    stop_tokens,
     to_device,
 )
 from floe.errors import DataError
@@ -32,16 +33,47 @@ _Z = 1.959963984540054  # the normal's 97.5 % point
 Floats = NDArray[np.float64]
 
 
+class _ByRow:
+    """What is measured for rows that have numbers: places are looked up, never assumed."""
+
+    rows: NDArray[np.int64] | None
+
+    def _number(self, count: int, *others: int) -> None:
+        """Check the lengths; rows without numbers are numbered as they come."""
+        rows = np.arange(count) if self.rows is None else np.asarray(self.rows, dtype=np.int64)
+        if {len(rows), *others} != {count}:
+            raise ValueError(f"all values must be of {count} rows, got {[len(rows), *others]}")
+        object.__setattr__(self, "rows", rows)
+
+    def places(self, numbers: Sequence[int]) -> list[int]:
+        """Where the rows of these numbers stand; ValueError for one that is not here just once."""
+        assert self.rows is not None
+        found = {int(number): place for place, number in enumerate(self.rows)}
+        missing = [number for number in numbers if number not in found]
+        if missing or len(found) < len(self.rows):
+            what = f"no row {missing[0]}" if missing else "numbers that occur twice"
+            raise ValueError(f"numbers must be of rows that were measured once, got {what}")
+        return [found[number] for number in numbers]
+
+
 @dataclass(frozen=True)
-class Losses:
-    """Per row: summed negative log-likelihood, nats, float64 [n]; and target tokens, int64 [n]."""
+class Losses(_ByRow):
+    """Per row: summed negative log-likelihood, nats, float64 [n]; and target tokens, int64 [n].
+
+    ``rows`` are the rows' numbers in their data, int64 [n]; None counts them as they come.
+    """
 
     nll: Floats
     tokens: NDArray[np.int64]
+    rows: NDArray[np.int64] | None = None
 
-    def take(self, places: Sequence[int]) -> Losses:
-        """Only these rows."""
-        return Losses(self.nll[list(places)], self.tokens[list(places)])
+    def __post_init__(self) -> None:
+        self._number(len(self.nll), len(self.tokens))
+
+    def take(self, numbers: Sequence[int]) -> Losses:
+        """Only the rows of these numbers; ValueError for a row that is not there."""
+        places = self.places(numbers)
+        return Losses(self.nll[places], self.tokens[places], np.array(numbers, dtype=np.int64))
 
 
 @dataclass(frozen=True)
@@ -77,15 +109,19 @@ class Difference:
 
 
 @dataclass(frozen=True)
-class Answers:
-    """Per row, in the order of the rows: the answer given and whether it was right."""
+class Answers(_ByRow):
+    """Per row: the answer given and whether it was right; ``rows`` as in :class:`Losses`."""
 
     given: list[Any]
     correct: NDArray[np.bool_]
+    rows: NDArray[np.int64] | None = None
 
-    def accuracy(self, places: Sequence[int] | None = None) -> Accuracy:
-        """Accuracy over all rows, or over these."""
-        chosen = self.correct if places is None else self.correct[list(places)]
+    def __post_init__(self) -> None:
+        self._number(len(self.given), len(self.correct))
+
+    def accuracy(self, numbers: Sequence[int] | None = None) -> Accuracy:
+        """Accuracy over all rows, or over those of these numbers."""
+        chosen = self.correct if numbers is None else self.correct[self.places(numbers)]
         return wilson(int(chosen.sum()), len(chosen))
 
 
@@ -143,10 +179,10 @@ def batch_losses(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Te
 def evaluate_rows(
     model: nn.Module, rows: Sequence[TokenRow], batch_size: int = 16, pad_id: int = 0
 ) -> Losses:
-    """Loss of every row, in the order of the rows whatever the batching."""
+    """Loss of every row, in the order of the rows whatever the batching, with their ``index``."""
     batches = make_batches(rows, batch_size, True, Collator.for_model(model, pad_id))
-    losses = evaluate_loss(model, batches)
-    return losses.take(np.argsort(row_order(rows), kind="stable").tolist())
+    losses = evaluate_loss(model, batches).take(np.argsort(row_order(rows)).tolist())
+    return replace(losses, rows=np.array([row.index for row in rows], dtype=np.int64))
 
 
 def validation_loss(model: nn.Module, batches: Sequence[Mapping[str, Any]]) -> float:
@@ -174,8 +210,8 @@ def paired_difference(
     Raises:
         ValueError: if the rows differ.
     """
-    if not np.array_equal(a.tokens, b.tokens):
-        raise ValueError("a and b must be losses of the same rows, got other token counts")
+    if not (np.array_equal(a.tokens, b.tokens) and np.array_equal(a.rows, b.rows)):
+        raise ValueError("a and b must be losses of the same rows, got other numbers or tokens")
     low, high = _interval(a, a.nll - b.nll, resamples, seed)
     return Difference(mean_loss(a) - mean_loss(b), low, high, len(a.nll))
 
@@ -217,12 +253,16 @@ def wilson(correct: int, rows: int) -> Accuracy:
 
 
 def group_by_task(rows: Sequence[Mapping[str, Any] | TokenRow]) -> dict[str, list[int]]:
-    """Places of the rows of each task, tasks sorted; rows without one are left out."""
+    """Numbers of the rows of each task, tasks sorted; rows without one are left out.
+
+    A token row's number is its ``index``, another's its place.
+    """
     groups: dict[str, list[int]] = {}
     for place, row in enumerate(rows):
-        task = row.task if isinstance(row, TokenRow) else row.get("task")
+        token = isinstance(row, TokenRow)
+        task, number = (row.task, row.index) if token else (row.get("task"), place)
         if task is not None:
-            groups.setdefault(task, []).append(place)
+            groups.setdefault(task, []).append(number)
     return dict(sorted(groups.items()))
 
 
@@ -251,20 +291,15 @@ def evaluate_choices(
     """
     if score not in ("mean", "sum"):
         raise ValueError(f"score must be 'mean' or 'sum', got {score!r}")
-    candidates: list[TokenRow] = []
-    for place, row in enumerate(rows):
-        if "choices" not in row:
-            raise DataError(source, "must have choices and answer", place)
-        choices = [encode_response(text, tokenizer, eos=False) for text in row["choices"]]
-        prompt, bos = encode_prompt(row["prompt"], tokenizer, template)
-        room = max_length - max(len(choice) for choice in choices)
-        if room < 1 or not prompt or not all(choices):
-            message = f"prompt and choices must hold tokens and fit in max_length={max_length}"
-            raise DataError(source, message, place)
-        kept = shorten_prompt(prompt, room, bos)
-        candidates += [TokenRow(kept, choice, place) for choice in choices]
-    pad = tokenizer.pad_token_id or 0
-    losses = evaluate_rows(model, candidates, batch_size, pad)
+    if not rows:
+        raise ValueError("rows must not be empty")
+    encoded = encode_choices(
+        rows, tokenizer, template=template, max_length=max_length, source=source
+    )
+    for place in sorted(place for places in encoded.dropped.values() for place in places):
+        message = f"prompt and choices must hold tokens and fit in max_length={max_length}"
+        raise DataError(source, message, place)
+    losses = evaluate_rows(model, encoded.rows, batch_size, tokenizer.pad_token_id or 0)
     values = -losses.nll / (losses.tokens if score == "mean" else 1)
     starts = np.cumsum([0] + [len(row["choices"]) for row in rows])
     given = [int(np.argmax(values[start:stop])) for start, stop in pairwise(starts)]
@@ -287,30 +322,34 @@ def evaluate_generation(
 ) -> Answers:
     """Answer each row by greedy generation; right if it equals the completion.
 
-    ``ignore_space`` compares with runs of white space as one blank and none at the ends,
-    ``ignore_case`` without case.
+    An answer ends at the first of eos, the model's own stop tokens (``generation_config``) and the
+    chat template's end of turn. Nothing else of the ``generation_config`` is used: no penalties, no
+    least length. ``ignore_space`` compares with runs of white space as one blank and none at the
+    ends, ``ignore_case`` without case.
 
     Returns:
         ``given``: the generated text per row, without special tokens.
+
+    Raises:
+        ValueError: for no rows, or ``max_new_tokens`` outside [1, max_length).
+        DataError: for a row without a prompt.
     """
-    if not 1 <= max_new_tokens < max_length:
-        raise ValueError(f"max_new_tokens must be in [1, {max_length - 1}], got {max_new_tokens}")
     if not rows:
         raise ValueError("rows must not be empty")
-    prompts: list[TokenRow] = []
-    for place, row in enumerate(rows):
-        tokens, bos = encode_prompt(row["prompt"], tokenizer, template)
-        if not tokens:
-            raise DataError(source, "prompt must hold at least one token", place)
-        prompts.append(
-            TokenRow(shorten_prompt(tokens, max_length - max_new_tokens, bos), (), place)
-        )
+    encoded = encode_questions(
+        rows, tokenizer, template=template, max_length=max_length,
+        max_new_tokens=max_new_tokens, source=source,
+    )  # fmt: skip
+    for places in encoded.dropped.values():
+        raise DataError(source, "prompt must hold at least one token", places[0])
+    stops = _stop_tokens(model, tokenizer, template)
     given = [""] * len(rows)
-    order = row_order(prompts)
+    order = row_order(encoded.rows)
     with evaluating(model):
         for start in range(0, len(order), batch_size):
             places = order[start : start + batch_size]
-            texts = _generate(model, tokenizer, [prompts[i] for i in places], max_new_tokens)
+            chosen = [encoded.rows[i] for i in places]
+            texts = _generate(model, tokenizer, chosen, max_new_tokens, stops)
             for place, text in zip(places, texts, strict=True):
                 given[place] = text
     same = _comparison(ignore_case, ignore_space)
@@ -318,26 +357,42 @@ def evaluate_generation(
     return Answers(given, np.array(right, dtype=bool))
 
 
-def _generate(model: Any, tokenizer: Any, rows: list[TokenRow], max_new_tokens: int) -> list[str]:
+def _stop_tokens(model: nn.Module, tokenizer: Any, template: str | None) -> list[int]:
+    own = getattr(getattr(base_of(model), "generation_config", None), "eos_token_id", None)
+    listed = own if isinstance(own, list | tuple) else [own]
+    return sorted({*stop_tokens(tokenizer, template), *(t for t in listed if t is not None)})
+
+
+def _generate(
+    model: Any, tokenizer: Any, rows: list[TokenRow], max_new_tokens: int, stops: list[int]
+) -> list[str]:
     from transformers import GenerationConfig
 
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    pad = next((t for t in (tokenizer.pad_token_id, *stops) if t is not None), 0)
     batch = to_device(Collator(pad, keep_logits=False)(rows), next(model.parameters()).device)
     settings = GenerationConfig(
         do_sample=False,
         num_beams=1,
         max_new_tokens=max_new_tokens,
         pad_token_id=pad,
-        eos_token_id=tokenizer.eos_token_id,
+        eos_token_id=stops or None,
         use_cache=True,
     )
-    out = model.generate(
-        input_ids=batch["input_ids"],
-        attention_mask=batch["attention_mask"],
-        generation_config=settings,
-    )
-    new = out[:, batch["input_ids"].shape[1] :]
-    texts: list[str] = tokenizer.batch_decode(new, skip_special_tokens=True)
+    base: Any = base_of(model)
+    own = base.generation_config
+    base.generation_config = settings  # generate() fills what is not set here from the model's own
+    try:
+        out = model.generate(
+            input_ids=batch["input_ids"],
+            attention_mask=batch["attention_mask"],
+            generation_config=settings,
+        )
+    finally:
+        base.generation_config = own
+    new = out[:, batch["input_ids"].shape[1] :].tolist()
+    ends = (next((i for i, token in enumerate(row) if token in stops), None) for row in new)
+    answers = [row[:end] for row, end in zip(new, ends, strict=True)]
+    texts: list[str] = tokenizer.batch_decode(answers, skip_special_tokens=True)
     return texts
 
 

@@ -12,7 +12,7 @@ LAYERS = [  # a module imports its own layer and those before it
     ["atomic", "errors", "error_budget", "strict_yaml"],
     ["config", "progress", "runs", "training.schedule", "training.memory", "training.checkpoints"],
     ["ops", "importance.npz", "importance.scores", "importance.statistics", "selection", "report"],
-    ["blocks", "losses", "readers", "adapters.moe_lora", "adapters.shared_input"],
+    ["blocks", "chat", "losses", "readers", "adapters.moe_lora", "adapters.shared_input"],
     ["adapters", "data"],
     ["adapters.files", "adapters.export", "adapters.hydralora", "importance", "selection.tuning"],
     ["training", "evaluate", "routers"],

@@ -77,8 +77,11 @@ def test_rows_without_a_target_are_dropped_and_counted():
     encoded = encode(rows, tiny_tokenizer(), max_length=12)
     assert [row.index for row in encoded.rows] == [0, 3]
     assert encoded.dropped == {"without a completion": [1], "too long for max_length": [2]}
-    assert encoded.given == 4
+    assert (encoded.given, encoded.lost, encoded.cut) == (4, 2, [])
     assert encoded.losses() == "2 dropped: 1 without a completion, 1 too long for max_length"
+    some = encode({7: ROW, 9: rows[1]}, tiny_tokenizer())  # rows keep the numbers that they came by
+    assert [row.index for row in some.rows] == [7]
+    assert some.dropped == {"without a completion": [9]}
     with pytest.raises(DataError, match=r"train: no row with a target is left of 2.*max_length=12"):
         encode(rows[1:3], tiny_tokenizer(), max_length=12, source="train")
 

@@ -4,10 +4,12 @@ import numpy as np
 import pytest
 import torch
 from tiny import tiny_model, tiny_rows, tiny_tokenizer
+from transformers import GenerationConfig
 
 from floe.data import Collator, TokenRow, encode, make_batches
 from floe.errors import DataError
 from floe.evaluate import (
+    Answers,
     Losses,
     evaluate_choices,
     evaluate_generation,
@@ -62,6 +64,30 @@ def test_rows_keep_their_order_and_summary_is_token_weighted():
     assert np.array_equal(losses.take(part).nll, losses.nll[part])
 
 
+def test_losses_and_answers_speak_of_rows_by_number():
+    """Rows left out of one are not taken for their neighbours in the other."""
+    losses = Losses(np.array([1.0, 2.0, 3.0]), np.array([1, 1, 2]), np.array([4, 1, 7]))
+    assert losses.take([7, 4]).nll.tolist() == [3.0, 1.0]
+    assert losses.take([7, 4]).rows.tolist() == [7, 4]
+    assert losses.take([7, 4]).take([4]).nll.tolist() == [1.0]
+    with pytest.raises(ValueError, match="rows that were measured once, got no row 0"):
+        losses.take([4, 0])
+    answers = Answers(["a", "b", "c"], np.array([True, False, True]), np.array([4, 1, 7]))
+    assert answers.accuracy([1, 7]) == wilson(1, 2)
+    with pytest.raises(ValueError, match="got no row 2"):
+        answers.accuracy([2])
+    assert Answers(["a", "b"], np.array([True, False])).rows.tolist() == [0, 1]
+    twice = Losses(np.ones(2), np.ones(2, dtype=np.int64), np.array([3, 3]))
+    with pytest.raises(ValueError, match="numbers that occur twice"):
+        twice.take([3])
+    with pytest.raises(ValueError, match=r"all values must be of 2 rows, got \[2, 3\]"):
+        Answers(["a", "b"], np.ones(3, dtype=bool))
+    rows = [TokenRow((5,), (6,), 9, "t"), TokenRow((5,), (6, 7), 2, "u"), TokenRow((5,), (6,), 3)]
+    assert group_by_task(rows) == {"t": [9], "u": [2]}
+    assert group_by_task([{"task": "u"}, {}, {"task": "t"}]) == {"t": [2], "u": [0]}
+    assert evaluate_rows(tiny_model(), rows).rows.tolist() == [9, 2, 3]
+
+
 def test_the_interval_covers_the_truth_as_often_as_it_says():
     rng, covered = np.random.default_rng(0), 0
     for _ in range(200):
@@ -87,6 +113,8 @@ def test_paired_difference():
     assert found.value == -paired_difference(b, noisy).value
     with pytest.raises(ValueError, match="losses of the same rows"):
         paired_difference(a, Losses(base, tokens + 1))
+    with pytest.raises(ValueError, match="losses of the same rows"):
+        paired_difference(a, Losses(base, tokens, np.arange(1, 201)))
 
 
 def test_wilson():
@@ -226,6 +254,35 @@ def test_generation_by_exact_match(taught, batch_size):
     assert strict.correct.tolist() == [True, False, False]
     cut = evaluate_generation(model, tokenizer, rows, max_new_tokens=2)
     assert cut.given == ["A ", "xy", "q"]
+
+
+def test_an_answer_ends_at_every_stop_token(taught):
+    """What follows a stop is no answer; model, tokenizer and template name stops."""
+    model, tokenizer, rows = taught
+    (blank,), base_config = tokenizer(" ")["input_ids"], model.generation_config
+    try:
+        for stops in (blank, [blank], [0, blank]):
+            model.generation_config = GenerationConfig(
+                eos_token_id=stops, repetition_penalty=50.0, min_new_tokens=4, num_beams=3
+            )
+            own = model.generation_config
+            answers = evaluate_generation(model, tokenizer, rows, max_new_tokens=6)
+            assert answers.given == ["A", "xyz", "q"]  # greedy: no penalty, no least length
+            assert model.generation_config is own
+    finally:
+        model.generation_config = base_config
+    ending = tiny_tokenizer()
+    ending.chat_template = ending.chat_template.replace("<e>", "<u>")  # its own end of turn
+    wanted = [{"prompt": "hi", "completion": "ok"}]
+    learner, batch = tiny_model(), Collator()(encode(wanted, ending, template="chat").rows)
+    optimizer = torch.optim.Adam(learner.parameters(), lr=1e-2)
+    for _ in range(60):
+        optimizer.zero_grad()
+        learner(**batch).loss.backward()
+        optimizer.step()
+    ending.eos_token = None
+    answers = evaluate_generation(learner.eval(), ending, wanted, template="chat", max_new_tokens=9)
+    assert answers.given == ["ok"]
 
 
 def test_generation_refuses(taught):

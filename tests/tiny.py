@@ -7,7 +7,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from floe.data import TokenRow
 
 CHAT = (
-    "{% for m in messages %}<u>{{ m['content'] }}<e>{% endfor %}"
+    "{% for m in messages %}{{ '<u>' if m['role'] == 'user' else '<a>' }}{{ m['content'] }}<e>"
+    "{% endfor %}"
     "{% if add_generation_prompt %}<a>{% endif %}"
 )
 SPECIAL = ["<e>", "<s>", "<u>", "<a>"]

@@ -6,6 +6,8 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from floe.atomic import write_json
 from floe.data import row_order
 from floe.evaluate import (
@@ -49,6 +51,7 @@ def build(work: Workspace, adapters: dict[str, Path], folder: Path, progress: An
         {
             "nll": {arm: losses.nll.tolist() for arm, (losses, _) in measured.items()},
             "tokens": measured["main"][0].tokens.tolist(),
+            "rows": [row.index for row in work.test_rows],
         },
     )
     for part in folder.glob("part-*.json"):
@@ -66,7 +69,7 @@ def _measure_arm(
             if arm == "main":
                 _write_routers(work, model, folder)
         write_json(part, _pack(losses, answers))
-    return _unpack(read_json(part))
+    return _unpack(read_json(part), [row.index for row in work.test_rows])
 
 
 def _losses(work: Workspace, model: Any) -> Losses:
@@ -76,10 +79,7 @@ def _losses(work: Workspace, model: Any) -> Losses:
 
 
 def _answers(work: Workspace, model: Any) -> Answers | None:
-    settings, data = work.config.eval, work.config.data
-    kind = settings.accuracy
-    if kind == "auto":
-        kind = "choices" if all("choices" in row for row in work.test_examples) else "generation"
+    settings, data, kind = work.config.eval, work.config.data, work.accuracy
     common: dict[str, Any] = {
         "template": data.template, "max_length": data.max_length, "batch_size": settings.batch_size,
         "source": "data.test",
@@ -111,10 +111,10 @@ def _results(
     found: dict[str, Any] = {"loss": plain(summarise_loss(losses, seed=seed)), "by_task": {}}
     if answers is not None:
         found["accuracy"] = plain(answers.accuracy())
-    for task, places in tasks.items():
-        here: dict[str, Any] = {"loss": plain(summarise_loss(losses.take(places), seed=seed))}
+    for task, rows in tasks.items():
+        here: dict[str, Any] = {"loss": plain(summarise_loss(losses.take(rows), seed=seed))}
         if answers is not None:
-            here["accuracy"] = plain(answers.accuracy(places))
+            here["accuracy"] = plain(answers.accuracy(rows))
         found["by_task"][task] = here
     return found
 
@@ -126,12 +126,10 @@ def _pack(losses: Losses, answers: Answers | None) -> dict[str, Any]:
     return packed
 
 
-def _unpack(packed: dict[str, Any]) -> tuple[Losses, Answers | None]:
-    import numpy as np
-
-    losses = Losses(
-        np.array(packed["nll"], dtype=np.float64), np.array(packed["tokens"], dtype=np.int64)
-    )
+def _unpack(packed: dict[str, Any], numbers: list[int]) -> tuple[Losses, Answers | None]:
+    """Losses and answers of the test rows, which both speak of by the same numbers."""
+    rows = np.array(numbers, dtype=np.int64)
+    losses = Losses(np.array(packed["nll"]), np.array(packed["tokens"], dtype=np.int64), rows)
     if "given" not in packed:
         return losses, None
-    return losses, Answers(packed["given"], np.array(packed["correct"], dtype=bool))
+    return losses, Answers(packed["given"], np.array(packed["correct"], dtype=bool), rows)

@@ -20,7 +20,20 @@ from torch import nn
 from floe.adapters import FloeConfig, get_model, remove_adapters
 from floe.adapters.files import load_adapter
 from floe.config import DataSource, RunConfig
-from floe.data import Collator, Encoded, TokenRow, encode, fingerprint, make_batches, sample, split
+from floe.data import (
+    Collator,
+    Encoded,
+    Rows,
+    TokenRow,
+    encode,
+    encode_choices,
+    encode_questions,
+    fingerprint,
+    make_batches,
+    rows_of_both,
+    sample,
+    split,
+)
 from floe.doctor import auto_dtype
 from floe.errors import FileError
 from floe.readers import Row, load_rows
@@ -39,6 +52,7 @@ class Workspace:
 
     def __init__(self, config: RunConfig) -> None:
         self.config = config
+        self._encoded: dict[str, Encoded] = {}
 
     @cached_property
     def device(self) -> torch.device:
@@ -129,27 +143,56 @@ class Workspace:
         return sample(rows, settings.taylor_rows, settings.seed)
 
     @cached_property
-    def test_examples(self) -> list[Row]:
-        """Test rows as text; the validation data's where no test data is named."""
-        data = self.config.data
+    def _test(self) -> tuple[list[Row], str, Encoded]:
+        """Test rows as text, what counts as accuracy, and the rows that every figure is made of."""
+        data, settings = self.config.data, self.config.eval
         source = data.test or data.validation
         if source is None:
-            kept = {row.index for row in self.validation_rows}
-            rows = [row for i, row in enumerate(self._read(data.train)) if i in kept]
+            rows, numbers = self._read(data.train), [row.index for row in self.validation_rows]
         else:
             rows = self._read(source)
-        return rows[: self.config.eval.limit] if self.config.eval.limit else rows
+            numbers = list(range(len(rows)))
+        chosen = {number: rows[number] for number in numbers[: settings.limit]}
+        encoded, kind = self._encode(chosen, "data.test"), settings.accuracy
+        if kind == "auto":
+            kind = "choices" if all("choices" in row for row in chosen.values()) else "generation"
+        common: dict[str, Any] = {"template": data.template, "max_length": data.max_length}
+        common["source"] = "data.test"
+        if kind == "choices":
+            other = encode_choices(chosen, self.tokenizer, **common)
+        elif kind == "generation":
+            common["max_new_tokens"] = settings.max_new_tokens
+            other = encode_questions(chosen, self.tokenizer, **common)
+        else:
+            other = encoded
+        encoded = rows_of_both(encoded, other, data.max_length, "data.test")
+        return [chosen[row.index] for row in encoded.rows], kind, encoded
 
-    @cached_property
+    @property
+    def test_examples(self) -> list[Row]:
+        """Test rows as text, those of ``test_rows``; of the validation data where none is named."""
+        return self._test[0]
+
+    @property
     def test_rows(self) -> list[TokenRow]:
-        """Test rows as tokens."""
-        return self._encode(self.test_examples, "data.test").rows
+        """Test rows as tokens; one that cannot be used for loss and accuracy is in neither."""
+        return self._test[2].rows
+
+    @property
+    def accuracy(self) -> str:
+        """How answers are measured: ``choices``, ``generation`` or ``none``."""
+        return self._test[1]
 
     def encoded(self, part: str) -> Encoded:
-        """Tokenised rows of ``train`` or ``validation`` and how many were dropped, and why."""
-        return self._encode(self._read(getattr(self.config.data, part)), f"data.{part}")
+        """Rows of ``train``, ``validation`` or ``test`` as tokens, and which were dropped, why."""
+        if part == "test":
+            return self._test[2]
+        if part not in self._encoded:
+            rows = self._read(getattr(self.config.data, part))
+            self._encoded[part] = self._encode(rows, f"data.{part}")
+        return self._encoded[part]
 
-    def _encode(self, rows: list[Row], name: str) -> Encoded:
+    def _encode(self, rows: Rows, name: str) -> Encoded:
         data = self.config.data
         return encode(
             rows, self.tokenizer, template=data.template, max_length=data.max_length, source=name
@@ -216,8 +259,8 @@ class Workspace:
         }
 
     def test_identity(self) -> str:
-        """Hash of the test rows, as text."""
-        return hash_of(self.test_examples)
+        """Hash of the test rows, as numbers and text."""
+        return hash_of([[row.index for row in self.test_rows], self.test_examples])
 
     def model_identity(self) -> dict[str, Any]:
         """What tells base models apart: hashes of a folder's files, or name and revision."""
