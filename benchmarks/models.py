@@ -97,7 +97,9 @@ def _random(
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), torch.device(device):
         torch.manual_seed(seed)
-        return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
+        return AutoModelForCausalLM.from_config(
+            config, dtype=dtype, attn_implementation=attention, trust_remote_code=False
+        )
 
 
 def _random_tokens(vocabulary: int, seed: int) -> Callable[[int, int], Tensor]:
@@ -118,8 +120,10 @@ def _smollm2(
     prepare.main(inputs)
     logging.disable_progress_bar()
     folder = str(inputs / prepare.MODEL)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=attention)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, attn_implementation=attention, trust_remote_code=False
+    )
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     lines = (inputs / "data" / "test.jsonl").read_text(encoding="utf-8").splitlines()
     rows = [json.loads(line) for line in lines]
     solved = [tokenizer.encode(f"{row['prompt']}{row['completion']}\n\n") for row in rows]

