@@ -5,9 +5,11 @@ The only module that prints.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,9 +25,13 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     help="Fine-tune large language models with routed low-rank experts on the layers that matter.",
+    epilog="Exit codes: 0 done, 1 failed, 2 usage, 3 bad data or file, 4 out of memory, "
+    "130 interrupted. With FLOE_TRACEBACK=1 every error shows its traceback.",
 )
 
 FAILED, USAGE, BAD_INPUT, OUT_OF_MEMORY, INTERRUPTED = 1, 2, 3, 4, 130
+# What libraries that write files themselves say of a disk that is full, in errors of their own.
+_DISK = ("No space left on device", "PytorchStreamWriter failed", "(os error ")
 
 Config = Annotated[Path, typer.Argument(help="YAML file of the run; `floe init` writes one.")]
 Overrides = Annotated[list[str] | None, typer.Option("--set", help="Change a setting: a.b=value.")]
@@ -37,11 +43,23 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
 
 def main() -> None:
     """Entry point of ``floe``: turns errors into one line and an exit code."""
+    _open_streams()
     with _exit_codes():
         code = app(standalone_mode=False)
         if code == INTERRUPTED:  # typer's way of saying it was
             raise KeyboardInterrupt
+        sys.stdout.flush()  # here a full disk or a closed pipe can still be told
         sys.exit(code if isinstance(code, int) else 0)
+
+
+def _open_streams() -> None:
+    """Streams that can be written to: text of any kind on any terminal, and closed ones."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # started with >&-
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+        elif hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
 
 
 @contextmanager
@@ -51,15 +69,25 @@ def _exit_codes() -> Iterator[None]:
     except (KeyboardInterrupt, typer.Abort):
         _say("interrupted; the same command continues where this one stopped")
         sys.exit(INTERRUPTED)
+    except BrokenPipeError:  # the reader has what it wanted
+        sys.exit(FAILED)
     except Exception as error:
         if hasattr(error, "show") and hasattr(error, "exit_code"):  # a usage error of typer's click
+            from floe.errors import hide_secrets
+
+            error.message = hide_secrets(str(getattr(error, "message", "")))  # it repeats arguments
             error.show()
             sys.exit(USAGE)
         code = _code_of(error)
-        if code is None:
-            raise
-        _say(f"floe: {error}")
-        sys.exit(code)
+        if code is None or os.environ.get("FLOE_TRACEBACK"):
+            _say("".join(traceback.format_exception(error)).rstrip())
+        _say(f"floe: {_words(error, code)}")
+        sys.exit(FAILED if code is None else code)
+    finally:
+        try:
+            sys.stdout.flush()
+        except (OSError, ValueError):  # told already; the interpreter must not tell it again
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def _code_of(error: Exception) -> int | None:
@@ -71,17 +99,48 @@ def _code_of(error: Exception) -> int | None:
 
     if isinstance(error, (FileError, DataError)):
         return BAD_INPUT
+    text = str(error)
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return OUT_OF_MEMORY
-    if isinstance(error, (ValueError, TypeError)):
+    if isinstance(error, RuntimeError) and "can't allocate memory" in text:  # torch's, on CPUs
+        return OUT_OF_MEMORY
+    if isinstance(error, ValueError):
         return USAGE
-    if isinstance(error, (FloatingPointError, OSError)):
+    if isinstance(error, (FloatingPointError, OSError, ImportError)):
         return FAILED
+    if any(sign in text for sign in _DISK):
+        return FAILED
+    if isinstance(error, (TypeError, RuntimeError)) and _is_told(error):
+        return USAGE if isinstance(error, TypeError) else FAILED
     return None
 
 
+def _is_told(error: Exception) -> bool:
+    """Whether floe's own code raised this, and so says in it what is wrong."""
+    last = [frame for frame, _ in traceback.walk_tb(error.__traceback__)][-1]
+    return str(last.f_globals.get("__name__")).partition(".")[0] in ("floe", "floe_triton")
+
+
+def _words(error: Exception, code: int | None) -> str:
+    """The last line of a failed command: what, where, what to do."""
+    from floe.errors import one_line
+
+    name = type(error).__name__
+    if code is None:
+        return one_line(f"{name}: {error}. This is a fault of floe: please report the lines above")
+    if isinstance(error, OSError) and error.strerror:
+        place = f"{error.filename}: " if error.filename is not None else ""
+        again = "; the same command continues" if error.errno == errno.ENOSPC else ""
+        return one_line(f"{place}{error.strerror}{again}")
+    if _is_told(error):
+        return str(error)
+    return one_line(f"{name}: {error}" if str(error) else name)
+
+
 def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    from floe.errors import hide_secrets
+
+    print(hide_secrets(text), file=sys.stderr, flush=True)
 
 
 def _run_until(last: str) -> Callable[..., None]:
@@ -228,9 +287,13 @@ def init(path: Annotated[Path, typer.Argument(help="File to write.")] = Path("fl
     from floe.config import TEMPLATE
     from floe.errors import FileError
 
-    if path.exists():
-        raise FileError(path, "exists; not overwritten")
-    path.write_text(TEMPLATE, encoding="utf-8")
+    try:
+        with path.open("x", encoding="utf-8") as file:
+            file.write(TEMPLATE)
+    except FileExistsError:
+        raise FileError(path, "exists; not overwritten") from None
+    except (OSError, ValueError) as error:
+        raise FileError(path, f"cannot be written: {error}") from error
     print(f"{path} written; edit model and data, then: floe run {path}")
 
 

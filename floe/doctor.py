@@ -199,7 +199,8 @@ def _memory() -> dict[str, int | None]:
     if not info.is_file():
         return {"total": total, "available": None}
     lines = dict(line.split(":", 1) for line in info.read_text().splitlines() if ":" in line)
-    return {"total": total, "available": int(lines["MemAvailable"].split()[0]) * 1024}
+    available = lines.get("MemAvailable", "").split()
+    return {"total": total, "available": int(available[0]) * 1024 if available else None}
 
 
 def _gpus() -> list[dict[str, Any]]:

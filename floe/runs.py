@@ -39,10 +39,13 @@ class RunFolder:
     @contextmanager
     def locked(self) -> Iterator[RunFolder]:
         """Hold the folder; a second process gets a FileError at once."""
-        self.path.mkdir(parents=True, exist_ok=True)
         lock = FileLock(self.path / "lock")
         try:
+            self.path.mkdir(parents=True, exist_ok=True)
             lock.acquire(timeout=0)
+        except OSError as error:
+            reason = f"cannot be worked in: {error.strerror or error}; see output_dir"
+            raise FileError(self.path, reason) from error
         except Timeout as error:
             raise FileError(self.path, "another process is working in this run folder") from error
         try:

@@ -1,5 +1,6 @@
 """The command line in this process: exit codes, messages, and what is left behind."""
 
+import io
 import json
 import subprocess
 import sys
@@ -100,6 +101,109 @@ def test_a_model_without_such_blocks_is_refused(config, tmp_path, floe):
     code, _, err = floe("search", write_config(tmp_path / "c.yaml", settings), "--quiet")
     assert code == 2
     assert "no decoder blocks" in err
+
+
+SECRET = "postgresql://u:S3CRET@h/db"
+
+
+def test_a_fault_of_floe_keeps_its_traceback_and_no_secret(floe, monkeypatch):
+    from floe import doctor
+
+    def fail():
+        raise KeyError(SECRET)
+
+    monkeypatch.setattr(doctor, "diagnose", fail)
+    code, _, err = floe("doctor")
+    assert (code, "in fail" in err, "S3CRET" in err) == (1, True, False)
+    assert "KeyError: 'postgresql://u:***@h/db'. This is a fault of floe" in err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (ImportError("no module\n named x"), 1, "floe: ImportError: no module named x"),
+        (OSError(28, "No space left on device", "/x/y"), 1,
+         "floe: /x/y: No space left on device; the same command continues"),
+        (OSError("odd"), 1, "floe: OSError: odd"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 4, None),
+        (MemoryError(), 4, "floe: MemoryError"),
+        (Exception("I/O error: No space left on device (os error 28)"), 1,
+         "floe: Exception: I/O error: No space left on device (os error 28)"),
+        (ValueError(f"one\ntwo {SECRET}"), 2, "floe: ValueError: one two postgresql://u:***@h/db"),
+    ],
+    ids=lambda value: type(value).__name__,
+)  # fmt: skip
+def test_an_error_of_a_library_is_one_line(error, code, line, floe, monkeypatch):
+    from floe import doctor
+
+    def fail():
+        raise error
+
+    monkeypatch.setattr(doctor, "diagnose", fail)
+    found, _, err = floe("doctor")
+    assert found == code
+    assert err.count("\n") == 1
+    assert line is None or err == line + "\n"
+    monkeypatch.setenv("FLOE_TRACEBACK", "1")
+    assert "in fail" in floe("doctor")[2]
+
+
+def test_what_floe_says_itself_is_no_fault_of_it(tmp_path, capsys):
+    """A RuntimeError of floe's own is a sentence for its user."""
+    from floe.rank_search.studies import one_process
+
+    with pytest.raises(SystemExit) as caught, cli._exit_codes():
+        with one_process(tmp_path / "lock"), one_process(tmp_path / "lock"):
+            pass
+    assert caught.value.code == 1
+    assert capsys.readouterr().err.startswith("floe: another process is searching")
+
+
+def test_usage_errors_repeat_no_secret(floe):
+    code, _, err = floe("run", "c.yaml", f"search.storage={SECRET}")
+    assert (code, "S3CRET" in err, "u:***@h/db" in err) == (2, False, True)
+
+
+def test_files_that_cannot_be_used_are_named(config, tmp_path, floe):
+    path = write_config(tmp_path / "c.yaml", config)
+    code, _, err = floe("run", tmp_path)
+    assert (code, "cannot be read as YAML: Is a directory" in err) == (3, True)
+    code, _, err = floe("search", path, "-q", "--set", f"output_dir={path}")
+    assert (code, f"{path}/tiny: cannot be worked in: Not a directory" in err) == (3, True)
+    code, _, err = floe("init", tmp_path / "no" / "new.yaml")
+    assert (code, "cannot be written: " in err) == (3, True)
+    (tmp_path / "link.yaml").symlink_to(tmp_path / "elsewhere.yaml")
+    assert floe("init", tmp_path / "link.yaml")[0] == 3
+    assert not (tmp_path / "elsewhere.yaml").exists()
+    code, _, err = floe("run", "\udcff\udcfe.yaml")
+    assert (code, "No such file" in err, err.count("\n")) == (3, True, 1)
+    code, _, err = floe("run", path, "--set", "mod\udcff=1", "--set", "name=\udcff")
+    assert (code, err.count("\n")) == (2, 1)
+
+
+@pytest.mark.parametrize(
+    ("redirection", "code", "message"),
+    [
+        ("| (exec <&-; sleep 0.1)", 1, ""),
+        (">/dev/full", 1, "floe: No space left on device; the same command continues"),
+        (">&-", 0, ""),
+        (">/dev/null 2>&-", 0, ""),
+    ],
+)
+def test_an_output_that_is_closed_or_full(redirection, code, message):
+    command = f"COLUMNS=1 {sys.executable} -m floe schema {redirection}; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert (done.returncode, done.stderr.strip()) == (code, message)
+
+
+def test_any_terminal_gets_its_text(tmp_path, monkeypatch):
+    out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setattr(sys, "argv", ["floe", "init", str(tmp_path / "na\u00efve\u2013.yaml")])
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    assert not caught.value.code
+    assert b"na\\xefve\\u2013.yaml written" in out.buffer.getvalue()
 
 
 def test_usage_errors(floe, tmp_path):
