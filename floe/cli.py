@@ -38,6 +38,9 @@ Overrides = Annotated[list[str] | None, typer.Option("--set", help="Change a set
 AsJson = Annotated[
     bool, typer.Option("--json", help="One JSON object on stdout, the rest on stderr.")
 ]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Check all that the run will read; write nothing.")
+]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
 
 
@@ -95,8 +98,10 @@ def _code_of(error: Exception) -> int | None:
 
     None for a fault of floe itself, which keeps its traceback.
     """
-    from floe.errors import DataError, FileError
+    from floe.errors import CheckError, DataError, FileError
 
+    if isinstance(error, CheckError):
+        return _code_of(error.problems[0])
     if isinstance(error, (FileError, DataError)):
         return BAD_INPUT
     text = str(error)
@@ -145,7 +150,11 @@ def _say(text: str) -> None:
 
 def _run_until(last: str) -> Callable[..., None]:
     def command(
-        config: Config, override: Overrides = None, as_json: AsJson = False, quiet: Quiet = False
+        config: Config,
+        override: Overrides = None,
+        as_json: AsJson = False,
+        quiet: Quiet = False,
+        dry_run: DryRun = False,
     ) -> None:
         from floe.config import load_config
         from floe.pipeline import run
@@ -156,8 +165,12 @@ def _run_until(last: str) -> Callable[..., None]:
         calm_libraries()
         helper = os.environ.get("RANK", "0") != "0"  # torchrun's first worker speaks for all
         with open_progress(quiet or helper) as progress:
-            result = run(settings, until=last, progress=progress)
+            result = run(settings, until=last, progress=progress, dry_run=dry_run)
         if helper:
+            return
+        if dry_run and result.account is not None:
+            account = result.account
+            print(json.dumps(vars(account), sort_keys=True) if as_json else account.text())
             return
         if as_json:
             print(json.dumps(result.summary(), sort_keys=True))

@@ -85,3 +85,12 @@ def _without_password(found: re.Match[str]) -> str:
     if _VARIABLE.fullmatch(password):
         return str(found.group())
     return f"{scheme}{user + colon if colon else ''}***@{host}"
+
+
+class CheckError(ValueError):
+    """Several things a run needs are wrong, each an error of its own in ``problems``."""
+
+    def __init__(self, problems: list[Exception]) -> None:
+        self.problems = problems
+        listed = "".join(f"\n  {error}" for error in problems)
+        super().__init__(f"{len(problems)} problems were found before the first stage:{listed}")

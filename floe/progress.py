@@ -15,6 +15,9 @@ class Progress:
     def stage(self, name: str, what: str) -> None:
         """A stage ``started``, ``finished`` or was ``unchanged``."""
 
+    def say(self, text: str) -> None:
+        """A line the user should read."""
+
     def step(self, name: str, done: int, total: int, note: str = "") -> None:
         """``done`` of ``total`` parts of stage ``name``.
 
@@ -51,6 +54,10 @@ class TerminalProgress(Progress):
         mark = "unchanged" if what == "unchanged" else f"{seconds:7.1f} s"
         self._bar.console.print(f"{name:>22}  {mark}")
 
+    def say(self, text: str) -> None:
+        """Print the line."""
+        self._bar.console.print(text, highlight=False, markup=False)
+
     def step(self, name: str, done: int, total: int, note: str = "") -> None:
         """Move the bar."""
         if name not in self._tasks:
@@ -75,6 +82,10 @@ class LineProgress(Progress):
     def stage(self, name: str, what: str) -> None:
         """A line."""
         self._line(f"{name}: {what}")
+
+    def say(self, text: str) -> None:
+        """A line."""
+        self._line(text)
 
     def step(self, name: str, done: int, total: int, note: str = "") -> None:
         """A line if a minute has passed since the last."""

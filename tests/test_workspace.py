@@ -44,7 +44,7 @@ DAMAGE = {  # what a library raises for these is of eight different types
         lambda f: without(f, WEIGHT),
         rf"every weight, 1 are missing: {WEIGHT}",
     ),
-    "a weight of another shape": (lambda f: reshaped(f, WEIGHT), "RuntimeError"),
+    "a weight of another shape": (lambda f: reshaped(f, WEIGHT), r"must be \[64, 32\]"),
     "weights cut": (lambda f: (f / "model.safetensors").write_bytes(b"x" * 30), "SafetensorError"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "OSError"),
     "a list": (lambda f: (f / "config.json").write_text("[]"), "ValueError"),

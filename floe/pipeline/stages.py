@@ -8,13 +8,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 from floe.atomic import copy_folder, write_json, write_text
 from floe.config import Baseline, RunConfig, Schedule, dump_config, load_config
 from floe.progress import Progress
 from floe.runs import RunFolder, environment, read_json
 from floe.selection.placement import Placement
+
+if TYPE_CHECKING:
+    from floe.pipeline.check import Account
 
 STAGES = ("search", "score", "select", "train", "eval", "report")
 Announce = Callable[[int, int, str], None]
@@ -26,6 +29,7 @@ class RunResult:
 
     folder: Path
     until: str
+    account: Account | None = None  # of what the run works on
 
     def summary(self) -> dict[str, Any]:
         """The run's results as plain values, for ``--json``."""
@@ -67,17 +71,21 @@ def run(
     *,
     until: str = "report",
     progress: Progress | None = None,
+    dry_run: bool = False,
 ) -> RunResult:
     """Run the stages up to ``until``.
 
-    Those whose inputs are unchanged are skipped, an unfinished one resumes.
+    Those whose inputs are unchanged are skipped, an unfinished one resumes. Before the first, all
+    that any stage will read is checked; see :func:`floe.pipeline.check.check`.
 
     Args:
         config: a RunConfig, or the path of its YAML file.
         until: "search", "score", "select", "train", "eval" or "report".
         progress: told about stages and steps.
+        dry_run: check alone, and write nothing; the result's ``account`` says what was found.
 
     Raises:
+        CheckError: several problems were found before the first stage.
         ValueError: for a setting the model or the data do not allow.
         FileError, DataError: for files and rows that cannot be used.
     """
@@ -87,18 +95,22 @@ def run(
     folder = RunFolder(Path(settings.output_dir) / settings.name)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         return _score_together(settings, folder, until, progress or Progress())
+    stages, account = _checked(settings, folder, progress or Progress())
+    if dry_run:
+        return RunResult(folder.path, until, account)
     with folder.locked():
-        stages = _open(settings, folder, progress or Progress())
+        stages.open(account)
         for name in STAGES[: STAGES.index(until) + 1]:
             getattr(stages, name)()
-    return RunResult(folder.path, until)
+    return RunResult(folder.path, until, account)
 
 
-def _open(settings: RunConfig, folder: RunFolder, progress: Progress) -> _Stages:
-    write_text(folder.path / "config.yaml", dump_config(settings))
+def _checked(settings: RunConfig, folder: RunFolder, progress: Progress) -> tuple[_Stages, Account]:
+    """The stages, and what a look at all that they will read has found."""
+    from floe.pipeline.check import check
+
     stages = _Stages(settings, folder, progress)
-    stages.write_environment()
-    return stages
+    return stages, check(stages.work)
 
 
 def _score_together(
@@ -116,8 +128,9 @@ def _score_together(
         if scoring.is_helper():
             _Stages(settings, folder, Progress()).score()
             return RunResult(folder.path, until)
+        stages, account = _checked(settings, folder, progress)
         with folder.locked():
-            stages = _open(settings, folder, progress)
+            stages.open(account)
             stages.search(together=True)
             stages.score()
     return RunResult(folder.path, until)
@@ -134,8 +147,12 @@ class _Stages:
         self.path = folder.path
         self.hashes: dict[str, str] = {}
 
-    def write_environment(self) -> None:
-        """``env.json``: machine and versions."""
+    def open(self, account: Account) -> None:
+        """Write what describes the run: settings, rows, machine and versions."""
+        write_text(self.path / "config.yaml", dump_config(self.config))
+        account.write(self.path / "data.json")
+        for line in account.remarks():
+            self.progress.say(line)
         device, dtype = str(self.work.device), str(self.work.dtype)
         write_json(self.path / "env.json", environment() | {"device": device, "dtype": dtype})
 

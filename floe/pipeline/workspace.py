@@ -37,7 +37,7 @@ from floe.data import (
 from floe.doctor import auto_dtype
 from floe.errors import FileError
 from floe.readers import Row, load_rows
-from floe.runs import hash_of, sha256
+from floe.runs import hash_of, read_json, sha256
 from floe.selection.placement import Placement
 from floe.training.schedule import TrainSettings
 
@@ -52,6 +52,7 @@ class Workspace:
 
     def __init__(self, config: RunConfig) -> None:
         self.config = config
+        self.unused_weights: list[str] = []
         self._encoded: dict[str, Encoded] = {}
 
     @cached_property
@@ -69,6 +70,13 @@ class Workspace:
             return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         return torch.device(wanted)
 
+    @property
+    def device_memory(self) -> int:
+        """Bytes of the device's memory, in all."""
+        if self.device.type == "cuda":
+            return int(torch.cuda.get_device_properties(self.device).total_memory)
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
     @cached_property
     def dtype(self) -> torch.dtype:
         """Dtype of the base weights."""
@@ -80,37 +88,43 @@ class Workspace:
         """The model's tokenizer."""
         from transformers import AutoTokenizer
 
-        return self._load("tokenizer", AutoTokenizer.from_pretrained)
+        path = self.config.model.path
+        with _reading(path, "cannot be loaded as a tokenizer"):
+            return AutoTokenizer.from_pretrained(path, trust_remote_code=False, **self._source)
 
     @cached_property
     def base_model(self) -> nn.Module:
         """The frozen base model, in eval mode on the run's device."""
-        from transformers import AutoModelForCausalLM
-
-        settings: dict[str, Any] = {"dtype": self.dtype, "output_loading_info": True}
-        if self.config.model.attention is not None:
-            settings["attn_implementation"] = self.config.model.attention
-        model, loaded = self._load("model", AutoModelForCausalLM.from_pretrained, **settings)
-        if loaded["missing_keys"]:  # transformers would go on with random weights
-            names = ", ".join(sorted(loaded["missing_keys"])[:3])
-            raise FileError(
-                self.config.model.path,
-                f"must hold every weight, {len(loaded['missing_keys'])} are missing: {names}",
-            )
+        named = self.config.model
+        model, self.unused_weights = load_base(
+            named.path, dtype=self.dtype, attention=named.attention, **self._source
+        )
         model.config.use_cache = False
         base: nn.Module = model.to(self.device).eval().requires_grad_(False)
         return base
 
-    def _load(self, what: str, loader: Any, **settings: Any) -> Any:
-        model = self.config.model
-        if model.gguf_file is not None:
-            settings["gguf_file"] = model.gguf_file
-        wanted = settings.get("attn_implementation")
-        how = f" with model.attention: {wanted}" if wanted else ""
-        with _reading(model.path, f"cannot be loaded as a {what}{how}"):
-            return loader(
-                model.path, revision=model.revision or "main", trust_remote_code=False, **settings
+    @cached_property
+    def structure(self) -> nn.Module:
+        """The base model without values, on the meta device; the weights' names are checked.
+
+        Only where they lie in a folder as they are: a hub model's may not be here yet, and GGUF and
+        quantised ones are known when they are loaded.
+        """
+        named, source = self.config.model, self._source
+        model = structure(named.path, attention=named.attention, **source)
+        quantised = getattr(model.config, "quantization_config", None) is not None
+        if Path(named.path).is_dir() and named.gguf_file is None and not quantised:
+            model, self.unused_weights = load_base(
+                named.path, dtype=self.dtype, attention=named.attention, device="meta", **source
             )
+        return model
+
+    @property
+    def _source(self) -> dict[str, str]:
+        """Which files of ``model.path`` are meant, as transformers names it."""
+        model = self.config.model
+        source = {"revision": model.revision or "main"}
+        return source if model.gguf_file is None else source | {"gguf_file": model.gguf_file}
 
     @cached_property
     def _split_rows(self) -> tuple[list[TokenRow], list[TokenRow]]:
@@ -147,11 +161,10 @@ class Workspace:
         settings = self.config.score
         if settings.taylor_data is None:
             return sample(self.calibration_rows, settings.taylor_rows, settings.seed)
-        rows = self._encode(self._read(settings.taylor_data), "score.taylor_data").rows
-        return sample(rows, settings.taylor_rows, settings.seed)
+        return sample(self.encoded("taylor").rows, settings.taylor_rows, settings.seed)
 
     @cached_property
-    def _test(self) -> tuple[list[Row], str, Encoded]:
+    def _test(self) -> tuple[list[Row], str, Encoded, list[TokenRow]]:
         """Test rows as text, what counts as accuracy, and the rows that every figure is made of."""
         data, settings = self.config.data, self.config.eval
         source = data.test or data.validation
@@ -174,7 +187,7 @@ class Workspace:
         else:
             other = encoded
         encoded = rows_of_both(encoded, other, data.max_length, "data.test")
-        return [chosen[row.index] for row in encoded.rows], kind, encoded
+        return [chosen[row.index] for row in encoded.rows], kind, encoded, other.rows
 
     @property
     def test_examples(self) -> list[Row]:
@@ -191,13 +204,19 @@ class Workspace:
         """How answers are measured: ``choices``, ``generation`` or ``none``."""
         return self._test[1]
 
+    @property
+    def answer_rows(self) -> list[TokenRow]:
+        """Test rows as tokens in the way that accuracy reads them: every choice, or the prompt."""
+        return self._test[3]
+
     def encoded(self, part: str) -> Encoded:
-        """Rows of ``train``, ``validation`` or ``test`` as tokens, and which were dropped, why."""
+        """Rows of a part of the data (see PARTS) as tokens, and which were dropped, why."""
         if part == "test":
             return self._test[2]
         if part not in self._encoded:
-            rows = self._read(getattr(self.config.data, part))
-            self._encoded[part] = self._encode(rows, f"data.{part}")
+            source = self.source(part)
+            assert source is not None
+            self._encoded[part] = self._encode(self._read(source), PARTS[part])
         return self._encoded[part]
 
     def _encode(self, rows: Rows, name: str) -> Encoded:
@@ -205,6 +224,18 @@ class Workspace:
         return encode(
             rows, self.tokenizer, template=data.template, max_length=data.max_length, source=name
         )
+
+    def source(self, part: str) -> DataSource | None:
+        """Where a part of the data comes from; None where the configuration names none."""
+        data, taylor = self.config.data, self.config.score.taylor_data
+        sources = {"train": data.train, "validation": data.validation, "test": data.test}
+        return taylor if part == "taylor" else sources[part]
+
+    def probe(self, part: str) -> None:
+        """Read the first row of a part of the data, to see that it can be read."""
+        source = self.source(part)
+        if source is not None:
+            self._read(source.model_copy(update={"limit": 1}))
 
     def _read(self, source: DataSource) -> list[Row]:
         columns = {k: v for k, v in self.config.data.columns.model_dump().items() if v is not None}
@@ -297,18 +328,105 @@ def _file_identity(file: Path) -> str:
         return hash_of([size, head.hex(), data.read().hex()])
 
 
-def structure(name: str) -> nn.Module:
+PARTS = {
+    "train": "data.train", "validation": "data.validation", "test": "data.test",
+    "taylor": "score.taylor_data",
+}  # fmt: skip
+"""Parts of the data, and the settings that name them."""
+
+
+def load_base(
+    name: str,
+    *,
+    dtype: torch.dtype,
+    attention: str | None,
+    device: str | None = None,
+    **source: Any,
+) -> tuple[Any, list[str]]:
+    """A causal language model as transformers loads it, and names of weights it has no use for.
+
+    Raises:
+        FileError: it cannot be loaded, is an adapter or an encoder-decoder, or its files lack
+            weights of the model, which transformers would draw at random.
+    """
+    from transformers import AutoModelForCausalLM
+
+    _configuration(name, **source)
+    settings: dict[str, Any] = source | ({} if device is None else {"device_map": device})
+    if attention is not None:
+        settings["attn_implementation"] = attention
+    with _reading(name, _unloadable(attention)):
+        model, info = AutoModelForCausalLM.from_pretrained(
+            name, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True,
+            trust_remote_code=False, **settings,
+        )  # fmt: skip
+    for tensor, came, wanted in sorted(info["mismatched_keys"]):
+        raise FileError(
+            name, f"{tensor} must be {list(wanted)} as config.json says, got {list(came)}"
+        )
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise FileError(
+            name,
+            f"must hold every weight, {len(missing)} are missing: {', '.join(missing[:3])}; they "
+            "would be random numbers: config.json must describe the weights, their number of "
+            "layers for example",
+        )
+    return model, sorted(info["unexpected_keys"])
+
+
+def structure(name: str, *, attention: str | None = None, **source: Any) -> nn.Module:
     """A causal language model without weights, on the meta device, from its configuration alone.
 
     Raises:
         FileError: there is none in this folder or of this hub name.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    with _reading(name, "cannot be read as a model's configuration"), torch.device("meta"):
-        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-        model: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    config = _configuration(name, **source)
+    settings = {} if attention is None else {"attn_implementation": attention}
+    with _reading(name, _unloadable(attention)), torch.device("meta"):
+        model: nn.Module = AutoModelForCausalLM.from_config(
+            config, trust_remote_code=False, **settings
+        )
     return model
+
+
+def _unloadable(attention: str | None) -> str:
+    how = f" with model.attention: {attention}" if attention else ""
+    return f"cannot be loaded as a model{how}"
+
+
+def _configuration(name: str, **source: Any) -> Any:
+    """The model's configuration, if a base model is there."""
+    from transformers import AutoConfig
+
+    if not Path(name).exists() and (Path(name).is_absolute() or name.startswith((".", "~"))):
+        raise FileError(name, "does not exist")
+    _refuse_adapter(name, source.get("revision"))
+    with _reading(name, "cannot be read as a model's configuration"):
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False, **source)
+    if getattr(config, "is_encoder_decoder", False):
+        raise FileError(
+            name, f"must be a causal language model, got the encoder-decoder {config.model_type}"
+        )
+    return config
+
+
+def _refuse_adapter(name: str, revision: str | None) -> None:
+    """transformers would load the adapter's base, and the adapter on top or not at all."""
+    from transformers.utils import find_adapter_config_file
+
+    with _reading(name, "cannot be loaded as a model"):
+        found = find_adapter_config_file(name, revision=revision)
+    if found is not None:
+        adapter = read_json(Path(found))
+        kind, base = adapter.get("peft_type"), adapter.get("base_model_name_or_path")
+        raise FileError(
+            name,
+            f"holds an adapter ({kind}), no base model: name its base, {base!r}; a LoRA can be "
+            "merged into it first (peft's merge_and_unload), in a folder of its own",
+        )
 
 
 @contextmanager

@@ -196,6 +196,15 @@ class Stage:
 
 
 @dataclass(frozen=True)
+class Part:
+    """A part of the data: in words, how many of its rows are used; whether any was lost or cut."""
+
+    name: str
+    summary: str
+    lost: bool
+
+
+@dataclass(frozen=True)
 class Run:
     """Everything a report shows; ``scores`` and ``choice`` always, the rest if it was run.
 
@@ -215,6 +224,7 @@ class Run:
     stages: tuple[Stage, ...]
     audit: Audited | None = None
     selection: str = ""
+    data: tuple[Part, ...] = ()
 
     @property
     def layer_count(self) -> int:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 
-from floe.errors import FileError, hide_secrets
+from floe.errors import FileError
 from floe.importance.scores import Scores
 from floe.report.artifacts import (
     Choice,
@@ -13,6 +14,7 @@ from floe.report.artifacts import (
     Interval,
     MaskChoice,
     Outcome,
+    Part,
     Point,
     Profile,
     Router,
@@ -27,6 +29,8 @@ from floe.report.audit_read import Audited, audited
 from floe.report.records import Record, read_json, read_text
 from floe.selection.placement import Placement
 
+# A page is passed around more freely than a run folder: what a URL hides stays hidden.
+_PASSWORD = re.compile(r"(\w://[^\s:/@]*:)[^\s@]+@")
 _STAGES = ("search", "score", "select", "train", "profile", "eval")
 
 
@@ -49,7 +53,7 @@ def read_run(run_dir: Path) -> Run:
     layers = scores.layer_count
     return Run(
         name=run_dir.resolve().name,
-        config=hide_secrets(config),  # of a run that wrote it before passwords were masked
+        config=_PASSWORD.sub(r"\1***@", config),
         env=env,
         scores=scores,
         choice=_choice(read_json(run_dir / "select" / "selection.json"), layers),
@@ -61,11 +65,21 @@ def read_run(run_dir: Path) -> Run:
         stages=_stages(run_dir),
         selection=_selection_hash(_optional(run_dir / "select" / "DONE.json")),
         audit=_audit(_optional(run_dir / "audit" / "audit.json"), layers),
+        data=_data(_optional(run_dir / "data.json")),
     )
 
 
 def _optional(path: Path) -> Record | None:
     return read_json(path) if path.is_file() else None
+
+
+def _data(data: Record | None) -> tuple[Part, ...]:
+    if data is None:
+        return ()
+    return tuple(
+        Part(name, part.text("summary"), bool(part.text("lost", default="")))
+        for name, part in data.record("parts").items()
+    )
 
 
 def _choice(data: Record, layers: int) -> Choice:

@@ -194,6 +194,11 @@ def _world_size() -> int:
     return distributed.get_world_size() if ready else 1
 
 
+def check_rows(rows: Sequence[TokenRow], settings: TrainSettings) -> None:
+    """Raise ValueError where :func:`train` would refuse these rows, before there is a model."""
+    _check_rows(rows, training_order([len(row) for row in rows], settings), settings)
+
+
 def _check_rows(rows: Sequence[TokenRow], order: list[int], settings: TrainSettings) -> None:
     if not rows:
         raise ValueError("rows must not be empty")
