@@ -16,8 +16,12 @@ from torch import nn
 
 @dataclass(frozen=True)
 class BlockNames:
-    """Names inside one block, relative to it: each entry lists alternatives, first match wins."""
+    """Names inside one block, relative to it: each entry lists alternatives, first match wins.
 
+    ``blocks`` is the path of the list of blocks in the model; needed where several lists fit.
+    """
+
+    blocks: str | None = None
     attention_output: tuple[str, ...] = (
         "self_attn.o_proj",
         "attention.o_proj",
@@ -84,22 +88,34 @@ def find_blocks(model: nn.Module) -> list[Block]:
     a :class:`BlockNames`, where it has one: everything that asks for blocks asks here.
 
     Raises:
-        ValueError: when no list of blocks has the projections looked for; the text names them.
+        ValueError: when no list of blocks has the projections looked for, or several have, as those
+            of an encoder and a decoder; the text names them.
     """
     base = base_of(model)
     names = getattr(base, "floe_block_names", None) or BlockNames()
-    expected = _text_config(base).get("num_hidden_layers")
+    # An encoder-decoder's count is of one of its two lists: it must not choose between them.
+    expected = None if _is_encoder_decoder(base) else _text_config(base).get("num_hidden_layers")
+    fitting: dict[str, list[Block]] = {}
     for path, module in base.named_modules():
         if not isinstance(module, nn.ModuleList) or len(module) == 0:
             continue
-        if expected is not None and len(module) != expected:
+        if path != names.blocks and (names.blocks or expected not in (None, len(module))):
             continue
         found = [_describe(path, index, block, names) for index, block in enumerate(module)]
         if all(found):
-            return [block for block in found if block is not None]
+            fitting[path] = [block for block in found if block is not None]
+    if len(fitting) == 1:
+        return fitting.popitem()[1]
+    if fitting:
+        raise ValueError(
+            f"model {type(base).__name__} must have one list of blocks to adapt, got "
+            f"{', '.join(fitting)}: name one, "
+            "model.floe_block_names = floe.blocks.BlockNames(blocks=...)"
+        )
     raise ValueError(
         f"model {type(base).__name__} has no decoder blocks floe knows: looked for a list of "
-        f"{expected or 'equal'} blocks holding one of {names.attention_output} and one of "
+        f"{expected or 'equal'} blocks{f' at {names.blocks}' if names.blocks else ''} holding one "
+        f"of {names.attention_output} and one of "
         f"{names.mlp_output} with their inputs {names.attention_inputs} and {names.mlp_inputs}; "
         "set model.floe_block_names = floe.blocks.BlockNames(...) to name them by hand"
     )
@@ -171,13 +187,17 @@ def _has(module: nn.Module, path: str) -> bool:
     return True
 
 
+def _is_encoder_decoder(model: nn.Module) -> bool:
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+
+
 def _text_config(model: nn.Module) -> dict[str, Any]:
     """The language model's configuration as a dict; empty for a module without one."""
     config = getattr(model, "config", None)
     if config is None:
         return {}
     get_text = getattr(config, "get_text_config", None)
-    text = get_text() if callable(get_text) else config
+    text = get_text(decoder=True) if callable(get_text) else config
     return {name: getattr(text, name, None) for name in _SIZES}
 
 

@@ -211,3 +211,48 @@ def test_counts_follow_patterns_and_layers_of_a_real_adapter():
         )
     assert list(adapted_layers(model)) == [0, 2]
     assert counts[1] == 2 * ((4 + 2) * 32 + 2 * 40 * 4) + (4 + 2) * 40 + 2 * 32 * 4
+
+
+def encoder_decoder(layers=(2, 2)):
+    sizes = {
+        "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "head_dim": 8,
+        "num_key_value_heads": 2, "vocab_size": 61,
+    }  # fmt: skip
+    encoder, decoder = ({**sizes, "num_hidden_layers": count} for count in layers)
+    with torch.device("meta"):
+        return hf.T5GemmaForConditionalGeneration(
+            hf.T5GemmaConfig(encoder=encoder, decoder=decoder, vocab_size=61)
+        )
+
+
+@pytest.mark.parametrize("layers", [(2, 2), (2, 3), (3, 2)])
+def test_of_an_encoder_and_a_decoder_one_must_be_named(layers):
+    model = encoder_decoder(layers)
+    match = r"must have one list of blocks to adapt, got model\.encoder\.layers, .*decoder\.layers:"
+    with pytest.raises(ValueError, match=match):
+        get_model(model, FloeConfig(r=2, task_type="SEQ_2_SEQ_LM"))
+    for part, count in zip(("encoder", "decoder"), layers, strict=True):
+        model.floe_block_names = BlockNames(blocks=f"model.{part}.layers")
+        assert [b.path for b in find_blocks(model)] == [
+            f"model.{part}.layers.{i}" for i in range(count)
+        ]
+    adapted = get_model(model, FloeConfig(r=2, task_type="SEQ_2_SEQ_LM"))
+    trained = [name for name, p in adapted.named_parameters() if p.requires_grad]
+    assert trained
+    assert all(".decoder.layers." in name for name in trained)
+    assert geometry(adapted).neurons == 48
+    model.floe_block_names = BlockNames(blocks="model.layers")
+    with pytest.raises(ValueError, match=r"list of .* blocks at model\.layers holding one"):
+        find_blocks(model)
+
+
+def test_another_stack_that_looks_like_the_decoder_is_not_taken_for_it():
+    """A tower of as many blocks is refused, a draft head of fewer is passed over."""
+    model, other = plain("llama"), plain("llama")
+    model.draft = nn.ModuleList(other.model.layers[:1])
+    assert [b.path for b in find_blocks(model)] == [f"model.layers.{i}" for i in range(3)]
+    model.vision = other.model.layers
+    with pytest.raises(ValueError, match=r"got model\.layers, vision: name one, "):
+        find_blocks(model)
+    model.floe_block_names = BlockNames(blocks="model.layers")
+    assert find_blocks(model)[2].path == "model.layers.2"
