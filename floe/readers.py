@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import os
+import reprlib
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
@@ -43,11 +44,13 @@ def load_rows(
     Returns:
         One dict per row: ``prompt``, ``completion`` and ``task`` str; ``choices`` list[str] (in CSV
         a JSON list); ``answer`` int, the index of the right choice (the data may give its text).
+        One table gives the same rows in every format: an empty text is no choices, answer or task.
 
     Raises:
         FileError: if the file is missing, unreadable or of an unknown kind.
         DataError: for broken text or JSON, a missing column (the text lists those found), a wrong
-            type, or an empty set; it names the source and the 0-based row.
+            type, an answer that may be a choice's text or another's index, a lone surrogate, or an
+            empty set; it names the source and the 0-based row.
         ValueError: for an unknown field or a limit below 1.
     """
     columns = _check_columns(columns)
@@ -66,6 +69,7 @@ def load_rows(
     rows = [_row(source, i, raw, columns) for i, raw in enumerate(islice(found, limit))]
     if not rows:
         raise DataError(source, "must hold at least one row, got none")
+    _answers(source, rows)
     return rows
 
 
@@ -80,9 +84,10 @@ def _read_file(path: Path, limit: int | None) -> Iterator[Row]:
     suffix = path.suffix.lower()
     if suffix not in _SUFFIXES:
         raise FileError(path, f"must end in {', '.join(_SUFFIXES)}")
-    if not path.is_file():
-        raise FileError(path, "must be a file, got a folder" if path.is_dir() else "does not exist")
     try:
+        if not path.is_file():
+            what = "must be a file, got a folder" if path.is_dir() else "does not exist"
+            raise FileError(path, what)
         data = path.read_bytes()
     except OSError as error:
         raise FileError(path, f"cannot be read: {error.strerror or error}") from error
@@ -124,14 +129,14 @@ def _json(source: str, text: str) -> Iterator[Row]:
 def _parse(source: str, text: str, row: int | None, where: str) -> Any:
     try:
         return json.loads(text, object_pairs_hook=_unique)
-    except (json.JSONDecodeError, RecursionError, KeyError) as error:
+    except (ValueError, RecursionError) as error:  # ValueError: also a number too long to read
         raise DataError(source, f"{where} must be valid JSON: {error}", row) from error
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> Row:
     row = dict(pairs)
     if len(row) != len(pairs):
-        raise KeyError("a key occurs twice")
+        raise ValueError("a key occurs twice")
     return row
 
 
@@ -146,13 +151,12 @@ def _csv(source: str, text: str, limit: int | None) -> Iterator[Row]:
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     try:
         names = next(reader, [])
-        rows = [line for line in islice(reader, limit) if line]
+        rows = list(islice((line for line in reader if line), limit))
     except csv.Error as error:
         raise DataError(source, f"line {reader.line_num} must be valid CSV: {error}") from error
     finally:
         csv.field_size_limit(before)
-    if len(set(names)) != len(names):
-        raise DataError(source, f"column names must differ, got {', '.join(names)}")
+    _check_names(source, names)
     for i, row in enumerate(rows):
         if len(row) != len(names):
             raise DataError(source, f"must have {len(names)} fields, got {len(row)}", i)
@@ -160,14 +164,22 @@ def _csv(source: str, text: str, limit: int | None) -> Iterator[Row]:
 
 
 def _parquet(source: str, data: bytes, limit: int | None) -> Iterator[Row]:
-    import pyarrow
     import pyarrow.parquet
 
     try:
-        table = pyarrow.parquet.read_table(io.BytesIO(data))
-        return iter(table.slice(0, limit).to_pylist())
-    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
+        file = pyarrow.parquet.ParquetFile(io.BytesIO(data), page_checksum_verification=True)
+        table = file.read()
+        table.validate(full=True)
+        rows = table.slice(0, limit).to_pylist()
+    except Exception as error:  # whatever damaged bytes make of the library
         raise FileError(source, f"must be a parquet file: {error}") from error
+    _check_names(source, table.column_names)
+    return iter(rows)
+
+
+def _check_names(source: str, names: list[str]) -> None:
+    if len(set(names)) != len(names):
+        raise DataError(source, f"column names must differ, got {', '.join(names)}")
 
 
 def _read_hub(
@@ -181,7 +193,7 @@ def _read_hub(
         data: Iterable[Row] = datasets.load_dataset(
             name, subset, split=split, revision=revision, trust_remote_code=False
         )
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise FileError(name, f"neither a file nor a hub data set that loads: {error}") from error
     return data
 
@@ -194,14 +206,20 @@ def _row(source: str, index: int, raw: Row, columns: Mapping[str, str] | None) -
     for field in ("prompt", "completion"):
         names.setdefault(field, field)
     values = {f: raw[name] for f, name in names.items() if raw.get(name) is not None}
+    for field in ("choices", "answer", "task"):  # as CSV writes what is not there
+        if values.get(field) == "":
+            del values[field]
+    if ("choices" in values) != ("answer" in values):
+        raise DataError(source, "choices and answer must come together, got one of them", index)
     row: Row = {}
-    if "choices" in values or "answer" in values:
-        row = _choices(source, index, values)
-        values.setdefault("completion", row["choices"][row["answer"]])
+    if "choices" in values:
+        row = {"choices": _choices(source, index, values["choices"]), "answer": values["answer"]}
+        if values.get("completion") == "":
+            del values["completion"]
     for field in ("prompt", "completion", "task"):
         if field in values:
             row[field] = _string(source, index, field, values[field])
-        elif field != "task":
+        elif field == "prompt" or (field == "completion" and "choices" not in row):
             raise _missing(source, index, field, names[field], raw)
     return row
 
@@ -217,30 +235,61 @@ def _missing(source: str, index: int, field: str, name: str, raw: Row) -> DataEr
 def _string(source: str, index: int, field: str, value: Any) -> str:
     if not isinstance(value, str):
         raise DataError(source, f"{field} must be text, got {type(value).__name__}", index)
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        what = f"the lone surrogate {value[error.start]!r} at character {error.start}"
+        raise DataError(source, f"{field} must be Unicode text, got {what}", index) from error
     return value
 
 
-def _choices(source: str, index: int, values: Row) -> Row:
-    choices, answer = values.get("choices"), values.get("answer")
-    if choices is None or answer is None:
-        raise DataError(source, "choices and answer must come together, got one of them", index)
+def _choices(source: str, index: int, choices: Any) -> list[str]:
     if isinstance(choices, str):  # a CSV field
-        try:
-            choices = json.loads(choices)
-        except json.JSONDecodeError as error:
-            message = f"choices must be a list or a JSON list: {error}"
-            raise DataError(source, message, index) from error
+        choices = _parse(source, choices, index, "choices must be a list or a JSON list and")
     if not isinstance(choices, list) or not all(isinstance(c, str) and c for c in choices):
         raise DataError(source, "choices must be a list of non-empty texts", index)
     if len(choices) < 2 or len(set(choices)) != len(choices):
-        message = f"choices must be two or more different texts, got {choices}"
+        message = f"choices must be two or more different texts, got {reprlib.repr(choices)}"
         raise DataError(source, message, index)
-    if isinstance(answer, str):
-        if answer in choices:
-            answer = choices.index(answer)
-        elif answer.strip().isdecimal():
-            answer = int(answer)
-    if isinstance(answer, bool) or not isinstance(answer, int) or not 0 <= answer < len(choices):
-        message = f"answer must be a choice or its index below {len(choices)}, got {answer!r}"
-        raise DataError(source, message, index)
-    return {"choices": choices, "answer": answer}
+    return [_string(source, index, "a choice", choice) for choice in choices]
+
+
+def _answers(source: str, rows: list[Row]) -> None:
+    """Make every row's answer the index of the right choice.
+
+    A number is that index. Text may be a choice or an index, and must be read alike in CSV, where
+    all is text, and elsewhere: where it could be either, the column decides, if all of its texts
+    are the one and not all the other.
+    """
+    texts = {i: row for i, row in enumerate(rows) if isinstance(row.get("answer"), str)}
+    named = {i: row["choices"].index(row["answer"]) for i, row in texts.items()
+             if row["answer"] in row["choices"]}  # fmt: skip
+    counted = {i: place for i, row in texts.items() if (place := _place(row)) is not None}
+    unclear = sorted(i for i in named.keys() & counted.keys() if named[i] != counted[i])
+    if unclear and (len(named) == len(texts)) == (len(counted) == len(texts)):
+        i = unclear[0]
+        message = (
+            f"answer {rows[i]['answer']!r} must be either a choice or the index of one, got both: "
+            f"choice {named[i]} and the index of {rows[i]['choices'][counted[i]]!r}; give the "
+            "index as a number (JSONL, parquet) or the choice's text"
+        )
+        raise DataError(source, message, i)
+    first, second = (named, counted) if len(named) == len(texts) else (counted, named)
+    for i, row in enumerate(rows):
+        if "answer" not in row:
+            continue
+        answer = first.get(i, second.get(i)) if i in texts else row["answer"]
+        count = len(row["choices"])
+        if isinstance(answer, bool) or not isinstance(answer, int) or not 0 <= answer < count:
+            message = f"answer must be a choice or its index below {count}, got "
+            raise DataError(source, message + reprlib.repr(row["answer"]), i)
+        row["answer"] = answer
+        row.setdefault("completion", row["choices"][answer])
+
+
+def _place(row: Row) -> int | None:
+    """The index that the answer's text says; None if it is none of a choice."""
+    text = row["answer"].strip()
+    if not text.isdecimal() or len(text) > 9:
+        return None
+    return int(text) if int(text) < len(row["choices"]) else None

@@ -1,5 +1,8 @@
+import csv
+import io
 import json
 
+import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -79,10 +82,148 @@ def test_mapping_is_explicit(tmp_path):
         load_rows(path, columns={"text": "question"})
 
 
-def test_csv_choices_are_a_json_list(tmp_path):
-    path = write(tmp_path / "a.csv", 'prompt,choices,answer\np,"[""a"",""b""]",1\n')
-    assert load_rows(path)[0]["answer"] == 1
-    assert load_rows(path)[0]["completion"] == "b"
+COLUMNS = {name: name for name in ("prompt", "completion", "choices", "answer", "task")}
+ODD_TEXTS = [
+    "007",
+    "1",
+    "a,b",
+    'say "yes"',
+    "two\nlines",
+    "\r\n",
+    " blank ",
+    "NaN",
+    "None",
+    "true",
+    "é\u2028",
+]
+
+
+def as_csv(rows):
+    """As pandas writes it: all is text, what is missing is empty, a list is JSON."""
+    out = io.StringIO(newline="")
+    writer = csv.DictWriter(out, COLUMNS)
+    writer.writeheader()
+    for row in rows:
+        row = {k: json.dumps(v) if k == "choices" and v else v for k, v in row.items()}
+        writer.writerow({k: "" if row[k] is None else row[k] for k in COLUMNS})
+    return out.getvalue()
+
+
+def read_everywhere(tmp_path, rows, monkeypatch):
+    """The rows as every kind of source gives them; an error's text where it refuses."""
+    rows = [dict.fromkeys(COLUMNS) | row for row in rows]
+    table = pyarrow.Table.from_pylist(rows)
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    hub = datasets.Dataset(table)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **settings: hub)
+    found = {}
+    for source, split in (
+        (write(tmp_path / "a.jsonl", lines(*rows)), None),
+        (write(tmp_path / "a.json", json.dumps(rows)), None),
+        (write(tmp_path / "a.csv", as_csv(rows)), None),
+        (tmp_path / "a.parquet", None),
+        ("org/name", "train"),
+    ):
+        try:
+            found[str(source).rpartition(".")[2]] = load_rows(source, columns=COLUMNS, split=split)
+        except DataError as error:
+            found[str(source).rpartition(".")[2]] = str(error).partition(": ")[2]
+    return found
+
+
+def test_a_table_gives_the_same_rows_in_every_format(tmp_path, monkeypatch):
+    asked = {"prompt": "p", "choices": ["a", "b"]}
+    rows = [{"prompt": text, "completion": text, "task": text} for text in ODD_TEXTS]
+    rows += [{**ROW}, {"prompt": "", "completion": ""}, {**ROW, "task": ""}]
+    want = [*rows[:-1], ROW]
+    found = read_everywhere(tmp_path, rows, monkeypatch)
+    assert len(found) == 5
+    assert all(one == want for one in found.values())
+
+    # The index as a number, where choices are numbers themselves.
+    rows = [{**asked, "choices": ["4", "0", "1"], "answer": i} for i in (0, 2, 1)]
+    found = read_everywhere(tmp_path, rows, monkeypatch)
+    want = [{**row, "completion": row["choices"][row["answer"]]} for row in rows]
+    assert all(one == want for one in found.values())
+
+    # The choice's text, where it could be an index.
+    rows = [{**asked, "choices": ["2", "1", "0"], "answer": a} for a in ("1", "0")]
+    rows += [{**asked, "choices": ["40", "41"], "answer": "41"}, {**ROW}]
+    found = read_everywhere(tmp_path, rows, monkeypatch)
+    assert all([row.get("answer") for row in one] == [1, 2, 1, None] for one in found.values())
+    assert all(one[1]["completion"] == "0" for one in found.values())
+
+    # A completion that is missing is the answer, one that is there stays.
+    rows = [{**asked, "completion": c, "answer": "b"} for c in ("", None, "Answer: b")]
+    found = read_everywhere(tmp_path, rows, monkeypatch)
+    for one in found.values():
+        assert [row["completion"] for row in one] == ["b", "b", "Answer: b"]
+
+
+def test_an_answer_that_may_be_read_two_ways_is_refused(tmp_path, monkeypatch):
+    rows = [{"prompt": "p", "choices": ["2", "1", "0"], "answer": a} for a in ("1", "0", "2")]
+    found = read_everywhere(tmp_path, rows, monkeypatch)
+    refusal = "answer '0' must be either a choice or the index of one, got both: choice 2 and the "
+    assert all(one.startswith(refusal) for one in found.values())  # "1" is choice 1 either way
+    # As numbers they are clear, but not in CSV.
+    found = read_everywhere(tmp_path, [{**row, "answer": int(row["answer"])} for row in rows],
+                            monkeypatch)  # fmt: skip
+    assert found.pop("csv").startswith(refusal)
+    for one in found.values():
+        assert [row["completion"] for row in one] == ["1", "2", "0"]
+    # Both kinds in a column: each row for itself.
+    rows = [{"prompt": "p", "choices": ["x", "7"], "answer": a} for a in ("x", "1", "7", "0")]
+    found = read_everywhere(tmp_path, rows, monkeypatch)
+    assert all([row["answer"] for row in one] == [0, 1, 1, 0] for one in found.values())
+
+
+def test_blank_lines_are_no_rows(tmp_path):
+    text = "prompt,completion\n\np,c\n\n\nq,d\n"
+    assert len(load_rows(write(tmp_path / "a.csv", text), limit=2)) == 2
+    path = write(tmp_path / "a.jsonl", "\n" + lines(ROW) + "\n \n" + lines(ROW))
+    assert len(load_rows(path, limit=2)) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", lines(ROW) + '{"prompt": "p", "completion": "c", "x": %s}' % ("1" * 5000),
+         "row 1: line 2 must be valid JSON: Exceeds the limit"),
+        ("a.json", "[" + "1" * 5000 + "]", "the file must be valid JSON"),
+        ("a.jsonl", lines({"prompt": "p", "choices": ["a", "b"], "answer": "9" * 5000}),
+         r"row 0: answer must be .* got '9{12}\.\.\.9{13}'"),
+        ("a.jsonl", '{"prompt": "p", "choices": ["a", "b"], "answer": %s}' % ("9" * 400),
+         r"row 0: answer must be .* got 9{18}\.\.\."),
+        ("a.csv", 'prompt,choices,answer\np,"[""a"",""b""]",' + "1" * 5000, "answer must be"),
+        ("a.csv", 'prompt,choices,answer\np,"[%s]",1' % ("1" * 5000), "choices must be a list"),
+        ("a.csv", 'prompt,choices,answer\np,"%s",1' % ("[" * 100_000), "choices must be a list"),
+        ("a.csv", 'prompt,choices,answer\np,"[""a"",""a""]",1', "must be two or more"),
+        ("a.jsonl", lines(ROW, {**ROW, "prompt": "nice \ud83d"}),
+         r"row 1: prompt must be Unicode text, got the lone surrogate '\\ud83d' at character 5"),
+        ("a.jsonl", lines({**ROW, "task": "\udc00"}), "row 0: task must be Unicode text"),
+        ("a.jsonl", lines({"prompt": "p", "choices": ["a", "\udfff"], "answer": 0}),
+         "row 0: a choice must be Unicode text"),
+        ("a.json", '[{"prompt": NaN, "completion": "c"}]', "row 0: prompt must be text, got float"),
+    ],
+)  # fmt: skip
+def test_odd_values_name_file_and_row(tmp_path, name, content, message):
+    path = write(tmp_path / name, content)
+    with pytest.raises(DataError, match=message) as caught:
+        load_rows(path)
+    assert caught.value.source == str(path)
+    assert len(str(caught.value)) < 400
+
+
+def test_damaged_parquet(tmp_path):
+    table = pyarrow.Table.from_arrays([pyarrow.array(["p"])] * 2, names=["prompt", "prompt"])
+    pyarrow.parquet.write_table(table, tmp_path / "twice.parquet")
+    with pytest.raises(DataError, match="column names must differ"):
+        load_rows(tmp_path / "twice.parquet")
+    text = pyarrow.array([b"ok", b"\xff"], pyarrow.binary()).cast(pyarrow.string(), safe=False)
+    table = pyarrow.Table.from_arrays([text, text], names=["prompt", "completion"])
+    pyarrow.parquet.write_table(table, tmp_path / "bytes.parquet")
+    with pytest.raises(FileError, match=r"bytes\.parquet: must be a parquet file: .*UTF"):
+        load_rows(tmp_path / "bytes.parquet")
 
 
 @pytest.mark.parametrize(
