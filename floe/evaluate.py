@@ -36,7 +36,7 @@ Floats = NDArray[np.float64]
 class _ByRow:
     """What is measured for rows that have numbers: places are looked up, never assumed."""
 
-    rows: NDArray[np.int64] | None
+    rows: NDArray[np.int64]
 
     def _number(self, count: int, *others: int) -> None:
         """Check the lengths; rows without numbers are numbered as they come."""
@@ -47,7 +47,6 @@ class _ByRow:
 
     def places(self, numbers: Sequence[int]) -> list[int]:
         """Where the rows of these numbers stand; ValueError for one that is not here just once."""
-        assert self.rows is not None
         found = {int(number): place for place, number in enumerate(self.rows)}
         missing = [number for number in numbers if number not in found]
         if missing or len(found) < len(self.rows):
@@ -65,7 +64,7 @@ class Losses(_ByRow):
 
     nll: Floats
     tokens: NDArray[np.int64]
-    rows: NDArray[np.int64] | None = None
+    rows: NDArray[np.int64] = None  # type: ignore[assignment]  # filled in below
 
     def __post_init__(self) -> None:
         self._number(len(self.nll), len(self.tokens))
@@ -114,7 +113,7 @@ class Answers(_ByRow):
 
     given: list[Any]
     correct: NDArray[np.bool_]
-    rows: NDArray[np.int64] | None = None
+    rows: NDArray[np.int64] = None  # type: ignore[assignment]  # filled in below
 
     def __post_init__(self) -> None:
         self._number(len(self.given), len(self.correct))
@@ -259,8 +258,10 @@ def group_by_task(rows: Sequence[Mapping[str, Any] | TokenRow]) -> dict[str, lis
     """
     groups: dict[str, list[int]] = {}
     for place, row in enumerate(rows):
-        token = isinstance(row, TokenRow)
-        task, number = (row.task, row.index) if token else (row.get("task"), place)
+        if isinstance(row, TokenRow):
+            task, number = row.task, row.index
+        else:
+            task, number = row.get("task"), place
         if task is not None:
             groups.setdefault(task, []).append(number)
     return dict(sorted(groups.items()))
