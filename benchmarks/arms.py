@@ -137,7 +137,7 @@ def routed(backend: str | None = None) -> Way:
         adapted = floe.get_model(model, config)
         sites = {}
         for path, layer in adapted_modules(adapted).items():
-            pair = layer.floe_shrink["default"], layer.floe_expand["default"]
+            pair = layer.floe_shrink["default"].weight, layer.floe_expand["default"].weight
             _fill(pair, routed_numbers(path, layer.base_layer, setting))
             sites[path] = Site("routed", pair)
         return adapted, sites

@@ -58,7 +58,7 @@ def smollm2(rows: int, rank: int, experts: int) -> Subject:
     model = get_model(work.base_model, FloeConfig(r=rank, num_experts=experts, alpha=32), seed=0)
     generator = torch.Generator().manual_seed(0)
     for module in adapted_modules(model).values():
-        expand = module.floe_expand["default"].data
+        expand = module.floe_expand["default"].weight.data
         expand.copy_(0.02 * torch.randn(expand.shape, generator=generator))
     return Subject(model, rows_of(work.batches(work.train_rows[:rows], 8)))
 

@@ -1,4 +1,4 @@
-"""How many wrong inputs an attack tries: a tenth in the test suite, all of them in ``make attack``."""
+"""How many wrong inputs an attack tries: a tenth in the suite, all of them in ``make attack``."""
 
 import os
 

@@ -58,10 +58,12 @@ def adapted(kind="llama", dtype=torch.float32, targets=None, **config):
     )
     generator = torch.Generator().manual_seed(5)
     for module in adapted_modules(model).values():
-        expand = module.floe_expand["default"]
+        expand = module.floe_expand["default"].weight
         expand.data.copy_(torch.randn(expand.shape, generator=generator) * 0.05)
         if dtype == torch.float64:
-            module.floe_shrink["default"].data = module.floe_shrink["default"].data.double()
+            module.floe_shrink["default"].weight.data = module.floe_shrink[
+                "default"
+            ].weight.data.double()
             expand.data = expand.data.double()
     return model.train()
 

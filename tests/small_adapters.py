@@ -13,7 +13,7 @@ def trained(model, name="default", seed=5):
     generator = torch.Generator().manual_seed(seed)
     for module in adapted_modules(model).values():
         if name in module.floe_expand:
-            expand = module.floe_expand[name]
+            expand = module.floe_expand[name].weight
             expand.data.copy_(torch.randn(expand.shape, generator=generator) * 0.1)
     return model.eval()
 

@@ -51,7 +51,7 @@ def test_random_configs_survive_the_round_trip(seed, tmp_path):
     save_adapter(model, tmp_path / "a")
     loaded = load_adapter(plain(), tmp_path / "a").eval()
     assert torch.equal(logits(loaded), logits(model))
-    dtypes = {p.dtype for m in adapted_modules(loaded).values() for p in m.floe_shrink.values()}
+    dtypes = {p.dtype for m in adapted_modules(loaded).values() for p in m.floe_shrink.parameters()}
     assert dtypes == {getattr(torch, config.adapter_dtype)}
     save_adapter(loaded, tmp_path / "b")
     assert (tmp_path / "a" / TENSORS).read_bytes()[-64:] == (tmp_path / "b" / TENSORS).read_bytes()[
@@ -75,9 +75,9 @@ def test_the_card_says_what_to_import(saved):
 
 def test_values_that_are_not_finite_are_never_saved(tmp_path):
     model = adapted(layers=[0])
-    adapted_modules(model)["model.layers.0.mlp.up_proj"].floe_expand["default"].data[0, 0, 0] = (
-        float("nan")
-    )
+    adapted_modules(model)["model.layers.0.mlp.up_proj"].floe_expand["default"].weight.data[
+        0, 0, 0
+    ] = float("nan")
     with pytest.raises(
         ValueError, match=r"up_proj.floe_expand.default must hold finite values to be saved"
     ):

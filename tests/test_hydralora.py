@@ -100,7 +100,7 @@ def test_the_command_needs_the_base_models_configuration_alone(tmp_path):
     found = load_adapter(tiny_model(layers=3), tmp_path / "out")
     for name, value in values.items():
         path = name.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
-        shrink = found.get_base_model().get_submodule(path).floe_shrink["default"]
+        shrink = found.get_base_model().get_submodule(path).floe_shrink["default"].weight
         assert torch.equal(shrink[:RANK], value)
 
 

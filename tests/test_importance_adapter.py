@@ -23,7 +23,7 @@ def loop(model, batch):
             weights = [
                 w
                 for m in modules.values()
-                for w in (m.floe_shrink["default"], m.floe_expand["default"])
+                for w in (m.floe_shrink["default"].weight, m.floe_expand["default"].weight)
             ]
             for g in torch.autograd.grad(mean_nll(model, row), weights):
                 total[layer] += g.double().square().sum()
@@ -53,7 +53,7 @@ def example(samples=3, tokens=5, inputs=7, outputs=6, rank=3, experts=2, dtype=t
     module = MoELoRALinear(torch.nn.Linear(inputs, outputs).to(dtype))
     module.update_layer("default", rank, experts, 2.0, 0.5, generator, dtype)
     module.set_adapter("default")
-    module.floe_expand["default"].data.normal_(generator=generator)
+    module.floe_expand["default"].weight.data.normal_(generator=generator)
     x = torch.randn(samples, tokens, inputs, generator=generator, dtype=dtype)
     return module.eval(), x, torch.randn(samples, tokens, outputs, generator=generator, dtype=dtype)
 
@@ -61,7 +61,7 @@ def example(samples=3, tokens=5, inputs=7, outputs=6, rank=3, experts=2, dtype=t
 def test_one_module_in_float64():
     module, x, grad_y = example()
     found = adapter_gradients(module, x, grad_y, torch.ones(3, 5, dtype=torch.bool)).squared_norm
-    weights = [module.floe_shrink["default"], module.floe_expand["default"]]
+    weights = [module.floe_shrink["default"].weight, module.floe_expand["default"].weight]
     for s in range(3):
         grads = torch.autograd.grad(module(x[s]), weights, grad_y[s])
         expected = sum(g.square().sum() for g in grads)
@@ -130,7 +130,7 @@ def test_bfloat16_is_as_exact_as_autograd_in_bfloat16():
 
     def loop(dtype):
         copied = copy.deepcopy(module).to(dtype)
-        weights = [copied.floe_shrink["default"], copied.floe_expand["default"]]
+        weights = [copied.floe_shrink["default"].weight, copied.floe_expand["default"].weight]
         return torch.stack(
             [
                 sum(

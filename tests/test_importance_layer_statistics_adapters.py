@@ -31,7 +31,7 @@ def without_experts(model, layers):
     other.load_state_dict(model.state_dict())
     for layer in layers:
         for module in adapted_layers(other)[layer].values():
-            module.floe_expand["default"].data.zero_()
+            module.floe_expand["default"].weight.data.zero_()
     return other
 
 

@@ -22,10 +22,10 @@ def test_gradient_norm_is_autograds_over_all_rows():
         for p in model.parameters():
             p.requires_grad_(False)
         parameters = {
-            layer: [p for m in modules.values() for p in m.floe_expand.values()]
+            layer: [p for m in modules.values() for p in m.floe_expand.parameters()]
             for layer, modules in adapted_layers(model).items()
         }
-        shrink = [p for m in adapted_layers(model)[1].values() for p in m.floe_shrink.values()]
+        shrink = [p for m in adapted_layers(model)[1].values() for p in m.floe_shrink.parameters()]
         every = [p for own in parameters.values() for p in own]
         for p in [*every, *shrink]:
             p.requires_grad_(True)
@@ -54,7 +54,7 @@ def test_gradient_norm_by_the_closed_form():
         rows_summed(model, batches()).backward()
         hook.remove()
         x, dy = seen["x"].flatten(0, 1), seen["y"].grad.flatten(0, 1)
-        products = x @ module.floe_shrink["default"].T
+        products = x @ module.floe_shrink["default"].weight.T
         hidden, gate = products[:, :3], torch.softmax(products[:, 3:], -1)
         routed = (gate[:, :, None] * hidden[:, None, :]).flatten(1)
         expected = module.scaling["default"] * (dy.T @ routed).norm()

@@ -111,9 +111,10 @@ def test_fresh_adapters_start_as_new_ones_and_come_back():
     with fresh_adapters(trained, 11):
         for path, module in adapted_modules(trained).items():
             assert torch.equal(
-                module.floe_shrink["default"], adapted_modules(new)[path].floe_shrink["default"]
+                module.floe_shrink["default"].weight,
+                adapted_modules(new)[path].floe_shrink["default"].weight,
             )
-            assert not module.floe_expand["default"].any()
+            assert not module.floe_expand["default"].weight.any()
     assert_untouched(trained, before)
     with pytest.raises(RuntimeError, match="stop"), fresh_adapters(trained, 11):
         raise RuntimeError("stop")
@@ -142,8 +143,8 @@ def test_scores_without_adapters_and_without_signal():
         score(plain(), batches())
     model = adapted()
     for module in adapted_modules(model).values():
-        module.floe_expand["default"].data.zero_()
-        module.floe_shrink["default"].data[: module.r["default"]] = 0
+        module.floe_expand["default"].weight.data.zero_()
+        module.floe_shrink["default"].weight.data[: module.r["default"]] = 0
     with pytest.warns(RuntimeWarning, match="adapter_fisher is zero for every unit of every layer"):
         score(model, batches())
     with warnings.catch_warnings():

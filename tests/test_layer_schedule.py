@@ -36,7 +36,7 @@ def values(model):
 
 
 def parameters(module):
-    return [module.floe_shrink["default"], module.floe_expand["default"]]
+    return [module.floe_shrink["default"].weight, module.floe_expand["default"].weight]
 
 
 class Steps(TrainerCallback):

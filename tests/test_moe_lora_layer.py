@@ -26,13 +26,13 @@ def test_first_values_are_uniform_within_one_over_the_root_of_the_width():
     layer.update_layer("default", 40, 24, 1.0, 0.0, torch.Generator().manual_seed(0))
     router = layer.router_weight("default")
     for rows in (
-        layer.floe_shrink["default"][:40],
+        layer.floe_shrink["default"].weight[:40],
         router,
     ):  # zero routers never tell experts apart
         assert 0.99 / 8 < rows.max() <= 1 / 8
         assert -1 / 8 <= rows.min() < -0.99 / 8
         assert abs(rows.mean()) < 0.01
-    assert (layer.floe_expand["default"] == 0).all()
+    assert (layer.floe_expand["default"].weight == 0).all()
     assert router.shape == (24, 64)
 
 

@@ -245,8 +245,8 @@ def test_only_the_chosen_layers_carry_adapters_of_their_own_size():
     }
     for module in adapted_modules(model).values():
         rank, experts = module.r["default"], module.num_experts["default"]
-        assert module.floe_shrink["default"].shape == (rank + experts, module.in_features)
-        assert module.floe_expand["default"].shape == (module.out_features, experts, rank)
+        assert module.floe_shrink["default"].weight.shape == (rank + experts, module.in_features)
+        assert module.floe_expand["default"].weight.shape == (module.out_features, experts, rank)
     assert model.peft_config["default"].layers == [0, 2]
 
 
@@ -260,14 +260,15 @@ def test_a_layer_s_first_values_depend_on_the_seed_and_its_path_alone():
     paths = adapted_modules(some)
     for path, module in paths.items():
         assert torch.equal(
-            module.floe_shrink["default"], adapted_modules(every)[path].floe_shrink["default"]
+            module.floe_shrink["default"].weight,
+            adapted_modules(every)[path].floe_shrink["default"].weight,
         )
-    shrinks = [m.floe_shrink["default"] for m in adapted_modules(every).values()]
+    shrinks = [m.floe_shrink["default"].weight for m in adapted_modules(every).values()]
     assert not torch.equal(shrinks[0], shrinks[1])
     other = get_model(plain(), FloeConfig(r=3, num_experts=2), seed=42)
     assert other.peft_config["default"].seed == 42
     assert not torch.equal(
-        next(iter(adapted_modules(other).values())).floe_shrink["default"], shrinks[0]
+        next(iter(adapted_modules(other).values())).floe_shrink["default"].weight, shrinks[0]
     )
     assert module_generator(1, "a").initial_seed() != module_generator(1, "b").initial_seed()
 

@@ -44,7 +44,7 @@ def test_equals_gates_computed_row_by_row_without_padding():
         for row in rows:
             model(torch.tensor([row.prompt + row.response]))
     handle.remove()
-    router = module.floe_shrink["default"][2:]
+    router = module.floe_shrink["default"].weight[2:]
     gates = torch.softmax(torch.cat(inputs).double() @ router.double().T, -1).detach()
     assert len(gates) == sum(len(row) for row in rows)
     expected, got = gate_statistics(gates), next(f for f in found if f["layer"] == 1)
@@ -72,7 +72,7 @@ def test_a_collapsed_router_shows():
     model = model_of(experts=2)
     for module in adapted_modules(model).values():
         with torch.no_grad():
-            module.floe_shrink["default"][2:] = 0
+            module.floe_shrink["default"].weight[2:] = 0
     found = router_statistics(model, make_batches(tiny_rows(4), 4))
     assert all(f["usage"] == [0.5, 0.5] and abs(f["mutual_information"]) < 1e-12 for f in found)
     assert all(f["token_entropy"] == pytest.approx(1) for f in found)

@@ -12,8 +12,7 @@ from peft.utils import PeftType
 
 from floe.ops import BACKENDS
 
-FORMAT = 1
-DEFAULT_TARGETS = ("down_proj", "gate_proj", "up_proj")
+FORMAT = 2  # 1 named tensors without ".weight"; both are read
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -40,8 +39,8 @@ class FloeConfig(peft.PeftConfig):
         r: rank, >= 1. num_experts: M >= 1. alpha: scaling is alpha / r.
         dropout: in [0, 1), in steps of 1/256, on the adapter's input; the router sees x undropped.
         target_modules: names of projections inside a decoder block, for example
-            ``["gate_proj", "up_proj", "down_proj"]`` (the default, FLoE Table 6); fused ones
-            (``gate_up_proj``) count under their own name.
+            ``["gate_proj", "up_proj", "down_proj"]``; fused ones (``gate_up_proj``) count under
+            their own name. None: the block's feed-forward (FLoE Table 6).
         layers: 0-based indices of the blocks to adapt; None = all.
         layer_modules: ``{layer index: projection names}``: exactly these are adapted, instead of
             the same ``target_modules`` on every one of ``layers``.
@@ -54,7 +53,12 @@ class FloeConfig(peft.PeftConfig):
             reads it once and draws one dropout mask for all of them.
         backend: which implementation runs: "auto", or a name of :mod:`floe_triton.paths`
             ("eager" is plain torch, everywhere).
+        modules_to_save: names of further modules that are trained whole and saved with the adapter
+            (a classifier's head is, without being named), as PEFT does it.
+        trainable_token_indices: rows of the embedding that are trained and saved, likewise.
         seed: of the initial values; a layer's depend on the seed and its path alone.
+        base_fingerprint: of the weights that a saved adapter belongs to, written by floe; on others
+            it is refused. None: on any.
 
     Raises:
         ValueError: for a value out of range, or a file written by a newer format than this version
@@ -74,13 +78,16 @@ class FloeConfig(peft.PeftConfig):
     adapter_dtype: str = "float32"
     share_input: bool = True
     backend: str = "auto"
+    modules_to_save: list[str] | None = None
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
     seed: int = 41
+    base_fingerprint: str | None = None
     floe_format: int = FORMAT
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = peft_type()
-        self.task_type: Any = self.task_type or "CAUSAL_LM"
+        self._on_base: str | None = None  # fingerprint of the base that it is being saved from
         if not isinstance(self.floe_format, int) or not 1 <= self.floe_format <= FORMAT:
             raise ValueError(
                 f"floe_format must be in [1, {FORMAT}] for this version of floe, "
@@ -102,6 +109,11 @@ class FloeConfig(peft.PeftConfig):
             self.layers = _checked_layers(self.layers)
         if self.layer_modules:
             self._spread_modules()
+        names = self.modules_to_save
+        if names is not None and (
+            not isinstance(names, (list, tuple, set)) or not all(isinstance(n, str) for n in names)
+        ):
+            raise ValueError(f"modules_to_save must be a list of module names, got {names!r}")
         for name in ("rank_pattern", "expert_pattern"):
             pattern = getattr(self, name)
             if not isinstance(pattern, dict):
@@ -155,6 +167,11 @@ class FloeConfig(peft.PeftConfig):
             raise ValueError(f"backend must be one of {list(BACKENDS)}, got {self.backend!r}")
         if not isinstance(self.share_input, bool):
             raise TypeError(f"share_input must be true or false, got {self.share_input!r}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """What is written to disk: the settings, with the fingerprint of the base they are on."""
+        values: dict[str, Any] = super().to_dict()
+        return values | {"base_fingerprint": self._on_base or self.base_fingerprint}
 
     def scale(self, rank: int) -> float:
         """Factor of the adapter's output at this rank."""

@@ -110,7 +110,7 @@ def _errors(
     wrong, right = dict.fromkeys(modules, 0.0), dict.fromkeys(modules, 0.0)
 
     def observe(path: str, layer: MoELoRALinear, x: Tensor) -> None:
-        shrink, expand = layer.floe_shrink[name].float(), layer.floe_expand[name].float()
+        shrink, expand = (weight.float() for weight in layer.adapter(name))
         zero = torch.zeros(len(x), layer.out_features, device=x.device)
         routed = moe_lora_add(zero, x.float(), shrink, expand, scaling=layer.scaling[name])
         mixed = _mixed(expand, gates[path])
@@ -165,8 +165,8 @@ def _save(
     tensors: dict[str, Tensor] = {}
     for place, layer in modules.items():
         prefix = f"base_model.model.{place}"
-        mixed = _mixed(layer.floe_expand[name].detach().float(), gates[place])
-        shrink = layer.floe_shrink[name].detach()[: layer.r[name]].float()
+        shrink, expand = (weight.detach().float() for weight in layer.adapter(name))
+        mixed, shrink = _mixed(expand, gates[place]), shrink[: layer.r[name]]
         tensors[f"{prefix}.lora_A.weight"] = shrink.contiguous().cpu()
         tensors[f"{prefix}.lora_B.weight"] = mixed.contiguous().cpu()
     ranks = {place: layer.r[name] for place, layer in modules.items()}

@@ -195,10 +195,11 @@ def _fill(module: Any, layer: _Layer, folder: Path, path: str) -> None:
     except (ValueError, RuntimeError) as error:
         raise FileError(folder, f"{path}: {error}") from error
     for name, value in values.items():
-        old = getattr(module, name)["default"]
+        leaf = getattr(module, name)["default"]
+        old = leaf.weight
         if value.shape != old.shape:
             raise FileError(
                 folder, f"{path}: {name} must be of shape {tuple(old.shape)}, "
                 f"as its rank, experts and the base layer say, got {tuple(value.shape)}",
             )  # fmt: skip
-        getattr(module, name)["default"] = nn.Parameter(value.to(old.dtype).contiguous())
+        leaf.weight = nn.Parameter(value.to(old.dtype).contiguous())

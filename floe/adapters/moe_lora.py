@@ -15,15 +15,29 @@ from torch import Tensor, nn
 from floe import ops
 from floe.adapters.shared_input import SharedInput
 
+_CPU = torch.device("cpu")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+class AdapterWeight(nn.Module):
+    """One tensor of one adapter, as a module of its own: what wraps modules can wrap it."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight)
+
+    def forward(self) -> Tensor:
+        """A copy: what a wrapper gathers for a call is gone after it."""
+        return self.weight.clone()
 
 
 class MoELoRALinear(nn.Module, BaseTunerLayer):
     """One shared A, M experts B_i and a softmax router, beside a frozen linear (FLoE Eq. 1).
 
-    Per adapter name: ``floe_shrink`` [r + M, K] holds A's rows, then the router's; ``floe_expand``
-    [N, M, r] holds the experts. Both are drawn at :meth:`update_layer`: A and the router from
-    U(-1/sqrt(K), 1/sqrt(K)), B zero. A router of zeros would leave all experts identical for ever.
+    Per adapter name: ``floe_shrink[name].weight`` [r + M, K] holds A's rows, then the router's;
+    ``floe_expand[name].weight`` [N, M, r] holds the experts. Both are drawn at
+    :meth:`update_layer`: A and the router from U(-1/sqrt(K), 1/sqrt(K)), B zero. A router of zeros
+    would leave all experts identical for ever.
     """
 
     adapter_layer_names = ("floe_shrink", "floe_expand")
@@ -48,8 +62,8 @@ class MoELoRALinear(nn.Module, BaseTunerLayer):
         self.backend: dict[str, str] = {}
         self.share_input: dict[str, bool] = {}
         self.shared: SharedInput | None = None  # set by link_shared_inputs
-        self.floe_shrink = nn.ParameterDict()
-        self.floe_expand = nn.ParameterDict()
+        self.floe_shrink = nn.ModuleDict()
+        self.floe_expand = nn.ModuleDict()
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self.calls_base = False  # set by separate_base
@@ -66,28 +80,37 @@ class MoELoRALinear(nn.Module, BaseTunerLayer):
         dtype: torch.dtype = torch.float32,
         backend: str = "auto",
         share_input: bool = True,
+        device: torch.device | None = None,
     ) -> None:
-        """Add (or replace) adapter ``name``, drawn from ``generator``.
+        """Add (or replace) adapter ``name``, drawn from ``generator``, on ``device``.
 
-        The values are drawn on the CPU, so they do not depend on the base's device.
+        The device is the base layer's where none is given. The values are drawn on the CPU, so they
+        do not depend on it.
         """
         self.r[name], self.num_experts[name] = rank, num_experts
         self.scaling[name], self.dropout[name] = scaling, dropout
         self.backend[name], self.share_input[name] = backend, share_input
+        device = device or next((p.device for p in self.base_layer.parameters()), _CPU)
+        drawn = torch.device("meta") if device.type == "meta" else _CPU
+        shrink = torch.empty(rank + num_experts, self.in_features, device=drawn)
         bound = 1.0 / math.sqrt(self.in_features)
-        meta = any(p.device.type == "meta" for p in self.base_layer.parameters())
-        device = torch.device("meta" if meta else "cpu")
-        shrink = torch.empty(rank + num_experts, self.in_features, device=device)
-        if not meta:
+        if drawn is _CPU:
             shrink.uniform_(-bound, bound, generator=generator)
-        expand = torch.zeros(self.out_features, num_experts, rank, device=device, dtype=dtype)
-        self.floe_shrink[name] = nn.Parameter(shrink.to(dtype))
-        self.floe_expand[name] = nn.Parameter(expand)
-        self._move_adapter_to_device_of_base_layer(name)
+        expand = torch.zeros(self.out_features, num_experts, rank, device=drawn)
+        self.floe_shrink[name] = AdapterWeight(shrink.to(device, dtype))
+        self.floe_expand[name] = AdapterWeight(expand.to(device, dtype))
         self.set_adapter(self.active_adapters)
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Base output plus every active adapter's; [..., K] -> [..., N]."""
+    def forward(
+        self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any
+    ) -> Tensor:
+        """Base output plus every active adapter's; [..., K] -> [..., N].
+
+        With ``adapter_names``, one a row of x, each row gets the adapter of its name alone, or none
+        ("__base__"), as in PEFT's mixed batches.
+        """
+        if adapter_names is not None:
+            return self._mixed(self.base_layer(x, *args, **kwargs), x, adapter_names)
         active = self.active_names()
         fused = self._fused(x, active[0]) if active else None
         y: Tensor = self.base_layer(x, *args, **kwargs) if fused is None else fused
@@ -109,13 +132,13 @@ class MoELoRALinear(nn.Module, BaseTunerLayer):
         Every forward asks: what is read here is in dictionaries, past a module's slow look-ups.
         """
         base = self._modules["base_layer"]
-        state = vars(base)
-        if type(base) is not nn.Linear or self.calls_base or "_hf_hook" in state:
+        if self.calls_base or not _is_plain(base, nn.Linear):
             return None
-        if any(state[hooks] for hooks in _HOOKS):
-            return None
-        weight, bias = state["_parameters"].get("weight"), state["_parameters"].get("bias")
-        if weight is None or weight.requires_grad or (bias is not None and bias.requires_grad):
+        parameters = vars(base)["_parameters"]
+        weight, bias = parameters.get("weight"), parameters.get("bias")
+        if type(weight) is not nn.Parameter or weight.requires_grad:
+            return None  # sharded or quantised as a tensor subclass, or trained
+        if bias is not None and (type(bias) is not nn.Parameter or bias.requires_grad):
             return None
         return weight, bias
 
@@ -124,20 +147,39 @@ class MoELoRALinear(nn.Module, BaseTunerLayer):
     ) -> None:
         """Follow the base layer's device; the adapter keeps its own dtype."""
         if device is None:
-            device = next((p.device for p in self.base_layer.parameters()), torch.device("cpu"))
-        for parameters in (self.floe_shrink, self.floe_expand):
-            parameter = parameters[adapter_name]
-            if (
-                parameter.device != device
-                and device.type != "meta"
-                and parameter.device.type != "meta"
-            ):
-                parameter.data = parameter.data.to(device)
+            device = next((p.device for p in self.base_layer.parameters()), _CPU)
+        for leaves in (self.floe_shrink, self.floe_expand):
+            weight = leaves[adapter_name].weight
+            if "meta" not in (weight.device.type, device.type):
+                weight.data = weight.data.to(device)
 
     def adapter(self, name: str) -> tuple[Tensor, Tensor]:
-        """``floe_shrink`` and ``floe_expand`` of an adapter, past a module's slow look-ups."""
+        """The values of ``floe_shrink`` and ``floe_expand`` of an adapter."""
         modules: dict[str, Any] = self._modules
-        return modules["floe_shrink"]._parameters[name], modules["floe_expand"]._parameters[name]
+        return _value(modules["floe_shrink"], name), _value(modules["floe_expand"], name)
+
+    def readable_adapter(self, name: str) -> tuple[Tensor, Tensor] | None:
+        """:meth:`adapter`, where its parameters themselves may be read: nothing wraps them."""
+        modules: dict[str, Any] = self._modules
+        leaves = [modules[kind]._modules[name] for kind in self.adapter_layer_names]
+        if not all(_is_plain(leaf, AdapterWeight) for leaf in leaves):
+            return None
+        shrink, expand = (leaf._parameters.get("weight") for leaf in leaves)
+        if type(shrink) is not nn.Parameter or type(expand) is not nn.Parameter:
+            return None
+        return shrink, expand
+
+    def _mixed(self, y: Tensor, x: Tensor, names: list[str]) -> Tensor:
+        if len(names) != len(x):
+            raise ValueError(
+                f"adapter_names must hold one name for each of the input's {len(x)} rows, "
+                f"got {len(names)}"
+            )
+        mine = set() if self.disable_adapters else {name for name in names if name in self.r}
+        for name in sorted(mine):
+            rows = torch.tensor([i for i, own in enumerate(names) if own == name], device=x.device)
+            y = y.index_copy(0, rows, self._added(y[rows], x[rows], name))
+        return y
 
     def _fused(self, x: Tensor, name: str) -> Tensor | None:
         """Base and adapter in one op, or one for all that share x; None if the base is its own."""
@@ -166,8 +208,7 @@ class MoELoRALinear(nn.Module, BaseTunerLayer):
 
     def router_weight(self, name: str) -> Tensor:
         """Rows of ``floe_shrink`` that are the router's, [M, K]."""
-        shrink: Tensor = self.floe_shrink[name]
-        return shrink[self.r[name] :]
+        return self.adapter(name)[0][self.r[name] :]
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Refuse: the experts' weights depend on the token, so no single matrix equals them."""
@@ -179,6 +220,26 @@ class MoELoRALinear(nn.Module, BaseTunerLayer):
 
     def __repr__(self) -> str:
         return f"floe.{super().__repr__()}"
+
+
+def _is_plain(module: Any, kind: type) -> bool:
+    """Whether a call of ``module`` is ``kind``'s forward and nothing else."""
+    state = vars(module)
+    return (
+        type(module) is kind
+        and "forward" not in state  # replaced on the instance, as offloading hooks do, too
+        and not any(state[hooks] for hooks in _HOOKS)
+    )
+
+
+def _value(leaves: nn.ModuleDict, name: str) -> Tensor:
+    """Value of an :class:`AdapterWeight`, past a module's slow look-ups where nothing wraps it."""
+    leaf = leaves._modules[name]
+    if _is_plain(leaf, AdapterWeight):
+        value: Tensor = vars(leaf)["_parameters"].get("weight")
+        # a replica of nn.DataParallel holds its tensors as attributes
+        return leaf.weight if value is None else value  # type: ignore[union-attr,return-value]
+    return leaf()  # type: ignore[misc,no-any-return]
 
 
 def module_generator(seed: int, path: str) -> torch.Generator:

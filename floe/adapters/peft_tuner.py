@@ -8,25 +8,67 @@ imported in the process.
 from __future__ import annotations
 
 import dataclasses
+import gc
 import re
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any, ClassVar
 
 import peft
-from peft.tuners.tuners_utils import BaseTuner
+import torch
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import register_peft_method
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from floe.adapters.config import DEFAULT_TARGETS, DTYPES, FloeConfig, peft_type
+from floe.adapters.config import DTYPES, FloeConfig, peft_type
+from floe.adapters.fingerprint import fingerprint, same_base
 from floe.adapters.moe_lora import MoELoRALinear, module_generator
-from floe.adapters.targets import by_path, linear_of, link_shared_inputs, target_paths
+from floe.adapters.shared_input import unlink
+from floe.adapters.targets import (
+    adapted_modules,
+    by_path,
+    feed_forward,
+    linear_of,
+    link_shared_inputs,
+    target_paths,
+)
+from floe.blocks import base_of, find_blocks
+
+_WRAPPERS = (MoELoRALinear, AuxiliaryTrainingWrapper)
+# Base model -> its tuner: whether somebody still holds the adapted model.
+_TUNERS: weakref.WeakKeyDictionary[nn.Module, weakref.ref[FloeModel]] = weakref.WeakKeyDictionary()
 
 
 class FloeModel(BaseTuner):
-    """PEFT's tuner of floe: wraps the chosen projections in :class:`MoELoRALinear`."""
+    """PEFT's tuner of floe: wraps the chosen projections in :class:`MoELoRALinear`.
+
+    Adapters of other methods that the base model carries belong to it: they stay as they are,
+    frozen, and are not saved.
+    """
 
     prefix = "floe_"
     tuner_layer_cls = MoELoRALinear
     target_module_mapping: ClassVar[dict[str, list[str]]] = {}
+
+    def __init__(
+        self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any
+    ) -> None:
+        _check_bare(model, adapter_name)
+        if not adapted_modules(model):
+            model._floe_base = {  # type: ignore[assignment]
+                "trainable": [n for n, p in model.named_parameters() if p.requires_grad],
+                "peft_config": model.__dict__.pop("peft_config", None),
+            }
+        try:
+            super().__init__(model, peft_config, adapter_name, *args, **kwargs)
+        except BaseException:
+            if not adapted_modules(model):
+                _restore(model)
+            raise
+        _TUNERS[model] = weakref.ref(self)
 
     def inject_adapter(
         self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
@@ -38,18 +80,24 @@ class FloeModel(BaseTuner):
         check_adapter_name(adapter_name)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         link_shared_inputs(model)
+        for module in model.modules():
+            if isinstance(module, BaseTunerLayer) and not isinstance(module, MoELoRALinear):
+                module.requires_grad_(False)  # the base's own adapters; PEFT leaves them trainable
 
     def _prepare_adapter_config(
         self, peft_config: FloeConfig, model_config: dict[str, Any]
     ) -> FloeConfig:
-        if peft_config.target_modules is None:
-            peft_config.target_modules = list(DEFAULT_TARGETS)
         return peft_config
 
     def _prepare_model(self, peft_config: FloeConfig, model: nn.Module) -> None:
         targets = target_paths(model, peft_config)
         for path in targets:  # all of them, before the first is wrapped
             linear_of(model.get_submodule(path), path)
+        model._floe_fingerprint = fingerprint(model)  # type: ignore[assignment]
+        _check_base(peft_config, model)
+        if peft_config.target_modules is None:
+            names = {name for block in find_blocks(model) for name in feed_forward(block)}
+            peft_config.target_modules = sorted(names)
         # Not fields: they follow from the others, and PEFT writes fields to disk.
         peft_config._targets = targets  # type: ignore[attr-defined]
         peft_config.rank_pattern = by_path("rank_pattern", peft_config.rank_pattern, targets)
@@ -78,31 +126,198 @@ class FloeModel(BaseTuner):
         layer.update_layer(
             adapter_name, rank, experts, peft_config.scale(rank), float(peft_config.dropout),
             module_generator(peft_config.seed, current_key), DTYPES[peft_config.adapter_dtype],
-            peft_config.backend, peft_config.share_input,
+            peft_config.backend, peft_config.share_input, _runs_on(layer.base_layer, self.model),
         )  # fmt: skip
         if layer is not target:
             if adapter_name not in self.active_adapters:
                 layer.requires_grad_(False)
-            self._replace_module(parent, target_name, layer, target)
+            setattr(parent, target_name, layer)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """Nothing: ``adapter_dtype`` says what the adapter is stored in."""
+
+    def _enable_adapter_layers(self, enabled: bool = True) -> None:
+        for module in self.model.modules():
+            if isinstance(module, _WRAPPERS):
+                module.enable_adapters(enabled)
+
+    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kw: Any) -> nn.Module:
+        if merge:
+            next(iter(adapted_modules(self.model).values())).merge()  # raises, and says why
+        return remove_adapters(self.model)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """PEFT's mixed batches: hand ``adapter_names`` to every layer that can act on it."""
+        names = kwargs.get("adapter_names")
+        if names is None:
+            yield
+            return
+        if self.training:
+            raise ValueError("adapter_names must be None in training mode, got names")
+        unknown = sorted(set(names) - {"__base__"} - set(self.peft_config))
+        if unknown:
+            raise ValueError(
+                f"adapter_names must be among {sorted(self.peft_config)} or '__base__', "
+                f"got {unknown}"
+            )
+        beams = kwargs.get("num_beams") or 1
+        repeated = [name for name in names for _ in range(beams)]
+        handles = [
+            module.register_forward_pre_hook(partial(_name_rows, names=repeated), with_kwargs=True)
+            for module in self.model.modules()
+            if isinstance(module, _WRAPPERS)
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: Any,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, Tensor]:
+        """The adapter's tensors, whole; its configuration then says what they are.
+
+        Raises:
+            ValueError: a tensor is missing or not whole, as on one of several workers, or they
+                differ in dtype.
+        """
+        found = {}
+        for name, shape in _adapter_tensors(model, adapter_name).items():
+            tensor = state_dict.get(name)
+            if tensor is None or tuple(tensor.shape) != shape or tensor.is_meta:
+                came = "nothing" if tensor is None else f"{tuple(tensor.shape)} on {tensor.device}"
+                raise ValueError(
+                    f"{name} must be whole, {shape}, to be saved, got {came}: "
+                    "gather sharded parameters first"
+                )
+            found[name] = tensor
+        dtypes = {tensor.dtype for tensor in found.values()}
+        known = {dtype: name for name, dtype in DTYPES.items()}
+        if len(dtypes) != 1 or not dtypes <= known.keys():
+            raise ValueError(
+                f"adapter {adapter_name!r} must be of one dtype, of {sorted(DTYPES)}, to be saved, "
+                f"got {sorted(map(str, dtypes))}"
+            )
+        config.adapter_dtype = known[dtypes.pop()]  # not what it was made as: what it is
+        config._on_base = getattr(base_of(model), "_floe_fingerprint", None)
+        return found
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        """PEFT's own remapping, then refuse what it would let pass.
+        """The file's names as the model's.
 
-        That is missing, foreign or damaged tensors.
+        Beside the adapter there may be modules that are saved whole, and embeddings that were
+        resized.
+
+        Raises:
+            ValueError: for missing, foreign or damaged tensors, which PEFT would let pass.
         """
-        remapped: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(
-            model=model, config=config, adapter_name=adapter_name, state_dict=state_dict
-        )
-        shapes = {
-            name.removeprefix("base_model.model."): tuple(value.shape)
-            for name, value in model.state_dict().items()
-            if re.search(rf"\.floe_(shrink|expand)\.{re.escape(adapter_name)}$", name)
+        expected = {
+            n.removeprefix(_PREFIX): s for n, s in _adapter_tensors(model, adapter_name).items()
         }
-        check_tensors({n.removeprefix("base_model.model."): t for n, t in remapped.items()}, shapes)
-        return remapped
+        own = {name.replace(f".{adapter_name}.weight", ".weight"): name for name in expected}
+        places = {name.removeprefix(_PREFIX): name for name in model.state_dict()}
+        found = {own.get(name, name): tensor for name, tensor in current_names(state_dict).items()}
+        state, beside = model.state_dict(), _saved_whole(model)
+        expected |= {n: tuple(state[places[n]].shape) for n in found if places.get(n) in beside}
+        check_tensors(found, expected)
+        return {places[name]: tensor for name, tensor in found.items()}
+
+
+_PREFIX = "base_model.model."
+
+
+def _adapter_tensors(model: nn.Module, adapter_name: str) -> dict[str, tuple[int, ...]]:
+    """Name in the model's state -> whole shape of every tensor of the adapter."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for path, module in model.named_modules():
+        if isinstance(module, MoELoRALinear) and adapter_name in module.r:
+            path = path.replace("_fsdp_wrapped_module.", "")
+            rank, experts = module.r[adapter_name], module.num_experts[adapter_name]
+            for kind, shape in (
+                ("shrink", (rank + experts, module.in_features)),
+                ("expand", (module.out_features, experts, rank)),
+            ):
+                shapes[f"{path}.floe_{kind}.{adapter_name}.weight"] = shape
+    return shapes
+
+
+def _saved_whole(model: nn.Module) -> set[str]:
+    """Names in the model's state that a file may hold beside the adapter."""
+    base: Any = base_of(model)
+    embeddings = (
+        [base.get_input_embeddings(), base.get_output_embeddings()]
+        if hasattr(base, "get_input_embeddings")
+        else []
+    )
+    paths = tuple(
+        f"{path}."
+        for path, module in model.named_modules()
+        if isinstance(module, AuxiliaryTrainingWrapper) or any(module is e for e in embeddings)
+    )
+    return {name for name in model.state_dict() if paths and name.startswith(paths)}
+
+
+def current_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of a file under the names of today's format, without PEFT's prefix.
+
+    Raises:
+        ValueError: two names are one.
+    """
+    found: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        new = re.sub(r"\.floe_(shrink|expand)$", r".floe_\1.weight", name.removeprefix(_PREFIX))
+        if new in found:
+            raise ValueError(f"an adapter file must name a tensor once, got {new} twice")
+        found[new] = tensor
+    return found
+
+
+def _check_base(config: FloeConfig, model: nn.Module) -> None:
+    """ValueError where the configuration belongs to a base model of other weights."""
+    own, here = config.base_fingerprint, getattr(model, "_floe_fingerprint", None)
+    if own is not None and here is not None and not same_base(own, here):
+        raise ValueError(
+            f"base model must have the weights that the adapter was trained on (fingerprint {own}, "
+            f"base_model_name_or_path {config.base_model_name_or_path!r}), got {here}; for an "
+            "adapter on another base set base_fingerprint to None (load_adapter: other_base=True)"
+        )
+
+
+def _check_bare(model: nn.Module, adapter_name: str) -> None:
+    """ValueError where the model carries this adapter already, which a new one would replace."""
+    carries = getattr(model, "peft_config", {}) if adapted_modules(model) else {}
+    if isinstance(model, peft.PeftModel) or adapter_name in carries:
+        raise ValueError(
+            "base model must not carry an adapter, got one that has "
+            f"{sorted(getattr(model, 'peft_config', {}))}: floe.adapters.remove_adapters takes "
+            "them off, add_adapter of the adapted model adds another"
+        )
+
+
+def _runs_on(base_layer: nn.Module, model: nn.Module) -> torch.device | None:
+    """Where an offloaded layer computes; None where its own device says so."""
+    hook = getattr(base_layer, "_hf_hook", None)
+    for each in getattr(hook, "hooks", [hook]):
+        place = getattr(each, "execution_device", None)
+        if place is not None:
+            return torch.device(place)
+    offloaded = hasattr(model, "hf_device_map") and any(p.is_meta for p in base_layer.parameters())
+    return torch.device("cpu") if offloaded else None
+
+
+def _name_rows(module: nn.Module, args: Any, kwargs: dict[str, Any], names: list[str]) -> Any:
+    return args, kwargs | {"adapter_names": names}
 
 
 def check_adapter_name(name: str) -> None:
@@ -138,25 +353,73 @@ def get_model(base_model: nn.Module, config: FloeConfig, seed: int | None = None
     B is zero, so outputs are unchanged.
 
     Args:
-        base_model: a Hugging Face causal language model, changed in place (its projections are
-            wrapped).
-        config: which layers, rank, experts.
+        base_model: a Hugging Face model, changed in place (its projections are wrapped). Adapters
+            of an adapted model that nobody holds any more are taken off first.
+        config: which layers, rank, experts. Its task type is CAUSAL_LM where none is given and the
+            model generates.
         seed: replaces ``config.seed`` when given.
 
     Raises:
-        ValueError: for layers or modules the model does not have; the model is then as it was.
+        ValueError: for layers or modules the model does not have, or a model that carries a floe
+            adapter; the model is then as it was.
     """
     config = dataclasses.replace(config) if seed is None else dataclasses.replace(config, seed=seed)
+    if config.task_type is None and hasattr(base_model, "prepare_inputs_for_generation"):
+        config.task_type = "CAUSAL_LM"
+    take_off_unheld(base_model)
     target_paths(base_model, config)
     return peft.get_peft_model(base_model, config, autocast_adapter_dtype=False)
 
 
+def take_off_unheld(base_model: nn.Module) -> None:
+    """Remove floe's adapters where the adapted model is gone, and its base is used again.
+
+    Raises:
+        ValueError: the adapted model is still held.
+    """
+    if isinstance(base_model, peft.PeftModel) or _held(base_model):
+        raise ValueError(
+            "base_model must not carry an adapter, got one with "
+            f"{sorted(getattr(base_model, 'peft_config', {}))}: "
+            "floe.adapters.remove_adapters(model) takes it off, model.add_adapter adds another"
+        )
+    if adapted_modules(base_model):
+        remove_adapters(base_model)
+
+
+def _held(base_model: nn.Module) -> bool:
+    if not adapted_modules(base_model):
+        return False
+    gc.collect()  # of a cycle through the adapted model
+    tuner = _TUNERS.get(base_model)
+    return tuner is not None and tuner() is not None
+
+
 def remove_adapters(model: Any) -> nn.Module:
-    """Take every adapter off a PEFT model; the base model is as it was before, and is returned."""
-    base: nn.Module = model.unload()
-    for name in ("peft_config", "_hf_peft_config_loaded"):
-        base.__dict__.pop(name, None)
+    """Take floe's adapters off; the base model is as it was before, and is returned."""
+    base = base_of(model)
+    for module in list(base.modules()):
+        unlink(module)
+        for name, child in list(module.named_children()):
+            if isinstance(child, MoELoRALinear):
+                setattr(module, name, child.base_layer)
+            elif isinstance(child, AuxiliaryTrainingWrapper):
+                setattr(module, name, child.unload_and_optionally_merge_module(False, False, None))
+    _restore(base)
     return base
+
+
+def _restore(base: nn.Module) -> None:
+    """What the first adapter changed beside the modules."""
+    for name in ("peft_config", "_floe_fingerprint"):
+        base.__dict__.pop(name, None)
+    before = base.__dict__.pop("_floe_base", None) or {"trainable": [], "peft_config": None}
+    if before["peft_config"] is not None:  # of another method
+        base.peft_config = before["peft_config"]
+    else:
+        base.__dict__.pop("_hf_peft_config_loaded", None)
+    for name in before["trainable"]:
+        base.get_parameter(name).requires_grad_(True)
 
 
 peft_type()

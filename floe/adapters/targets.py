@@ -7,10 +7,10 @@ from typing import cast
 
 from torch import nn
 
-from floe.adapters.config import DEFAULT_TARGETS, FloeConfig
+from floe.adapters.config import FloeConfig
 from floe.adapters.moe_lora import MoELoRALinear
-from floe.adapters.shared_input import SharedInput
-from floe.blocks import base_of, find_blocks
+from floe.adapters.shared_input import SharedInput, link
+from floe.blocks import Block, base_of, find_blocks
 
 
 def adapted_modules(model: nn.Module) -> dict[str, MoELoRALinear]:
@@ -33,13 +33,18 @@ def adapted_layers(model: nn.Module) -> dict[int, dict[str, MoELoRALinear]]:
 
 def link_shared_inputs(model: nn.Module) -> None:
     """Tell the adapted inputs of every block's attention and feed-forward of their siblings."""
-    modules = adapted_modules(model)
+    modules, base = adapted_modules(model), base_of(model)
     for block in find_blocks(model):
         for paths in (block.attention.values(), block.mlp.values()):
-            members = [modules[path] for path in paths if path in modules]
-            shared = SharedInput(members) if len(members) > 1 else None
+            adapted = [path for path in paths if path in modules]
+            parents = {path.rpartition(".")[0] for path in adapted}
+            members = [modules[path] for path in adapted]
+            together = len(members) > 1 and len(parents) == 1
+            shared = SharedInput(members) if together else None
             for member in members:
                 member.shared = shared
+            if together:
+                link(base.get_submodule(parents.pop()))
 
 
 def parameter_counts(model: nn.Module, config: FloeConfig) -> list[int]:
@@ -47,12 +52,11 @@ def parameter_counts(model: nn.Module, config: FloeConfig) -> list[int]:
 
     Needs only shapes: works for models on the meta device. ``config.layers`` is ignored.
     """
-    base, targets = base_of(model), config.target_modules or list(DEFAULT_TARGETS)
-    counts = []
+    base, counts = base_of(model), []
     for block in find_blocks(base):
         shapes = [
             shape
-            for path in _block_targets(block.linears, targets)
+            for path in _block_targets(block, config.target_modules)
             for shape in _shapes(base, config, block.index, path)
         ]
         counts.append(sum(math.prod(shape) for shape in shapes))
@@ -61,10 +65,9 @@ def parameter_counts(model: nn.Module, config: FloeConfig) -> list[int]:
 
 def projection_shapes(model: nn.Module, config: FloeConfig) -> list[dict[str, tuple[int, int]]]:
     """(in, out) features of each block's projections that ``config`` adapts, by name."""
-    base, targets = base_of(model), config.target_modules or list(DEFAULT_TARGETS)
-    found = []
+    base, found = base_of(model), []
     for block in find_blocks(base):
-        wanted = set(_block_targets(block.linears, targets))
+        wanted = set(_block_targets(block, config.target_modules))
         linears = {
             name: linear_of(base.get_submodule(path), path)
             for name, path in block.linears.items()
@@ -82,14 +85,13 @@ def input_widths(model: nn.Module, config: FloeConfig) -> list[list[int]]:
 def adapter_shapes(model: nn.Module, config: FloeConfig) -> dict[str, tuple[int, ...]]:
     """Name -> shape of every tensor of ``config``'s adapter.
 
-    A name is the path in the base model, then the parameter's name.
+    A name is the path in the base model, then the parameter's name without the adapter's.
     """
     base = base_of(model)
     shapes: dict[str, tuple[int, ...]] = {}
     for path, index in target_paths(base, config).items():
-        shapes[f"{path}.floe_shrink"], shapes[f"{path}.floe_expand"] = _shapes(
-            base, config, index, path
-        )
+        shrink, expand = _shapes(base, config, index, path)
+        shapes |= {f"{path}.floe_shrink.weight": shrink, f"{path}.floe_expand.weight": expand}
     return shapes
 
 
@@ -100,18 +102,23 @@ def target_paths(model: nn.Module, config: FloeConfig) -> dict[str, int]:
     beyond = [index for index in wanted if index >= len(blocks)]
     if beyond:
         raise ValueError(f"layers must be in [0, {len(blocks) - 1}] for this model, got {beyond}")
-    targets = config.target_modules or list(DEFAULT_TARGETS)
     return {
         path: block.index
         for block in blocks
         if block.index in set(wanted)
         for path in _block_targets(
-            block.linears, config.layer_modules.get(str(block.index), targets)
+            block, config.layer_modules.get(str(block.index), config.target_modules)
         )
     }
 
 
-def _block_targets(linears: dict[str, str], targets: list[str]) -> list[str]:
+def feed_forward(block: Block) -> list[str]:
+    """Names of a block's feed-forward projections, which are adapted where none are named."""
+    return sorted(path.rpartition(".")[2] for path in (*block.mlp.values(), block.down_proj))
+
+
+def _block_targets(block: Block, targets: list[str] | None) -> list[str]:
+    linears, targets = block.linears, targets or feed_forward(block)
     unknown = sorted(set(targets) - linears.keys())
     if unknown:
         raise ValueError(
