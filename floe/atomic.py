@@ -5,8 +5,14 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+STAGING = ".floe-"  # how the names of folders begin that are gone when their writer is done
+CARD = "README.md"
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -32,34 +38,92 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n")
 
 
-def replace_folder(new: Path, final: Path) -> None:
-    """Put ``new``, whose files are flushed first, in the place of ``final``.
+@contextmanager
+def staging(final: Path) -> Iterator[Path]:
+    """An empty folder to fill before :func:`publish` moves it to ``final``; gone at the end.
 
-    A kill between leaves the old one gone, never a mixture; an OSError puts it back.
+    Its name is drawn, so it is nobody else's. It lies in ``final``, or beside it where there is
+    none yet, and so on the same disk.
     """
-    for file in new.rglob("*"):
-        if file.is_file():
-            flush(file)
-    old = final.with_name(f"{final.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if final.exists():
-        final.rename(old)
+    home = final if final.is_dir() else final.parent
+    home.mkdir(parents=True, exist_ok=True)
+    drawn = Path(tempfile.mkdtemp(prefix=STAGING, dir=home))
     try:
+        folder = drawn / "new"  # the drawn one is closed to other users
+        folder.mkdir()
+        yield folder
+    finally:
+        shutil.rmtree(drawn, ignore_errors=True)
+
+
+def publish(new: Path, final: Path) -> None:
+    """Move ``new``, of :func:`staging`, to ``final``.
+
+    Where ``final`` is a folder already, the files go into it in the order of their names. They
+    replace those of their names, but a README.md stays, which may be the user's; so does all else.
+    An OSError puts back what was there; a kill between two files leaves some old, some new.
+    """
+    _flush_all(new)
+    if not final.is_dir():
         new.rename(final)
+        flush(final.parent)
+        return
+    files = sorted(p.relative_to(new) for p in new.rglob("*") if p.is_file())
+    files = [f for f in files if str(f) != CARD or not (final / f).exists()]
+    kept = new.with_name("old")
+    for name in files:
+        (final / name).parent.mkdir(parents=True, exist_ok=True)
+        (kept / name).parent.mkdir(parents=True, exist_ok=True)
+        if os.path.lexists(final / name):
+            shutil.copy2(final / name, kept / name, follow_symlinks=False)
+    done = []
+    try:
+        for name in files:
+            (new / name).replace(final / name)
+            done.append(name)
     except OSError:
-        if old.exists():
-            old.rename(final)
+        for name in done:
+            if os.path.lexists(kept / name):
+                (kept / name).replace(final / name)
+            else:
+                (final / name).unlink()
         raise
-    shutil.rmtree(old, ignore_errors=True)
-    flush(final.parent)
+    flush(final)
 
 
 def copy_folder(source: Path, final: Path) -> None:
-    """A copy of ``source`` at ``final``."""
-    beside = final.with_name(f"{final.name}.tmp")
-    shutil.rmtree(beside, ignore_errors=True)
-    shutil.copytree(source, beside)
-    replace_folder(beside, final)
+    """A copy of ``source``'s files at ``final``, as :func:`publish` puts them there."""
+    with staging(final) as new:
+        shutil.copytree(source, new, dirs_exist_ok=True)
+        publish(new, final)
+
+
+def replace_folder(new: Path, final: Path) -> None:
+    """Put ``new``, whose files are flushed first, in the place of ``final``, all of it.
+
+    A kill between leaves the old one gone, never a mixture; an OSError puts it back.
+    """
+    _flush_all(new)
+    drawn = Path(tempfile.mkdtemp(prefix=STAGING, dir=final.parent))
+    old = drawn / "old"
+    try:
+        if final.exists():
+            final.rename(old)
+        try:
+            new.rename(final)
+        except OSError:
+            if old.exists():
+                old.rename(final)
+            raise
+    finally:
+        shutil.rmtree(drawn, ignore_errors=True)
+    flush(final.parent)
+
+
+def _flush_all(folder: Path) -> None:
+    for file in folder.rglob("*"):
+        if file.is_file():
+            flush(file)
 
 
 def flush(path: Path) -> None:

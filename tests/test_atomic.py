@@ -2,10 +2,11 @@
 
 import errno
 import os
+from pathlib import Path
 
 import pytest
 
-from floe.atomic import copy_folder, write_json, write_text
+from floe.atomic import copy_folder, publish, replace_folder, staging, write_json, write_text
 from floe.runs import hash_of, read_json
 
 
@@ -21,9 +22,6 @@ def test_numbers_that_are_not_finite_are_never_written(tmp_path, bad):
 
 
 def test_a_full_disk_keeps_the_old_file(tmp_path, monkeypatch):
-    def full(*args):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
     write_text(tmp_path / "x.txt", "old")
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space left"):
@@ -39,11 +37,49 @@ def test_json_is_written_the_same_whatever_the_order(tmp_path):
     assert hash_of({"x": 1, "y": 2}) == hash_of({"y": 2, "x": 1}) != hash_of({"x": 1, "y": 3})
 
 
-def test_a_copied_folder_replaces_the_old_one(tmp_path):
+def test_a_copied_folder_goes_over_the_old_one(tmp_path):
     (tmp_path / "new").mkdir()
-    (tmp_path / "new" / "a").write_text("1")
+    for name in ("a", "README.md"):
+        (tmp_path / "new" / name).write_text("1")
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "stale").write_text("0")
+    for name in ("a", "README.md", "mine"):
+        (tmp_path / "out" / name).write_text("0")
     copy_folder(tmp_path / "new", tmp_path / "out")
-    assert [p.name for p in (tmp_path / "out").iterdir()] == ["a"]
+    found = {p.name: p.read_text() for p in (tmp_path / "out").iterdir()}
+    assert found == {"a": "1", "README.md": "0", "mine": "0"}
     assert sorted(p.name for p in tmp_path.iterdir()) == ["new", "out"]
+
+
+def test_a_replaced_folder_leaves_its_neighbours(tmp_path):
+    for name in ("out", "out.old", "out.tmp", "new"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name).write_text("mine")
+    replace_folder(tmp_path / "new", tmp_path / "out")
+    found = sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file())
+    assert found == ["out.old/out.old", "out.tmp/out.tmp", "out/new"]
+
+
+def test_a_folder_that_cannot_be_replaced_is_put_back(tmp_path, monkeypatch):
+    for name in ("out", "new"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name).write_text("mine")
+    rename = Path.rename
+    monkeypatch.setattr(
+        Path, "rename", lambda self, to: full() if self.name == "new" else rename(self, to)
+    )
+    with pytest.raises(OSError, match="No space left"):
+        replace_folder(tmp_path / "new", tmp_path / "out")
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["new", "new", "out", "out"]
+
+
+def test_a_drawn_name_is_nobody_s(tmp_path):
+    with staging(tmp_path / "deep" / "out") as first, staging(tmp_path / "deep" / "out") as second:
+        assert first != second
+        (first / "a").touch()
+        publish(first, tmp_path / "deep" / "out")
+    assert [str(p.relative_to(tmp_path)) for p in tmp_path.rglob("a")] == ["deep/out/a"]
+    assert [p.name for p in (tmp_path / "deep").iterdir()] == ["out"]
+
+
+def full(*args):
+    raise OSError(errno.ENOSPC, "No space left on device")

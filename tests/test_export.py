@@ -154,10 +154,30 @@ def test_what_cannot_be_exported_is_refused(tmp_path):
         export_lora(lora, tmp_path / "lora", BATCHES)
     with pytest.raises(ValueError, match="batches must hold at least one token, got none"):
         export_lora(adapted(layers=[0]), tmp_path / "lora", [])
-    (tmp_path / "thesis").mkdir()
-    with pytest.raises(FileError, match="is not an adapter folder; not overwritten"):
-        export_lora(adapted(layers=[0]), tmp_path / "thesis", BATCHES)
-    assert [f.name for f in tmp_path.iterdir()] == ["thesis"]
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("how", ["itself", "link", "through", "lora", "file"])
+def test_a_folder_in_use_is_not_written_to(how, tmp_path):
+    model = adapted(layers=[0])
+    folder = tmp_path / "adapter"
+    floe.save_adapter(model, folder)
+    (tmp_path / "link").symlink_to(folder)
+    (tmp_path / "lora").mkdir()
+    (tmp_path / "lora" / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    target = {"itself": folder, "link": tmp_path / "link", "through": tmp_path / "lora/../adapter",
+              "lora": tmp_path / "lora", "file": folder / "README.md"}[how]  # fmt: skip
+    before = {f: f.read_bytes() for f in tmp_path.rglob("*") if f.is_file()}
+    with pytest.raises(FileError, match="not overwritten"):
+        export_lora(model, target, BATCHES)
+    assert {f: f.read_bytes() for f in tmp_path.rglob("*") if f.is_file()} == before
+
+
+def test_an_empty_folder_is_filled(tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "empty")
+    export_lora(adapted(layers=[0]), tmp_path / "link", BATCHES)
+    assert len(list((tmp_path / "empty").iterdir())) == 2
 
 
 def test_a_fresh_adapter_has_no_error(tmp_path):

@@ -1,4 +1,5 @@
 import copy
+import io
 import json
 
 import pytest
@@ -115,7 +116,7 @@ def without(tensors, part):
 @pytest.mark.parametrize(
     ("change", "settings", "message"),
     [
-        (lambda t: t, {"peft_type": "LOHA"}, "peft_type must be LORA, .* got 'LOHA'"),
+        (lambda t: t, {"peft_type": "LOHA"}, "peft_type must be LORA, got 'LOHA'"),
         (lambda t: t, {"bias": "all"}, "bias must be 'none' to import, got 'all'"),
         (lambda t: t, {"lora_alpha": None}, "lora_alpha must be a number, got None"),
         (lambda t: t, {"r": 8}, "_proj: lora_A must have r = 8 rows, got 4"),
@@ -123,6 +124,17 @@ def without(tensors, part):
         (lambda t: without(t, "lora_B1"), {}, r"rows, 3, got lora_B of \[0, 2\]"),
         (lambda t: renamed(t, "layers.2", "layers.7"), {}, "which is no projection of the base"),
         (lambda t: renamed(t, "lora_A", "lora_E"), {}, "tensors must be lora_A, .* got .*lora_E"),
+        (lambda t: t, {"use_rslora": True}, "use_rslora must not be set to import, got True"),
+        (lambda t: t, {"lora_alpha": 10**400}, "int too large to convert to float"),
+        (lambda t: t, {"lora_dropout": "0.1"}, "lora_dropout must be a number, got '0.1'"),
+        (lambda t: t | {n.replace("B1", "B01"): v for n, v in t.items() if "B1" in n}, {},
+         "tensors must be lora_A, .*lora_B01"),
+        (lambda t: t | {n.replace(".weight", ".default.weight"): 0 * v for n, v in t.items()}, {},
+         "must be given once, got .*default.weight, too"),
+        (lambda t: t | {n.removeprefix("base_model.model."): v for n, v in t.items()}, {},
+         "_proj.lora_[AB0-9route]+ must be given once, got model"),
+        (lambda t: {n: v.double() for n, v in t.items()}, {}, "must be a dense matrix of"),
+        (lambda t: {n: v / 0 for n, v in t.items()}, {}, "must hold finite values"),
         (lambda t: {n: t[:, :3] if "2.mlp.up_proj.lora_A" in n else t for n, t in t.items()}, {},
          "up_proj: .*got|up_proj: Sizes of tensors"),
         (lambda t: {n: t[:2] if "0.mlp.up_proj.lora_A" in n else t for n, t in t.items()}, {},
@@ -131,12 +143,93 @@ def without(tensors, part):
 )  # fmt: skip
 def test_what_does_not_fit_is_named_and_nothing_is_written(tmp_path, change, settings, message):
     _, tensors = hydra()
-    changed = {name: tensor.contiguous() for name, tensor in change(tensors).items()}
+    changed = {name: tensor.clone().contiguous() for name, tensor in change(tensors).items()}
     base = tiny_model(layers=3)
+    before = state_of(base)
     with pytest.raises(FileError, match=message):
         import_hydralora(write(tmp_path / "in", changed, **settings), tmp_path / "out", base)
-    assert not (tmp_path / "out").exists()
-    assert not any(hasattr(module, "floe_shrink") for module in base.modules())
+    assert [f.name for f in tmp_path.iterdir()] == ["in"]
+    assert state_of(base) == before
+
+
+def state_of(model):
+    """All that an import must leave as it was, but for the values."""
+    modules = [(name, type(m), len(m._forward_pre_hooks)) for name, m in model.named_modules()]
+    return modules, [(n, p.requires_grad) for n, p in model.named_parameters()], [*vars(model)]
+
+
+def test_the_base_is_left_as_it_was(tmp_path):
+    base = tiny_model(layers=3)
+    base.lm_head.requires_grad_(False)
+    before = state_of(base)
+    import_hydralora(write(tmp_path / "in", hydra()[1]), tmp_path / "out", base)
+    assert state_of(base) == before
+
+
+@pytest.mark.parametrize("how", ["itself", "link", "through", "files"])
+def test_a_folder_in_use_is_not_written_to(tmp_path, how, monkeypatch):
+    source = write(tmp_path / "in", hydra()[1])
+    before = {file.name: file.read_bytes() for file in source.iterdir()}
+    monkeypatch.chdir(source)
+    (tmp_path / "link").symlink_to(source)
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "mine.txt").write_text("mine")
+    output = {"itself": ".", "link": tmp_path / "link", "through": tmp_path / "notes/../in",
+              "files": tmp_path / "notes"}[how]  # fmt: skip
+    with pytest.raises(FileError, match="exists and is not empty; not overwritten"):
+        import_hydralora(source, output, tiny_model(layers=3))
+    assert {file.name: file.read_bytes() for file in source.iterdir()} == before
+    assert [f.name for f in (tmp_path / "notes").iterdir()] == ["mine.txt"]
+
+
+def test_tensors_of_several_types_are_kept_in_the_widest(tmp_path):
+    tensors = {n: t.bfloat16() if "lora_A" in n else t for n, t in hydra()[1].items()}
+    import_hydralora(write(tmp_path / "in", tensors), tmp_path / "out", tiny_model(layers=3))
+    assert read_config(tmp_path / "out").adapter_dtype == "float32"
+
+
+def test_a_damaged_pickle_is_a_file_error(tmp_path):
+    """Cut short, bits flipped, other objects, tensors that are none: never another exception."""
+    _, tensors = hydra(layers=(0,))
+    source = write(tmp_path / "in", tensors, binary=True)
+    file = source / "adapter_model.bin"
+    whole, base, refused = file.read_bytes(), tiny_model(layers=3), 0
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(high):
+        return int(torch.randint(high, (1,), generator=generator))
+
+    name = next(iter(tensors))
+    odd = [tensors[name].to_sparse(), tensors[name][:1, :1].expand(10**6, 10**6), 5, None,
+           torch.empty(4, 32, device="meta"), torch.ones((4, 32), dtype=torch.int8)]  # fmt: skip
+    damaged = [b"", whole[:40], *(whole[: draw(len(whole))] for _ in range(20))]
+    for _ in range(60):
+        raw = bytearray(whole)
+        place = draw(len(raw))
+        if place % 2:  # the pickle is near the front
+            place %= 4000
+        raw[place] ^= 1 << draw(8)
+        damaged.append(bytes(raw))
+    for content in odd:
+        buffer = io.BytesIO()
+        torch.save(tensors | {name: content}, buffer)
+        damaged.append(buffer.getvalue())
+    for turn, content in enumerate(damaged):
+        file.write_bytes(content)
+        try:
+            import_hydralora(source, tmp_path / f"out{turn}", base)
+        except FileError:
+            refused += 1
+            assert not (tmp_path / f"out{turn}").exists()
+    assert refused >= 40
+
+
+def test_a_link_out_of_the_folder_is_not_followed(tmp_path):
+    source = write(tmp_path / "in", hydra()[1])
+    (source / "adapter_model.safetensors").rename(tmp_path / "elsewhere")
+    (source / "adapter_model.safetensors").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(FileError, match=r"must lie in its folder, got a link to .*elsewhere"):
+        import_hydralora(source, tmp_path / "out", tiny_model(layers=3))
 
 
 def test_code_in_a_pickle_is_not_run(tmp_path):

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import numbers
+import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import peft
 import torch
 from peft.utils import PeftType
 
+from floe.adapters.folder import CONFIG, local, read_settings, seal
+from floe.errors import FileError
 from floe.ops import BACKENDS
 
 FORMAT = 2  # 1 named tensors without ".weight"; both are read
@@ -84,6 +88,15 @@ class FloeConfig(peft.PeftConfig):
     base_fingerprint: str | None = None
     floe_format: int = FORMAT
 
+    def __new__(cls, *args: Any, **settings: Any) -> Any:
+        """Refuse unknown settings: PEFT would drop those of a saved adapter with a warning."""
+        unknown = sorted(settings.keys() - cls.__dataclass_fields__.keys())
+        if unknown:
+            raise TypeError(
+                f"unknown settings {unknown}: written by a newer floe or edited, or misspelt"
+            )
+        return super().__new__(cls)
+
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = peft_type()
@@ -153,7 +166,7 @@ class FloeConfig(peft.PeftConfig):
                 getattr(self, name), (int, float)
             ):
                 raise TypeError(f"{name} must be a number, got {getattr(self, name)!r}")
-        if not 0.0 < self.alpha < float("inf"):
+        if not 0.0 < self.alpha <= sys.float_info.max:  # a whole number may be larger
             raise ValueError(f"alpha must be a finite number > 0, got {self.alpha}")
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
@@ -172,6 +185,31 @@ class FloeConfig(peft.PeftConfig):
         """What is written to disk: the settings, with the fingerprint of the base they are on."""
         values: dict[str, Any] = super().to_dict()
         return values | {"base_fingerprint": self._on_base or self.base_fingerprint}
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: Any, subfolder: str | None = None, **options: Any
+    ) -> FloeConfig:
+        """The settings in a folder, or in a repository of the hub.
+
+        Raises:
+            FileError: they are missing, damaged, of another method or a newer floe.
+        """
+        folder = local(pretrained_model_name_or_path, (CONFIG,), subfolder, **options)
+        return cls.from_settings(read_settings(folder)[0], folder)
+
+    @classmethod
+    def from_settings(cls, settings: dict[str, Any], folder: Path) -> FloeConfig:
+        """What was read from ``folder``; FileError where a setting is unknown or out of range."""
+        try:
+            return cls(**{name: value for name, value in settings.items() if name != "peft_type"})
+        except (ValueError, TypeError) as error:
+            raise FileError(folder / CONFIG, str(error)) from error
+
+    def save_pretrained(self, save_directory: Any, **options: Any) -> None:
+        """Write the settings, and seal them with the tensors that PEFT has written before them."""
+        super().save_pretrained(save_directory, **options)
+        seal(Path(save_directory))
 
     def scale(self, rank: int) -> float:
         """Factor of the adapter's output at this rank."""

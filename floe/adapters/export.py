@@ -6,7 +6,6 @@ An approximation, with its error.
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,10 +17,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from floe.adapters.config import FloeConfig
+from floe.adapters.folder import TENSORS, check_new
 from floe.adapters.moe_lora import MoELoRALinear
 from floe.adapters.targets import adapted_modules
-from floe.atomic import replace_folder
-from floe.errors import FileError
+from floe.atomic import publish, staging
 from floe.ops import moe_lora_add
 
 
@@ -56,12 +55,12 @@ def export_lora(
 
     Args:
         model: with a floe adapter.
-        path: folder to write, readable by stock PEFT.
+        path: new or empty folder, readable by stock PEFT.
         batches: representative model inputs (``attention_mask`` marks the tokens that count).
 
     Raises:
         ValueError: if the model has no such active adapter or the batches hold no token.
-        FileError: if ``path`` exists and is not an adapter folder.
+        FileError: if ``path`` is in use: this adapter's own folder, or anything else.
     """
     config = model.peft_config.get(adapter_name)
     if not isinstance(config, FloeConfig):
@@ -73,8 +72,7 @@ def export_lora(
             f"adapter {adapter_name!r} must be active to be measured, got {model.active_adapters}"
         )
     target = Path(path)
-    if target.exists() and not (target / "adapter_config.json").is_file():
-        raise FileError(target, "exists and is not an adapter folder; not overwritten")
+    check_new(target)
     modules = {p: m for p, m in adapted_modules(model).items() if adapter_name in m.floe_shrink}
     kept = list(batches)
     gates = _mean_gates(model, modules, kept, adapter_name)
@@ -180,11 +178,7 @@ def _save(
         base_model_name_or_path=config.base_model_name_or_path,
     )
     lora.inference_mode = True
-    beside = path.with_name(f"{path.name}.tmp")
-    shutil.rmtree(beside, ignore_errors=True)
-    try:
+    with staging(path) as beside:
         lora.save_pretrained(str(beside))
-        save_file(tensors, str(beside / "adapter_model.safetensors"), metadata={"format": "pt"})
-        replace_folder(beside, path)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        save_file(tensors, str(beside / TENSORS), metadata={"format": "pt"})
+        publish(beside, path)

@@ -1,58 +1,51 @@
 """Adapter folders: saved whole, loaded strictly.
 
 Loading runs no code, reads only the named folder, changes no base weight, and either yields exactly
-the saved adapter or raises. (Loaders of transformers itself check the format's version only.)
+the saved adapter or raises. (Loaders of transformers itself check the settings only.)
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
-import shutil
 from pathlib import Path
-from typing import Any
 
 import peft
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import nn
 
 from floe.adapters.config import FloeConfig
-from floe.adapters.peft_tuner import check_adapter_name, check_tensors
-from floe.adapters.targets import adapter_shapes
-from floe.atomic import replace_folder
+from floe.adapters.folder import check_own, read_settings, read_tensors
+from floe.adapters.peft_tuner import (
+    check_adapter_name,
+    loaded_config,
+    remove_adapters,
+    take_off_unheld,
+)
+from floe.atomic import CARD, publish, staging
 from floe.errors import FileError
 
-_CONFIG, _TENSORS = "adapter_config.json", "adapter_model.safetensors"
-_LONGEST_CONFIG = 10 << 20
+_REFUSALS = (ValueError, TypeError, RuntimeError, OSError, KeyError)
 
 
 def save_adapter(
     model: peft.PeftModel, path: str | os.PathLike[str], adapter_name: str = "default"
 ) -> None:
-    """Write ``adapter_config.json`` and ``adapter_model.safetensors``.
+    """Write ``adapter_config.json``, ``adapter_model.safetensors`` and, if there is none, a card.
 
-    The folder appears complete or not at all.
+    A new folder appears complete or not at all. In one that holds a floe adapter the two files are
+    replaced and all others stay; a kill between the two leaves a folder that is not loaded.
 
     Raises:
         ValueError: if the model has no such floe adapter, or it holds NaN or infinity.
-        FileError: if ``path`` exists and is not an adapter folder.
+        FileError: if ``path`` holds anything but a floe adapter.
     """
     config = getattr(model, "peft_config", {}).get(adapter_name)
     if not isinstance(config, FloeConfig):
         raise ValueError(
             f"model must hold a floe adapter named {adapter_name!r}, got {type(config).__name__}"
         )
-    for name, parameter in model.named_parameters():
-        if name.endswith(f".{adapter_name}") and not parameter.isfinite().all():
-            raise ValueError(f"{name} must hold finite values to be saved, got NaN or infinity")
     target = Path(path)
-    if target.exists() and not (target / _CONFIG).is_file():
-        raise FileError(target, "exists and is not an adapter folder; not overwritten")
-    beside = target.with_name(f"{target.name}.tmp")
-    shutil.rmtree(beside, ignore_errors=True)
-    try:
+    check_own(target)
+    with staging(target) as beside:
         model.save_pretrained(
             str(beside),
             selected_adapters=[adapter_name],
@@ -60,11 +53,11 @@ def save_adapter(
             save_embedding_layers=False,  # "auto" would ask the hub for the base model's vocabulary
         )
         source = beside if adapter_name == "default" else beside / adapter_name
-        _check_card(source)
-        _seal(source)
-        replace_folder(source, target)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        for name, tensor in read_tensors(source, *read_settings(source)).items():
+            if not tensor.isfinite().all():
+                raise ValueError(f"{name} must hold finite values to be saved, got NaN or infinity")
+        _complete_card(source / CARD)
+        publish(source, target)
 
 
 def load_adapter(
@@ -72,17 +65,23 @@ def load_adapter(
     path: str | os.PathLike[str],
     adapter_name: str = "default",
     is_trainable: bool = False,
+    other_base: bool = False,
 ) -> peft.PeftModel:
     """``base_model`` with the adapter in ``path``, exactly as saved.
 
+    With ``other_base`` its weights need not be those that the adapter was trained on.
+
     Raises:
         FileError: missing or damaged files, another method's adapter, a newer format, tensors that
-            are missing, foreign, misshapen or not finite, or layers the base model does not have.
+            are missing, foreign, misshapen or not finite, layers the base model does not have, or
+            another base model's adapter. The base model is then as it was.
     """
     check_adapter_name(adapter_name)
+    take_off_unheld(base_model)
     folder = Path(path)
-    config = read_config(folder)
-    _check_tensors(base_model, config, folder)  # before anything is wrapped
+    config = loaded_config(folder)
+    if other_base:
+        config.base_fingerprint = None
     try:
         return peft.PeftModel.from_pretrained(
             base_model,
@@ -91,92 +90,21 @@ def load_adapter(
             is_trainable=is_trainable,
             config=config,
             autocast_adapter_dtype=False,
-            use_safetensors=True,
         )
-    except (ValueError, RuntimeError, OSError, KeyError) as error:
+    except BaseException as error:
+        remove_adapters(base_model)
+        if isinstance(error, FileError) or not isinstance(error, _REFUSALS):
+            raise
         raise FileError(folder, f"cannot be loaded as a floe adapter: {error}") from error
 
 
 def read_config(folder: Path) -> FloeConfig:
     """The adapter's configuration, checked; no model needed."""
-    file = folder / _CONFIG
-    if not file.is_file():
-        raise FileError(file, "does not exist")
-    if file.stat().st_size > _LONGEST_CONFIG:
-        raise FileError(file, f"must be at most {_LONGEST_CONFIG} bytes, got {file.stat().st_size}")
-    try:
-        values: Any = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise FileError(file, f"cannot be read as JSON: {error}") from error
-    if not isinstance(values, dict) or values.get("peft_type") != "FLOE":
-        kind = values.get("peft_type") if isinstance(values, dict) else type(values).__name__
-        raise FileError(file, f"peft_type must be FLOE, got {kind!r}")
-    known = FloeConfig.__dataclass_fields__
-    unknown = sorted(set(values) - set(known))
-    if unknown:
-        raise FileError(file, f"unknown settings {unknown}: written by a newer floe or edited")
-    try:
-        config = FloeConfig(**{name: values[name] for name in values if name != "peft_type"})
-    except (ValueError, TypeError) as error:
-        raise FileError(file, str(error)) from error
-    return config
+    return FloeConfig.from_settings(read_settings(folder)[0], folder)
 
 
-def _check_tensors(base_model: nn.Module, config: FloeConfig, folder: Path) -> None:
-    """Exactly the tensors ``config`` means on this model; FileError otherwise.
-
-    Where floe saved them, also exactly the bytes it saved.
-    """
-    file = folder / _TENSORS
-    if not file.is_file():
-        raise FileError(file, "does not exist (other file formats are not loaded)")
-    try:
-        tensors = load_file(str(file))
-        header, data = _split(file.read_bytes())
-    except (SafetensorError, OSError, ValueError, KeyError) as error:
-        raise FileError(file, f"is damaged: {error}") from error
-    digest = header.pop("__metadata__", {}).get("floe_digest")
-    if digest is not None and digest != _digest(folder, header, data):
-        raise FileError(
-            file, f"is not what was saved, or {_CONFIG} beside it was edited: the digest differs"
-        )
-    try:
-        shapes = adapter_shapes(base_model, config)
-        check_tensors({n.removeprefix("base_model.model."): t for n, t in tensors.items()}, shapes)
-    except (ValueError, TypeError) as error:
-        raise FileError(folder, f"cannot be loaded as a floe adapter: {error}") from error
-
-
-def _seal(folder: Path) -> None:
-    """Put a digest of settings and tensors into the tensors' header.
-
-    The header is sorted, so that equal adapters are equal bytes.
-    """
-    file = folder / _TENSORS
-    header, data = _split(file.read_bytes())
-    header.pop("__metadata__", None)
-    header["__metadata__"] = {"floe_digest": _digest(folder, header, data), "format": "pt"}
-    text = json.dumps(header, sort_keys=True, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # the data stays aligned
-    file.write_bytes(len(text).to_bytes(8, "little") + text + data)
-
-
-def _split(raw: bytes) -> tuple[dict[str, Any], bytes]:
-    """A safetensors file's header and data."""
-    end = 8 + int.from_bytes(raw[:8], "little")
-    return json.loads(raw[8:end]), raw[end:]
-
-
-def _digest(folder: Path, header: dict[str, Any], data: bytes) -> str:
-    digest = hashlib.sha256((folder / _CONFIG).read_bytes())
-    digest.update(json.dumps(header, sort_keys=True).encode())
-    digest.update(data)
-    return digest.hexdigest()
-
-
-def _check_card(folder: Path) -> None:
-    """Say in the card what a stranger needs first: PEFT knows the method after ``import floe``."""
-    card = folder / "README.md"
+def _complete_card(card: Path) -> None:
+    """Say in it what a stranger needs first: PEFT knows the method after ``import floe``."""
     text = card.read_text(encoding="utf-8") if card.is_file() else ""
     note = (
         "\n## Loading\n\n```python\n"

@@ -8,28 +8,32 @@ mask for each expert; trained on here, an imported adapter draws one for all.
 
 from __future__ import annotations
 
+import io
 import os
-import pickle
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from floe.adapters.config import DTYPES, FloeConfig
 from floe.adapters.files import save_adapter
+from floe.adapters.folder import CONFIG, PICKLE, TENSORS, check_new, read_bytes, read_settings
 from floe.adapters.peft_tuner import get_model, remove_adapters
 from floe.adapters.targets import adapted_modules
 from floe.blocks import find_blocks
 from floe.errors import FileError
-from floe.runs import read_json
 
-_CONFIG, _TENSORS = "adapter_config.json", ("adapter_model.safetensors", "adapter_model.bin")
-_KEY = re.compile(r"(?:base_model\.model\.)?(.+)\.lora_(A|B(\d+)|route)(?:\.default)?\.weight")
+_KEY = re.compile(
+    r"(?:base_model\.model\.)?(.+)\.lora_(A|B(0|[1-9][0-9]{0,3})|route)(?:\.default)?\.weight"
+)
+# Settings of LoRA's that make an adapter compute something else.
+_ELSEWHERE = (
+    "use_rslora", "use_dora", "fan_in_fan_out", "enable_lora", "rank_pattern", "alpha_pattern",
+)  # fmt: skip
 
 
 def import_hydralora(
@@ -41,7 +45,7 @@ def import_hydralora(
 
     Args:
         source: folder of adapter_config.json and adapter_model.safetensors or .bin.
-        output: new folder.
+        output: new or empty folder.
         base: the base model. Its names and shapes alone are looked at: one on the meta device will
             do. It is left as it was.
 
@@ -50,6 +54,7 @@ def import_hydralora(
             or one that does not fit the model, or ``output`` is in use.
     """
     folder = Path(source)
+    check_new(Path(output))
     settings = _settings(folder)
     layers = _layers(folder)
     config = _config(folder, settings, layers, base)
@@ -61,6 +66,10 @@ def import_hydralora(
         for path, module in adapted_modules(model).items():
             _fill(module, layers[path], folder, path)
         save_adapter(model, output)
+    except (ValueError, TypeError) as error:
+        if isinstance(error, FileError):
+            raise
+        raise FileError(folder, str(error)) from error
     finally:
         remove_adapters(model)
     return config
@@ -74,7 +83,7 @@ def named_base(source: str | os.PathLike[str]) -> str:
     """
     name = _settings(Path(source)).get("base_model_name_or_path")
     if not isinstance(name, str):
-        raise FileError(Path(source) / _CONFIG, "names no base model: give one")
+        raise FileError(Path(source) / CONFIG, "names no base model: give one")
     return name
 
 
@@ -82,9 +91,13 @@ def named_base(source: str | os.PathLike[str]) -> str:
 class _Layer:
     """One adapted projection of the source."""
 
-    a: Tensor | None
+    a: dict[int, Tensor]  # at 0, where there is one
     experts: dict[int, Tensor]
-    route: Tensor | None
+    route: dict[int, Tensor]
+
+    def tensors(self) -> list[Tensor]:
+        """All of them."""
+        return [tensor for part in (self.a, self.experts, self.route) for tensor in part.values()]
 
     def parts(self) -> tuple[Tensor, Tensor, Tensor]:
         """A [r, K], the router [M, K] and the experts [N, M, r].
@@ -93,68 +106,83 @@ class _Layer:
             ValueError: one is missing, or their shapes differ.
         """
         count = len(self.experts)
-        if self.a is None or self.route is None or not count:
-            has = [n for n, v in (("lora_A", self.a), ("lora_route", self.route)) if v is not None]
+        if not self.a or not self.route or not count:
+            has = [n for n, v in (("lora_A", self.a), ("lora_route", self.route)) if v]
             raise ValueError(
                 "must have lora_A, lora_B0 ... and lora_route, "
                 f"got {[*has, *(f'lora_B{i}' for i in sorted(self.experts))]}"
             )
-        if sorted(self.experts) != list(range(count)) or len(self.route) != count:
+        a, route = self.a[0], self.route[0]
+        if sorted(self.experts) != list(range(count)) or len(route) != count:
             raise ValueError(
-                f"must have as many experts as lora_route has rows, {len(self.route)}, "
+                f"must have as many experts as lora_route has rows, {len(route)}, "
                 f"got lora_B of {sorted(self.experts)}"
             )
         experts = torch.stack([self.experts[i] for i in range(count)], dim=1)
-        return self.a, self.route, experts
+        return a, route, experts
 
 
 def _settings(folder: Path) -> dict[str, Any]:
-    file = folder / _CONFIG
-    values = read_json(file)
-    if values.get("peft_type") != "LORA":
-        came = values.get("peft_type")
-        raise FileError(file, f"peft_type must be LORA, as HydraLoRA writes it, got {came!r}")
+    file = folder / CONFIG
+    values, _ = read_settings(folder, "LORA")  # as HydraLoRA calls itself
     for name, allowed in (("bias", ("none", None)), ("modules_to_save", (None, []))):
         if values.get(name) not in allowed:
             raise FileError(file, f"{name} must be {allowed[0]!r} to import, got {values[name]!r}")
-    for name in ("r", "lora_alpha"):
-        if isinstance(values.get(name), bool) or not isinstance(values.get(name), (int, float)):
-            raise FileError(file, f"{name} must be a number, got {values.get(name)!r}")
+    for name in _ELSEWHERE:
+        if values.get(name):
+            raise FileError(file, f"{name} must not be set to import, got {values[name]!r}")
+    for name in ("r", "lora_alpha", "lora_dropout"):
+        value = values.get(name)
+        if value is None and name == "lora_dropout":
+            continue
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise FileError(file, f"{name} must be a number, got {value!r}")
     return values
 
 
 def _layers(folder: Path) -> dict[str, _Layer]:
     """Module path -> its tensors. Pickled files are read as tensors alone: no code runs."""
-    found = [folder / name for name in _TENSORS if (folder / name).is_file()]
+    found = [folder / name for name in (TENSORS, PICKLE) if (folder / name).is_file()]
     if not found:
-        raise FileError(folder, f"must hold {' or '.join(_TENSORS)}, got neither")
+        raise FileError(folder, f"must hold {TENSORS} or {PICKLE}, got neither")
+    raw = read_bytes(folder, found[0].name)
     try:
-        if found[0].suffix == ".safetensors":
-            tensors = load_file(str(found[0]))
+        if found[0].name == TENSORS:
+            tensors = safetensors.torch.load(raw)
         else:
-            tensors = torch.load(found[0], map_location="cpu", weights_only=True)
-    except (SafetensorError, OSError, ValueError, RuntimeError, pickle.UnpicklingError) as error:
+            tensors = torch.load(io.BytesIO(raw), map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever a damaged pickle makes of torch's reader
         raise FileError(found[0], f"cannot be read as tensors: {error}") from error
     if not isinstance(tensors, dict):
         raise FileError(found[0], f"must hold named tensors, got {type(tensors).__name__}")
     layers: dict[str, _Layer] = {}
     for name, tensor in tensors.items():
-        match = _KEY.fullmatch(str(name))
+        match = _KEY.fullmatch(name) if isinstance(name, str) else None
         if match is None or not isinstance(tensor, Tensor):
             raise FileError(
                 found[0], f"tensors must be lora_A, lora_B<i> or lora_route, got {name}"
             )
+        _check_dense(tensor, found[0], name)
         path, part, expert = match.groups()
-        layer = layers.setdefault(path, _Layer(None, {}, None))
-        if part == "A":
-            layer.a = tensor
-        elif part == "route":
-            layer.route = tensor
-        else:
-            layer.experts[int(expert)] = tensor
+        layer = layers.setdefault(path, _Layer({}, {}, {}))
+        place = {"A": layer.a, "route": layer.route}.get(part, layer.experts)
+        if place.setdefault(int(expert or 0), tensor) is not tensor:
+            raise FileError(found[0], f"{path}.lora_{part} must be given once, got {name}, too")
     if not layers:
         raise FileError(found[0], "must hold at least one adapted layer, got none")
     return layers
+
+
+def _check_dense(tensor: Tensor, file: Path, name: str) -> None:
+    """FileError unless the tensor is a plain matrix of its own values, in a type of floe's."""
+    plain = tensor.layout == torch.strided and tensor.device.type == "cpu"
+    if not plain or tensor.dtype not in DTYPES.values() or tensor.dim() != 2:
+        raise FileError(
+            file, f"{name} must be a dense matrix of {sorted(DTYPES)}, "
+            f"got {tensor.layout} {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}",
+        )  # fmt: skip
+    if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+        raise FileError(file, f"{name} must hold all its values, got one that repeats them")
 
 
 def _config(
@@ -171,19 +199,20 @@ def _config(
             raise FileError(folder, f"adapts {path}, which is no projection of the base model")
         index, name = places[path]
         modules.setdefault(str(index), []).append(name)
-    first, layer = next(iter(layers.items()))
-    dtypes = {v: k for k, v in DTYPES.items()}
+    first = min(layers)
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    dtypes = {tensor.dtype for each in layers.values() for tensor in each.tensors()}
     try:
-        a, route, _ = layer.parts()
+        a, route, _ = layers[first].parts()
         if len(a) != settings["r"]:  # r scales the output, too
             raise ValueError(f"lora_A must have r = {settings['r']} rows, got {len(a)}")
         return FloeConfig(
             r=len(a), num_experts=len(route), alpha=float(settings["lora_alpha"]),
             dropout=float(settings.get("lora_dropout") or 0.0), layer_modules=modules,
-            adapter_dtype=dtypes.get(a.dtype, "float32"),
+            adapter_dtype=names[dtypes.pop()] if len(dtypes) == 1 else "float32",  # holds them all
             base_model_name_or_path=settings.get("base_model_name_or_path"),
         )  # fmt: skip
-    except (ValueError, TypeError, RuntimeError) as error:
+    except (ValueError, TypeError, RuntimeError, OverflowError) as error:
         raise FileError(folder, f"{first}: {error}") from error
 
 

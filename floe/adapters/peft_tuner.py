@@ -11,9 +11,10 @@ import dataclasses
 import gc
 import re
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import partial, wraps
+from pathlib import Path
 from typing import Any, ClassVar
 
 import peft
@@ -25,10 +26,12 @@ from torch import Tensor, nn
 
 from floe.adapters.config import DTYPES, FloeConfig, peft_type
 from floe.adapters.fingerprint import fingerprint, same_base
+from floe.adapters.folder import CONFIG, TENSORS, holds_adapter, local, read_settings, read_tensors
 from floe.adapters.moe_lora import MoELoRALinear, module_generator
 from floe.adapters.shared_input import unlink
 from floe.adapters.targets import (
     adapted_modules,
+    adapter_shapes,
     by_path,
     feed_forward,
     linear_of,
@@ -57,7 +60,8 @@ class FloeModel(BaseTuner):
         self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any
     ) -> None:
         _check_bare(model, adapter_name)
-        if not adapted_modules(model):
+        bare = not adapted_modules(model)
+        if bare:
             model._floe_base = {  # type: ignore[assignment]
                 "trainable": [n for n, p in model.named_parameters() if p.requires_grad],
                 "peft_config": model.__dict__.pop("peft_config", None),
@@ -65,8 +69,8 @@ class FloeModel(BaseTuner):
         try:
             super().__init__(model, peft_config, adapter_name, *args, **kwargs)
         except BaseException:
-            if not adapted_modules(model):
-                _restore(model)
+            if bare:
+                remove_adapters(model)
             raise
         _TUNERS[model] = weakref.ref(self)
 
@@ -78,6 +82,11 @@ class FloeModel(BaseTuner):
         Every way to add one comes through here.
         """
         check_adapter_name(adapter_name)
+        config = self.peft_config[adapter_name]
+        if _READ in vars(config):  # nothing large is made, or wrapped, for a file that does not fit
+            found = current_names(vars(config)[_READ])
+            own = {name: tensor for name, tensor in found.items() if f".{self.prefix}" in name}
+            check_tensors(own, adapter_shapes(model, config))
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         link_shared_inputs(model)
         for module in model.modules():
@@ -217,11 +226,22 @@ class FloeModel(BaseTuner):
         """The file's names as the model's.
 
         Beside the adapter there may be modules that are saved whole, and embeddings that were
-        resized.
+        resized. Tensors that came with the configuration are what is loaded, whatever PEFT has read
+        since; where they are refused, the adapter that was made for them is taken off again.
 
         Raises:
             ValueError: for missing, foreign or damaged tensors, which PEFT would let pass.
         """
+        came = vars(config).pop(_READ, None)
+        if came is not None:
+            try:
+                return cls._remap_adapter_state_dict_for_load(model, config, adapter_name, came)
+            except BaseException:
+                if list(model.peft_config) == [adapter_name]:
+                    remove_adapters(model)
+                else:
+                    model.delete_adapter(adapter_name)
+                raise
         expected = {
             n.removeprefix(_PREFIX): s for n, s in _adapter_tensors(model, adapter_name).items()
         }
@@ -411,9 +431,11 @@ def remove_adapters(model: Any) -> nn.Module:
 
 def _restore(base: nn.Module) -> None:
     """What the first adapter changed beside the modules."""
+    before = base.__dict__.pop("_floe_base", None)
+    if before is None:
+        return
     for name in ("peft_config", "_floe_fingerprint"):
         base.__dict__.pop(name, None)
-    before = base.__dict__.pop("_floe_base", None) or {"trainable": [], "peft_config": None}
     if before["peft_config"] is not None:  # of another method
         base.peft_config = before["peft_config"]
     else:
@@ -422,6 +444,53 @@ def _restore(base: nn.Module) -> None:
         base.get_parameter(name).requires_grad_(True)
 
 
+_READ = "_read_tensors"  # attribute of a configuration whose tensors are yet to be loaded
+
+
+def loaded_config(folder: Path) -> FloeConfig:
+    """Configuration of the adapter in ``folder``, carrying its tensors until they are loaded.
+
+    Raises:
+        FileError: they are not what was saved.
+    """
+    settings, raw = read_settings(folder)
+    config = FloeConfig.from_settings(settings, folder)
+    setattr(config, _READ, read_tensors(folder, settings, raw))
+    return config
+
+
+class _Loaded(FloeConfig):
+    """What PEFT makes a saved adapter's configuration with."""
+
+    def __new__(cls, *args: Any, **settings: Any) -> Any:
+        return FloeConfig(*args, **settings)
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: Any, subfolder: str | None = None, **options: Any
+    ) -> FloeConfig:
+        """PeftModel.from_pretrained and load_adapter call this, then load the tensors."""
+        files = (CONFIG, TENSORS)
+        return loaded_config(local(pretrained_model_name_or_path, files, subfolder, **options))
+
+
+def _strictly(load: Callable[..., Any]) -> Callable[..., Any]:
+    """PEFT's reading of tensors, and from floe's folders what was saved, or a FileError.
+
+    PEFT asks no method where it loads into an adapter that is there, as the Trainer does to resume.
+    """
+
+    @wraps(load)
+    def load_strictly(model_id: Any, *args: Any, **options: Any) -> Any:
+        folder = Path(model_id, options.get("subfolder") or "")
+        if not holds_adapter(folder):
+            return load(model_id, *args, **options)
+        return read_tensors(folder, *read_settings(folder))
+
+    return load_strictly
+
+
 peft_type()
 if "FLOE" not in {getattr(key, "value", key) for key in peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING}:
-    register_peft_method(name="floe", config_cls=FloeConfig, model_cls=FloeModel, prefix="floe_")
+    register_peft_method(name="floe", config_cls=_Loaded, model_cls=FloeModel, prefix="floe_")
+    peft.peft_model.load_peft_weights = _strictly(peft.peft_model.load_peft_weights)
