@@ -1,11 +1,14 @@
 """floe: routed low-rank experts on the layers that matter.
 
-Names load on first use: ``import floe`` itself loads neither torch nor transformers.
+Names load on first use: ``import floe`` itself loads neither torch nor transformers. PEFT knows the
+method once both are imported, in any order.
 """
 
 from __future__ import annotations
 
 import importlib
+import importlib.util
+import sys
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
@@ -54,6 +57,33 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted(__all__)
+
+
+class _WithPeft:
+    """Registers the method with PEFT at the end of ``import peft``."""
+
+    @classmethod
+    def find_spec(cls, name: str, path: Any = None, target: Any = None) -> Any:
+        """PEFT's own spec, whose module is followed by ``floe.adapters``; None for the rest."""
+        if name != "peft":
+            return None
+        sys.meta_path.remove(cls)
+        spec = importlib.util.find_spec(name)
+        if spec is not None and spec.loader is not None:
+            run = spec.loader.exec_module
+
+            def run_and_register(module: Any) -> None:
+                run(module)
+                importlib.import_module("floe.adapters")
+
+            spec.loader.exec_module = run_and_register  # type: ignore[method-assign]
+        return spec
+
+
+if "peft" in sys.modules:
+    importlib.import_module("floe.adapters")
+else:
+    sys.meta_path.insert(0, _WithPeft)  # type: ignore[arg-type]
 
 
 if TYPE_CHECKING:

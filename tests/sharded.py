@@ -1,11 +1,17 @@
-"""``torchrun sharded.py OUT``: gradients of an adapted model that FSDP2 shards over the workers."""
+"""``torchrun sharded.py OUT``: an adapted model that the workers share.
+
+Its gradients under FSDP2, and what a step makes of the adapter under FSDP1 with PEFT's wrap policy,
+which flattens parameters: float64 base, float32 adapters.
+"""
 
 import sys
 
 import torch
 import torch.distributed as dist
+from peft import get_peft_model_state_dict
+from peft.utils.other import fsdp_auto_wrap_policy
 from tiny import tiny_model
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor
 
 from floe import FloeConfig, get_model
@@ -32,6 +38,32 @@ def gradients(model, tokens):
     return {n: g.full_tensor() if isinstance(g, DTensor) else g for n, g in found.items()}
 
 
+def step(model, tokens):
+    """One large step of gradient descent."""
+    optimizer = torch.optim.SGD((p for p in model.parameters() if p.requires_grad), lr=1e3)
+    model(input_ids=tokens).logits.float().square().mean().backward()
+    optimizer.step()
+
+
+def wide_base():
+    model = adapted()
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            parameter.data = parameter.data.double()
+    return model
+
+
+def flattened(tokens):
+    """The adapter's tensors after :func:`step` under FSDP1, on every worker."""
+    model = wide_base()
+    whole = FullyShardedDataParallel(
+        model, auto_wrap_policy=fsdp_auto_wrap_policy(model), device_id=torch.device("cpu"),
+        use_orig_params=False,
+    )  # fmt: skip
+    step(whole, tokens)
+    return get_peft_model_state_dict(model, whole.state_dict())
+
+
 def main(out):
     dist.init_process_group("gloo")
     rank, world = dist.get_rank(), dist.get_world_size()
@@ -41,8 +73,9 @@ def main(out):
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
     found = gradients(model, TOKENS.chunk(world)[rank])
+    stepped = flattened(TOKENS.chunk(world)[rank])
     if rank == 0:
-        torch.save(found, out)
+        torch.save((found, stepped), out)
     dist.destroy_process_group()
 
 

@@ -6,12 +6,13 @@ import sys
 from pathlib import Path
 
 import torch
-from sharded import TOKENS, adapted, gradients
+from peft import get_peft_model_state_dict
+from sharded import TOKENS, adapted, gradients, wide_base, step
 
 TESTS = Path(__file__).parent
 
 
-def test_two_sharded_workers_get_the_gradients_of_one_process(tmp_path):
+def test_two_sharded_workers_get_what_one_process_gets(tmp_path):
     out = tmp_path / "gradients.pt"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS)}
@@ -20,8 +21,17 @@ def test_two_sharded_workers_get_the_gradients_of_one_process(tmp_path):
         env=environment, capture_output=True, text=True, timeout=240,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    sharded, whole = torch.load(out), gradients(adapted(), TOKENS)
+    (sharded, stepped), whole = torch.load(out), gradients(adapted(), TOKENS)
     assert sharded.keys() == whole.keys()
     assert all("floe_" in name for name in whole)
     for name, expected in whole.items():
         torch.testing.assert_close(sharded[name], expected, rtol=1e-4, atol=1e-7)
+    model = wide_base()
+    before = {n: t.clone() for n, t in get_peft_model_state_dict(model).items()}
+    step(model, TOKENS)
+    after = get_peft_model_state_dict(model)
+    assert stepped.keys() == after.keys()
+    for name, expected in after.items():
+        change = (expected - before[name]).norm()
+        assert change > 0
+        assert (stepped[name] - expected).norm() < 1e-4 * change, name

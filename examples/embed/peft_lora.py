@@ -41,8 +41,9 @@ def _forward(
 ) -> Tensor:
     names = [name for name in layer.active_adapters if name in layer.lora_A]
     base = layer.get_base_layer()
-    if layer.disable_adapters or layer.merged or len(names) != 1 or type(base) is not nn.Linear:
-        return own(x, *args, **kwargs)  # PEFT knows what to do
+    usual = len(names) == 1 and type(base) is nn.Linear and not (args or kwargs)
+    if layer.disable_adapters or layer.merged or not usual:
+        return own(x, *args, **kwargs)  # PEFT knows what to do, with mixed batches for example
     (name,) = names
     a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
     dropout = layer.lora_dropout[name]
