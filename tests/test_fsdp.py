@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from peft import get_peft_model_state_dict
-from sharded import TOKENS, adapted, gradients, wide_base, step
+from sharded import TOKENS, adapted, gradients, step, wide_base
 
 TESTS = Path(__file__).parent
 
