@@ -24,6 +24,11 @@ TASKS = (
     "$x_1$ math",
 )
 MODEL = "HuggingFaceTB/SmolLM2-135M"
+LOST = "40 rows dropped (25 without a completion, 15 too long for max_length)"
+PARTS = {
+    "data.train": {"summary": f"45 of 85 rows kept; {LOST}", "lost": LOST},
+    "data.test": {"summary": "12 of 12 rows kept", "lost": ""},
+}
 STAGES = {
     "search": 1412.5,
     "score": 96.2,
@@ -42,6 +47,7 @@ def write_run(folder: Path, model: str = MODEL, layers: int = LAYERS) -> Path:
     settings = f"model:\n  name: {json.dumps(model)}\nselect:\n  policy: adapter_fisher\nseed: 41\n"
     (folder / "config.yaml").write_text(settings, encoding="utf-8")
     write_json(folder / "env.json", environment())
+    write_json(folder / "data.json", {"parts": PARTS})
     scores = make_scores(random, model, layers)
     (folder / "score").mkdir(exist_ok=True)
     scores.save(folder / "score" / "scores.npz")

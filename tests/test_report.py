@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
-from report_fixture import LAYERS, STAGES, TASKS, write_json, write_run
+from report_fixture import LAYERS, PARTS, STAGES, TASKS, write_json, write_run
 
 from floe.errors import FileError
 from floe.importance.scores import Scores
@@ -183,6 +183,12 @@ def test_headline_names_the_chosen_layers_and_the_intervals(run_dir):
     text = (run_dir / "report.html").read_text(encoding="utf-8")
     assert "Differences whose intervals overlap are not established" in text
     assert expected.split(" over")[0] in text
+
+
+def test_rows_that_were_lost_stand_in_the_header(run_dir):
+    header, _, rest = (run_dir / "report.html").read_text(encoding="utf-8").partition("</header>")
+    shown = {name: (p["summary"] in header, p["summary"] in rest) for name, p in PARTS.items()}
+    assert shown == {"data.train": (True, True), "data.test": (False, True)}
 
 
 def test_verdicts_follow_the_paired_differences(fresh):
@@ -413,6 +419,7 @@ RESULTS, ROUTER = ("eval", "results.json"), ("eval", "router.json")
 @pytest.mark.parametrize(
     ("parts", "change", "message"),
     [
+        (("data.json",), lambda d: d["parts"]["data.train"].pop("summary"), "summary is missing"),
         (SELECTION, lambda d: d.pop("layers"), "layers is missing"),
         (SELECTION, lambda d: d.update(layers=[0, 30]), r"layers must be .*\[0, 30\)"),
         (SELECTION, lambda d: d["ranking"].pop(), "ranking must be a permutation"),

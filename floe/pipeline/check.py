@@ -96,13 +96,23 @@ class _Problems:
         self.found: list[Exception] = []
 
     @contextmanager
-    def looking(self) -> Iterator[None]:
-        """Keep an error of the user's; the same one, met again on another way, counts once."""
+    def looking(self, place: str = "") -> Iterator[None]:
+        """Keep an error of the user's; the same one, met again on another way, counts once.
+
+        ``place`` is the part of the configuration that is looked at, for errors without one.
+        """
         try:
             yield
-        except (ValueError, TypeError, OSError) as error:
-            if str(error) not in map(str, self.found):
-                self.found.append(error)
+        except (FileError, DataError, OSError) as error:
+            self._keep(error)
+        except (ValueError, TypeError) as error:
+            if place:
+                error.args = (f"{place}: {error}",)
+            self._keep(error)
+
+    def _keep(self, error: Exception) -> None:
+        if str(error) not in map(str, self.found):
+            self.found.append(error)
 
     def tell(self) -> None:
         """Raise the one error, or all of them as one."""
@@ -131,8 +141,7 @@ def check(work: Workspace) -> Account:
     except FileError as error:  # nothing more can be looked at
         problems.found.append(error)
         problems.tell()
-    with problems.looking():
-        _check_names(work, account, problems)
+    _check_names(work, account, problems)
     with problems.looking():
         _check_folder(Path(work.config.output_dir) / work.config.name)
     for part in PARTS:
@@ -221,12 +230,15 @@ def _check_tokens(work: Workspace, rows: list[TokenRow], part: str) -> None:
 
 def _check_use(work: Workspace, problems: _Problems) -> None:
     """What the stages do with the rows besides reading them."""
-    config = work.config
-    with problems.looking():
+    config, before = work.config, len(problems.found)
+    with problems.looking("data"):
+        work.train_rows, work.validation_rows, work.taylor_rows  # noqa: B018
+    if len(problems.found) > before:
+        return
+    with problems.looking("warmup"):
         check_rows(work.warmup_rows, work.settings(config.warmup.max_steps))
+    with problems.looking("train"):
         check_rows(work.train_rows, work.settings())
-    with problems.looking():
-        work.calibration_rows, work.taylor_rows  # noqa: B018
     with problems.looking():
         layers = config.select.layers
         if isinstance(layers, dict) and "sweep" in layers and len(work.validation_rows) < 2:
@@ -240,15 +252,20 @@ def _check_use(work: Workspace, problems: _Problems) -> None:
 
 def _check_names(work: Workspace, account: Account, problems: _Problems) -> None:
     """Projections, layers, policies and sizes, against the model's own."""
-    config, search = work.config, work.config.search
-    adapter, pairs = config.adapter, [(config.adapter.r, config.adapter.num_experts)]
-    if search.trials:
-        SearchSpace(search.rank, search.num_experts)
-        pairs = size_options(search)
-    model = work.structure
-    geometry(model, find_blocks(model))
-    adapter_shapes(model, work.adapter_config(adapter.r, adapter.num_experts))
-    _check_quantised(config, model)
+    config, search, adapter = work.config, work.config.search, work.config.adapter
+    pairs = [(adapter.r, adapter.num_experts)]
+    before = len(problems.found)
+    with problems.looking("search"):
+        if search.trials:
+            SearchSpace(search.rank, search.num_experts)
+            pairs = size_options(search)
+    with problems.looking("model"):
+        geometry(work.structure, find_blocks(work.structure))
+        with problems.looking("adapter"):
+            adapter_shapes(work.structure, work.adapter_config(*pairs[0]))
+    _check_quantised(config, work.structure, problems)
+    if len(problems.found) > before:  # the choice of layers rests on these
+        return
     sizes = {min(pairs), max(pairs)}
     found = [_rehearse(work, size, problems) for size in sorted(sizes)[:1]]
     for size in sorted(sizes)[1:]:
@@ -264,13 +281,12 @@ def _check_names(work: Workspace, account: Account, problems: _Problems) -> None
         account.adapters[arm] = {"layers": layers, "parameters": [parameters[0], parameters[-1]]}
 
 
-def _check_quantised(config: RunConfig, model: Any) -> None:
+def _check_quantised(config: RunConfig, model: Any, problems: _Problems) -> None:
     policies = {config.select.policy, *(baseline.policy for baseline in config.baselines)}
     wanting = sorted(name for name in policies if _OF_WEIGHTS & set(NEEDS.get(name, ())))
     if wanting and getattr(model.config, "quantization_config", None) is not None:
-        raise ValueError(
-            f"policy {wanting[0]!r} needs plain base weights, got the quantised {config.model.path}"
-        )
+        with problems.looking("model"):
+            raise ValueError(f"policy {wanting[0]!r} needs plain base weights, got quantised ones")
 
 
 def _rehearse(
@@ -283,14 +299,14 @@ def _rehearse(
     stage.base_model = work.structure
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder)
-        with problems.looking():
+        with problems.looking("select"):
             _make_up(stage, run, size)
             counts = swept_counts(stage)
             chosen = choose(stage, run, None, max(counts, default=None))
-            with problems.looking():
+            with problems.looking("select"):
                 found["main"] = placed(stage, run, chosen, binary.choose)
             for baseline in config.baselines:
-                with problems.looking():
+                with problems.looking(f"baselines.{baseline.name}"):
                     found[baseline.name] = place_baseline(stage, run, chosen, baseline)
     return {
         arm: (len(place.layers), _parameters(work, size, place)) for arm, place in found.items()
@@ -377,6 +393,8 @@ def _memory(work: Workspace) -> dict[str, int]:
     layer = (10 * sizes.hidden + 4 * sizes.neurons) * element
     kept = 1 if config.train.gradient_checkpointing else sizes.layers
     activations = tokens * (sizes.layers * sizes.hidden * element + kept * layer + sum(saved))
+    answers = config.train.batch_size * max(len(row.response) + 1 for row in work.train_rows)
+    activations += answers * model.config.get_text_config().vocab_size * (element + 8)  # logits
     return {
         "base model": _weight_bytes(work), "adapters and optimiser": adapters,
         "activations": activations, "there": work.device_memory,
