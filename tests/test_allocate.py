@@ -334,3 +334,60 @@ def test_progress_counts_layers_and_what_it_raises_cancels():
         solve(gain, cost, 80_000, progress=stop)
     assert len(seen) == 1
     assert 1 <= seen[0] <= 40
+
+
+@pytest.mark.parametrize(
+    ("gain", "cost", "budget"),
+    [
+        ([[-1.7e308, 1.7e308]] * 2, [[0, 5]] * 2, 5),
+        ([[-1.6e308, -1.5e308]] * 2, [[0, 5]] * 2, 5),
+        ([[-1.7e308, -1.0e308, 1e308]] * 3, [[0, 5, 7]] * 3, 12),
+    ],
+)
+def test_gains_whose_sums_overflow_are_refused(gain, cost, budget):
+    with pytest.raises(ValueError, match=r"gains must sum to less than 2\*\*1021, got inf"):
+        solve(gain, cost, budget)
+
+
+@pytest.mark.parametrize("size", [1e306, 1e-300, 5e-324])
+def test_gains_of_any_size_are_solved(size):
+    found = solve(
+        np.array([[-3, 1, 9], [0, 2, 5], [0, 2, 4]]) * size,
+        [[0, 2, 5], [0, 1, 3], [0, 1, 3]],
+        6,
+    )
+    assert found.index.tolist() == [2, 0, 1]
+    assert found.value == pytest.approx(11 * size, rel=1e-14, abs=0)
+    assert found.upper_bound == pytest.approx(11 * size, rel=1e-14, abs=0)
+
+
+def test_gains_small_beside_what_no_choice_can_miss_are_told_apart():
+    found = solve([[1e16, -2e16], [-1e16, -2e16], [0.0, 1.0]], [[0, 0]] * 3, 0)
+    assert found.index.tolist() == [0, 0, 1]
+
+
+def test_the_bound_holds_beside_dear_cheapest_options():
+    base = 2**58
+    found = solve(
+        [[0, 3, 5], [0, 4, 5]],
+        [[base, base + 2, base + 3], [base, base + 2, base + 3]],
+        2 * base + 4,
+    )
+    assert found.index.tolist() == [1, 1]
+    assert found.value == 7
+    assert 7 <= found.upper_bound <= 8.5
+
+
+def test_costs_beyond_64_bits_are_refused():
+    with pytest.raises(ValueError, match=r"less than 2\*\*61, got a cost of 18446744073709551615"):
+        solve([[0.0, 1.0]], np.array([[0, 2**64 - 1]], np.uint64), 5)
+
+
+def test_vessels_fill_at_the_ends_of_the_range():
+    found = allocate_continuous([2.0, 1.0, 2.0], 1e-20, 1.0)
+    assert found.capacity == pytest.approx([5e-21, 0, 5e-21], rel=1e-12, abs=0)
+    found = allocate_continuous([1e307, 1e307], 4e307, 1e307)
+    assert found.capacity == pytest.approx([2e307, 2e307], rel=1e-12)
+    assert found.price == pytest.approx(1 / 3, rel=1e-12)
+    with pytest.raises(ValueError, match="budget / c0 must be less than 1e300"):
+        allocate_continuous([1.0], 1.0, 5e-324)

@@ -234,3 +234,33 @@ def test_per_sample_gradients_are_needed():
         determine(scores, PRESETS["block"])
     with pytest.raises(ValueError, match="block_rows needs refine 'block', got 3 with 'swap'"):
         dataclasses.replace(PRESETS["global"], block_rows=3)
+
+
+@pytest.mark.parametrize("size", [1e-300, 1e150])
+@pytest.mark.parametrize("rows", [0, 2])
+def test_gradients_of_any_size_are_rearranged_alike(size, rows):
+    rng = np.random.default_rng(6)
+    gradient, cost, mask = rng.standard_normal((5, 12)), rng.random(12), np.arange(12) % 2 == 0
+    plain = rearrange(gradient, cost, mask, slack=1.0, rows=rows)
+    found = rearrange(gradient * size, cost, mask, slack=1.0, rows=rows)
+    assert plain.swaps
+    assert np.array_equal(found.mask, plain.mask)
+    assert found.slack == plain.slack
+    assert found.loss == pytest.approx(plain.loss * size * size, rel=1e-9, abs=0)
+
+
+def test_what_overflows_is_refused():
+    mask = np.array([True, False])
+    with pytest.raises(ValueError, match=r"gradient must have a finite loss, got .* up to 1e\+200"):
+        rearrange([[1e200, 1e200]], [1.0, 1.0], mask)
+    with pytest.raises(ValueError, match=r"cost must sum to less than 2\*\*1021 in size"):
+        rearrange([[1.0, 1.0]], [1.7e308, -1.7e308], mask, slack=1.0)
+    with pytest.raises(TypeError, match="mask must be an array of numbers or booleans"):
+        rearrange([[1.0, 1.0]], [1.0, 1.0], ["a", ""])
+    with pytest.raises(ValueError, match="mask must be finite, got NaN"):
+        rearrange([[1.0, 1.0]], [1.0, 1.0], [1.0, np.nan])
+
+
+def test_an_infinite_slack_stays_so():
+    found = rearrange([[1.0, 3.0, 2.0]], [5.0, 1.0, 2.0], [True, False, True], slack=np.inf)
+    assert (found.swaps, found.slack) == (1, np.inf)

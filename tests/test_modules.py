@@ -54,5 +54,15 @@ def test_bad_input():
         choose_modules([[-1.0]], [[1]], 1, ("up",))
     with pytest.raises(TypeError, match="parameters must be integers, got dtype float64"):
         choose_modules([[1.0]], [[1.5]], 1, ("up",))
-    with pytest.raises(ValueError, match="budget must be a number >= 0, got -1"):
+    with pytest.raises(ValueError, match=r"budget must be in \[0, 2\*\*63\), got -1"):
         choose_modules([[1.0]], [[1]], -1, ("up",))
+
+
+def test_budgets_beyond_the_solvers_digits():
+    most = 2**38
+    whole = choose_modules(np.ones((1, 3)), np.full((1, 3), most), 10**18, NAMES[:3])
+    assert (whole.parameters, whole.optimal) == (3 * most, True)
+    with pytest.raises(ValueError, match=r"budget must be below 2\*\*39 parameters"):
+        choose_modules(np.ones((1, 3)), np.full((1, 3), most), 3 * most - 1, NAMES[:3])
+    with pytest.raises(ValueError, match=r"parameters must be in \[0, 2\*\*39\), got 1 to"):
+        choose_modules([[1.0, 1.0]], np.array([[1, 2**63]], np.uint64), 1, NAMES[:2])

@@ -231,3 +231,41 @@ def test_refinement_errors():
         refine(one_layer([1], [1], [-1, 1], [1, 1]), 1, "1", "11")
     with pytest.raises(ValueError, match=r"\[L, H\] for heads and \[L, I\] for neurons"):
         Units(np.ones((2, 1)), np.ones((1, 1)), np.ones((2, 1)), np.ones((1, 1)))
+
+
+@pytest.mark.parametrize("pairs", ["same_layer_cross", "same_layer", "all"])
+@pytest.mark.parametrize("literal", [False, True])
+def test_no_limit_holds_for_costs_whose_sum_overflows(pairs, literal):
+    costs, values = np.array([[1e308, 1e308, 1.0, 2.0]]), np.array([[1.0, 2.0, 3.0, 4.0]])
+    start = np.array([[1, 1, 0, 0]])
+    found = refine_masks(
+        Units(values, values, costs, costs), np.inf, start, start, pairs=pairs, literal=literal
+    )
+    assert found.converged
+    if not literal:
+        assert found.head_mask.all()
+        assert found.neuron_mask.all()
+        assert (found.value, found.adds, found.repairs) == (20, 4, 0)
+
+
+def test_costs_whose_sum_overflows_are_refused_under_a_limit():
+    costs, values = np.array([[1e308, 1e308]]), np.ones((1, 2))
+    none = np.zeros((1, 0))
+    with pytest.raises(ValueError, match=r"cost must sum to less than 2\*\*1021"):
+        refine_masks(Units(values, none, costs, none), 1.0, values, none)
+
+
+def test_repair_sees_small_costs_beside_those_it_took_away():
+    costs, values = np.array([[1e-200, 0.7, 0.3]]), np.ones((1, 3))
+    none = np.zeros((1, 0))
+    found = refine_masks(Units(values, none, costs, none), 0.0, values, none)
+    assert (found.cost, found.repairs) == (0, 3)
+
+
+def test_repair_orders_ratios_that_vanish_as_floats():
+    values, costs = np.array([[3e-300, 1e-300]]), np.array([[2e300, 1e300]])
+    none = np.zeros((1, 0))
+    found = refine_masks(
+        Units(values, none, costs, none), 2e300, np.ones((1, 2)), none, max_moves=0
+    )
+    assert found.head_mask.tolist() == [[True, False]]

@@ -1,4 +1,5 @@
 import itertools
+import math
 import os
 import signal
 import subprocess
@@ -339,3 +340,66 @@ def test_other_threads_run_meanwhile():
     done.set()
     thread.join()
     assert counted >= 3
+
+
+def test_ratios_that_vanish_as_floats_still_order_units():
+    """3e-300 / 3e300 and its likes are all 0 as floats, which hid a better choice and its bound."""
+    found = solve_mask((3e-300, 2e-300, 2e-300), (3e300, 2e300, 2e300), 4e300)
+    assert (bits(found.mask), found.value, found.optimal) == ("011", 4e-300, True)
+    greedy = solve_mask((3e-300, 2e-300, 2e-300), (3e300, 2e300, 2e300), 4e300, max_nodes=0)
+    assert greedy.upper_bound == pytest.approx(4e-300, rel=1e-12, abs=0)
+
+
+def test_the_least_and_the_largest_floats_are_numbers_like_others():
+    least, most = 5e-324, np.finfo(float).max
+    found = solve_mask((60 * least, 100 * least, 120 * least), (10, 20, 30), 50)
+    assert (bits(found.mask), found.value, found.optimal) == ("011", 220 * least, True)
+    found = solve_mask((60, 100, 120), (10 * least, 20 * least, 30 * least), 50 * least)
+    assert bits(found.mask) == "011"
+    found = solve_mask((1, 1), (1.7e308, 1.7e308), most)  # with its tolerance the budget overflowed
+    assert (bits(found.mask), found.masked_cost) == ("10", 1.7e308)
+
+
+@pytest.mark.parametrize("units", [7, 60, 9000])
+@pytest.mark.parametrize(("up", "down"), [(700, -700), (-700, 700), (-1000, -300), (900, 900)])
+def test_powers_of_two_change_no_choice(units, up, down):
+    rng = np.random.default_rng(units)
+    value, cost = rng.random((2, units))
+    budget = cost.sum() / 3
+    plain = solve_mask(value, cost, budget, max_nodes=10**5)
+    found = solve_mask(
+        np.ldexp(value, up), np.ldexp(cost, down), math.ldexp(budget, down), max_nodes=10**5
+    )
+    assert np.array_equal(found.mask, plain.mask)
+    assert found.value == math.ldexp(plain.value, up)
+    assert found.upper_bound == pytest.approx(math.ldexp(plain.upper_bound, up), rel=1e-12, abs=0)
+    assert found.nodes == plain.nodes
+    halves = np.split(value, [units // 2])
+    plain = solve_two_class(*halves, 2.0, 3.0, budget)
+    found = solve_two_class(
+        *(np.ldexp(half, up) for half in halves),
+        *(math.ldexp(number, down) for number in (2.0, 3.0, budget)),
+    )
+    assert np.array_equal(found.mask, plain.mask)
+    if up - down < 1000:
+        assert found.lambda_ == math.ldexp(plain.lambda_, up - down)
+
+
+def test_sums_beyond_floats_are_refused():
+    with pytest.raises(ValueError, match=r"value must sum to less than 2\*\*1021 in size, got inf"):
+        solve_mask((1e308, 1e308), (1, 1), 1)
+    with pytest.raises(ValueError, match="head_value must sum to less"):
+        solve_two_class((1e308, 1e308), (), 1, 1, 1)
+    with pytest.raises(ValueError, match="budget must be in the range of floats"):
+        solve_mask((1,), (1,), 10**400)
+
+
+def test_arrays_in_any_memory_are_read_alike():
+    value, cost = np.array([60.0, 100.0, 120.0]), np.array([10.0, 20.0, 30.0])
+    raw = np.zeros(25, np.uint8)
+    unaligned = raw[1:].view(float)
+    unaligned[:] = value
+    fixed = cost.copy()
+    fixed.flags.writeable = False
+    for values, costs in ((unaligned, fixed), (value.astype(">f8"), np.repeat(cost, 2)[::2])):
+        assert bits(solve_mask(values, costs, 50).mask) == "011"

@@ -289,3 +289,22 @@ def test_inputs_are_left_alone():
     solve_two_class(value, cost, 1, 1, 2)
     solve_mask(np.array([9, 1, 9, 2, 9])[1::2], np.float32([1, 1]), np.float32(1))
     assert value.tolist() == [1.0, 3.0, 0.0]
+
+
+def test_no_limit_holds_for_costs_whose_sum_overflows():
+    found = solve_two_class((1.0, 2.0), (3.0, 4.0), 1e308, 1e308, np.inf)
+    assert found.mask.all()
+    assert (found.value, found.cost, found.gap) == (10, np.inf, 0)
+    literal = solve_two_class_literal((1.0, 2.0), (3.0, 4.0), 1e308, 1e308, np.inf)
+    assert literal.mask.tolist() == [True, True, False, False]  # as printed: all it can pay for
+    assert literal.masked_cost == np.inf
+
+
+def test_a_budget_of_the_largest_float_is_a_limit():
+    found = solve_two_class((), (1.0, 3.0, 2.0), 0.0, 1e308, 1.7e308)
+    assert (found.mask.tolist(), found.value) == ([False, True, False], 3)
+
+
+def test_the_printed_algorithm_masks_the_least_of_tiny_values_beside_huge_ones():
+    found = solve_two_class_literal((7e306,), (3e-323, 5e-324), 1e308, 1e308, 1e308)
+    assert found.mask.tolist() == [True, True, False]

@@ -2,7 +2,6 @@
 // free while a solver runs, and Ctrl-C ends one. Needs numpy, not torch.
 #include "bindings/native.h"
 
-#include <algorithm>
 #include <cstdint>
 #include <stdexcept>
 #include <string>
@@ -80,8 +79,7 @@ py::dict refine(const Numbers& value, const Numbers& cost, double budget, const 
                 std::int64_t layers, std::int64_t heads, std::int64_t neurons,
                 const std::string& pairs, bool literal, std::int64_t max_moves,
                 const py::object& progress) {
-  Flags mask(start.size());
-  std::copy_n(start.data(), start.size(), mask.mutable_data());
+  Flags mask = copy_of(start);
   const auto values = view(value);
   const auto costs = view(cost);
   const auto out = writable(mask);

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <limits>
 #include <memory>
+#include <stdexcept>
 #include <vector>
 
 #include "masks/units.h"
@@ -34,9 +35,12 @@ void check(const Choices& choices, std::int64_t budget) {
   if (cheapest > budget)
     throw std::invalid_argument("the budget must pay for every layer's cheapest option (" +
                                 std::to_string(cheapest) + "), got " + std::to_string(budget));
+  // So far from overflow that no gain times a cost or the budget does.
+  constexpr double kMost = 0x1p900;
   for (const double gain : choices.gain)
-    if (!std::isfinite(gain))
-      throw std::invalid_argument("gains must be finite, got " + to_text(gain));
+    if (!(std::abs(gain) * static_cast<double>(choices.layers) <= kMost))
+      throw std::invalid_argument("gains must be finite and at most 2**900 / layers, got " +
+                                  to_text(gain));
 }
 
 // A step of one layer to its next better option that a linear program would use.
@@ -228,6 +232,9 @@ void allocate(const Choices& choices, std::int64_t budget, const Poll& poll,
     most += static_cast<std::int64_t>(std::ranges::max(options.back(), {}, &Option::cost).cost);
   }
   const auto width = static_cast<std::size_t>(std::min(budget, most)) + 1;
+  if (width > std::numeric_limits<std::ptrdiff_t>::max() / sizeof(double) / (choices.layers + 1))
+    throw std::invalid_argument("the budget must be small enough for a table, got " +
+                                std::to_string(budget));
   // Not a vector: that would write every page once more than needed.
   const auto table = std::make_unique_for_overwrite<double[]>((choices.layers + 1) * width);
   const auto row = [&](std::size_t layer) { return std::span(&table[layer * width], width); };
@@ -245,6 +252,7 @@ void allocate(const Choices& choices, std::int64_t budget, const Poll& poll,
       return option.cost <= left &&
              row(layer + 1)[left - option.cost] + option.gain == row(layer)[left];
     });
+    if (found == options[layer].end()) throw std::logic_error("the table lost its choice");
     index[layer] = static_cast<std::int64_t>(found->index);
     left -= found->cost;
   }

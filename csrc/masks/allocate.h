@@ -11,7 +11,7 @@ namespace floe::masks {
 
 // Gains and costs are [layers, options], row by row.
 struct Choices {
-  std::span<const double> gain;        // finite
+  std::span<const double> gain;        // at most 2**900 / layers in size
   std::span<const std::int64_t> cost;  // >= 0
   std::size_t layers = 0;
   std::size_t options = 0;

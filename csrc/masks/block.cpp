@@ -96,7 +96,7 @@ class Rearrangement {
   void swap(std::size_t entering, std::size_t place) {
     const std::size_t leaving = masked_[place];
     for (std::size_t s = 0; s < samples_; ++s) sum_[s] += row(entering)[s] - row(leaving)[s];
-    slack_ -= cost_[leaving] - cost_[entering];
+    if (!std::isinf(slack_)) slack_ -= cost_[leaving] - cost_[entering];
     mask_[leaving] = true;
     mask_[entering] = false;
     masked_.erase(masked_.begin() + static_cast<std::ptrdiff_t>(place));
@@ -131,15 +131,27 @@ void check_finite(Row numbers) {
 BlockSolution rearrange(std::span<const double> gradient, std::size_t samples,
                         std::span<const double> cost, double slack,
                         const std::function<void()>& poll, std::span<bool> mask) {
-  check_length("gradient", gradient.size(), "units * samples", mask.size() * samples);
   check_length("cost", cost.size(), "mask", mask.size());
+  const std::size_t rows = samples == 0 ? mask.size() : gradient.size() / samples;
+  check_length("gradient", rows, "mask", mask.size());
   check_finite(gradient);
   for (const double number : cost)
     if (!std::isfinite(number))
       throw std::invalid_argument("cost must be finite, got " + to_text(number));
   if (!(slack >= 0.0))
     throw std::invalid_argument("slack must be a number >= 0, got " + to_text(slack));
-  return Rearrangement(gradient, samples, cost, slack, mask).run(poll);
+  check_sum("cost", cost);
+  double largest = 0.0;
+  for (const double number : gradient) largest = std::max(largest, std::abs(number));
+  const int exponent = far_exponent(largest);
+  const Scaled near(gradient, exponent);
+  BlockSolution solution = Rearrangement(near.numbers(), samples, cost, slack, mask).run(poll);
+  solution.loss_before = std::ldexp(solution.loss_before, 2 * exponent);
+  solution.loss = std::ldexp(solution.loss, 2 * exponent);
+  if (std::isinf(solution.loss_before))
+    throw std::invalid_argument("gradient must have a finite loss, got numbers up to " +
+                                to_text(largest));
+  return solution;
 }
 
 }  // namespace floe::masks

@@ -79,6 +79,15 @@ void check(std::span<const double> value, std::span<const double> cost, double b
   check_units("value", value);
   check_units("cost", cost);
   check_budget(budget);
+  check_sum("value", value);
+}
+
+double largest_that_fits(std::span<const double> value, std::span<const double> cost,
+                         double capacity) {
+  double largest = 0.0;
+  for (std::size_t i = 0; i < value.size(); ++i)
+    if (cost[i] <= capacity) largest = std::max(largest, value[i]);
+  return largest;
 }
 
 // The greedy choice, what it leaves to gain, and the search for it.
@@ -122,11 +131,9 @@ bool improve(const Greedy& greedy, const std::vector<Unit>& filled, const Knapsa
   return true;
 }
 
-}  // namespace
-
-KnapsackSolution solve_knapsack(std::span<const double> value, std::span<const double> cost,
-                                double budget, const KnapsackLimits& limits, std::span<bool> mask) {
-  check(value, cost, budget, mask);
+// For a budget and values around 1, see far_exponent(); or a budget of 0 or infinity.
+KnapsackSolution solve(std::span<const double> value, std::span<const double> cost, double budget,
+                       const KnapsackLimits& limits, std::span<bool> mask) {
   Ticker ticker(limits.poll);
   const double capacity = capacity_of(budget);
   const Order order(value, cost, capacity);
@@ -160,6 +167,26 @@ KnapsackSolution solve_knapsack(std::span<const double> value, std::span<const d
   if (improve(greedy, filler.filled(), limits, mask, solution))
     totals_of(value, cost, mask).write_to(solution);
   solution.upper_bound = std::max(solution.upper_bound, solution.value);
+  return solution;
+}
+
+}  // namespace
+
+KnapsackSolution solve_knapsack(std::span<const double> value, std::span<const double> cost,
+                                double budget, const KnapsackLimits& limits, std::span<bool> mask) {
+  check(value, cost, budget, mask);
+  const int cost_exponent = far_exponent(budget);
+  const Scaled costs(cost, cost_exponent);
+  const double limit = scaled(budget, cost_exponent);
+  const int value_exponent =
+      far_exponent(largest_that_fits(value, costs.numbers(), capacity_of(limit)));
+  const Scaled values(value, value_exponent);
+  KnapsackSolution solution = solve(values.numbers(), costs.numbers(), limit, limits, mask);
+  if (value_exponent == 0 && cost_exponent == 0) return solution;
+  const double gap = std::ldexp(solution.upper_bound - solution.value, value_exponent);
+  totals_of(value, cost, mask).write_to(solution);
+  solution.upper_bound = solution.value + gap;
+  solution.lambda = scaled(solution.lambda, cost_exponent - value_exponent);
   return solution;
 }
 

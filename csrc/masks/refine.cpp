@@ -1,5 +1,8 @@
 #include "masks/refine.h"
 
+#include <array>
+#include <cmath>
+#include <compare>
 #include <limits>
 #include <numeric>
 #include <optional>
@@ -12,6 +15,24 @@ namespace floe::masks {
 namespace {
 
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
+
+// value / cost of a unit that costs something, for comparing: never infinite, never rounded to 0.
+struct Ratio {
+  int exponent = 0;
+  double fraction = 0.0;
+
+  Ratio(double value, double cost) {
+    if (value == 0.0) {
+      exponent = std::numeric_limits<int>::min();
+      return;
+    }
+    std::array<int, 3> exponents{};
+    const double quotient = std::frexp(value, &exponents[0]) / std::frexp(cost, &exponents[1]);
+    fraction = std::frexp(quotient, &exponents[2]);
+    exponent = exponents[0] - exponents[1] + exponents[2];
+  }
+  auto operator<=>(const Ratio&) const = default;
+};
 
 struct Candidate {
   double value = 0.0;
@@ -124,7 +145,8 @@ class MoveSearch {
       consider({entering.value, -entering.cost, -1, entering.unit});
       return;
     }
-    try_adding(tree, 2 * i);  // not a leaf: a leaf's least cost is its unit's
+    if (tree.is_leaf(i)) return;
+    try_adding(tree, 2 * i);
     try_adding(tree, 2 * i + 1);
   }
 
@@ -222,13 +244,14 @@ class Refiner {
     for (std::size_t i = 0; i < value_.size(); ++i)
       if (mask_[i] && cost_[i] > 0.0) droppable.push_back(i);
     std::ranges::sort(droppable, [&](std::size_t a, std::size_t b) {
-      const double left = value_[a] / cost_[a];
-      const double right = value_[b] / cost_[b];
+      const Ratio left(value_[a], cost_[a]);
+      const Ratio right(value_[b], cost_[b]);
       if (left != right) return left < right;
       if (cost_[a] != cost_[b]) return cost_[a] > cost_[b];
       return a > b;
     });
     for (const std::size_t i : droppable) {
+      if (retained_cost_.total() <= capacity_) total_up();  // what large costs left no digits for
       if (retained_cost_.total() <= capacity_) return;
       mask_[i] = false;
       retained_cost_.add(-cost_[i]);
@@ -255,6 +278,7 @@ class Refiner {
       std::iota(units.begin(), units.end(), first);
       return units;
     };
+    if (value_.empty()) return;
     if (options_.pairs == Pairs::kAll) {
       add_tree(range(0, static_cast<std::int64_t>(value_.size())));
       pairs_.emplace_back(0, 0);
@@ -279,12 +303,15 @@ class Refiner {
   }
 
   std::optional<Move> best_move() const {
-    const double slack = options_.literal ? 0.0 : capacity_ - retained_cost_.total();
-    MoveSearch search(slack, retained_value_.total() * kTolerance);
+    MoveSearch search(options_.literal ? 0.0 : slack(), retained_value_.total() * kTolerance);
     if (!options_.literal)
       for (const CostTree& tree : trees_) search.try_adding(tree);
     for (const auto& [from, to] : pairs_) search.try_swapping(trees_[from], trees_[to]);
     return search.best();
+  }
+
+  double slack() const {  // without a limit, whatever costs have overflowed to
+    return std::isinf(capacity_) ? kInfinity : capacity_ - retained_cost_.total();
   }
 
   void flip(std::int64_t unit) {
@@ -321,21 +348,28 @@ class Refiner {
   Sum retained_cost_;
 };
 
+void check_layout(const Layout& layout, std::size_t count) {
+  for (const std::int64_t size : {layout.layers, layout.heads, layout.neurons})
+    if (size < 0 || size >= std::int64_t{1} << 30)
+      throw std::invalid_argument("layers, heads and neurons must be in [0, 2**30), got " +
+                                  std::to_string(size));
+  const std::int64_t units = layout.layers * (layout.heads + layout.neurons);
+  check_length("value", count, "layers * (heads + neurons)", static_cast<std::size_t>(units));
+}
+
 }  // namespace
 
 RefineSolution refine(std::span<const double> value, std::span<const double> cost, double budget,
                       const Layout& layout, const RefineOptions& options, std::span<bool> mask) {
   check_length("cost", cost.size(), "value", value.size());
   check_length("mask", mask.size(), "value", value.size());
-  if (layout.layers < 0 || layout.heads < 0 || layout.neurons < 0)
-    throw std::invalid_argument("layers, heads and neurons must be >= 0");
-  const std::int64_t units = layout.layers * (layout.heads + layout.neurons);
-  check_length("value", value.size(), "layers * (heads + neurons)",
-               static_cast<std::size_t>(units));
   check_count(value.size());
+  check_layout(layout, value.size());
   check_units("value", value);
   check_units("cost", cost);
   check_budget(budget);
+  check_sum("value", value);
+  if (!std::isinf(budget)) check_sum("cost", cost);
   return Refiner(value, cost, capacity_of(budget), layout, options, mask).run();
 }
 

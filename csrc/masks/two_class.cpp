@@ -30,6 +30,7 @@ struct Prices {
     return affordable(budget, budget * kTolerance, head_cost, heads);
   }
   std::size_t neurons_beside(std::size_t count) const {
+    if (std::isinf(budget)) return neurons;  // infinity less what overflows is no number
     const double left = budget - static_cast<double>(count) * head_cost;
     return affordable(left, budget * kTolerance, neuron_cost, neurons);
   }
@@ -259,6 +260,8 @@ void check(std::span<const double> head_value, std::span<const double> neuron_va
   check_unit("head_cost", prices.head_cost);
   check_unit("neuron_cost", prices.neuron_cost);
   check_budget(prices.budget);
+  check_sum("head_value", head_value);
+  check_sum("neuron_value", neuron_value);
   check_count(std::max(head_value.size(), neuron_value.size()));
   check_length("head_mask", head_mask.size(), "head_value", head_value.size());
   check_length("neuron_mask", neuron_mask.size(), "neuron_value", neuron_value.size());
@@ -275,6 +278,15 @@ Choice choose_masked(std::span<const double> head_value, std::span<const double>
   return choice;
 }
 
+// Of the values of the classes that the budget pays for.
+double largest_that_fits(std::span<const double> head_value, std::span<const double> neuron_value,
+                         const Prices& prices) {
+  double largest = 0.0;
+  if (prices.most_heads() > 0) largest = std::ranges::max(head_value);
+  if (prices.neurons_beside(0) > 0) largest = std::max(largest, std::ranges::max(neuron_value));
+  return largest;
+}
+
 }  // namespace
 
 TwoClassSolution solve_two_class(std::span<const double> head_value,
@@ -282,27 +294,35 @@ TwoClassSolution solve_two_class(std::span<const double> head_value,
                                  double neuron_cost, double budget, Reading reading,
                                  const Poll& poll, std::span<bool> head_mask,
                                  std::span<bool> neuron_mask) {
-  const Prices prices{head_cost, neuron_cost, budget, head_value.size(), neuron_value.size()};
-  check(head_value, neuron_value, prices, head_mask, neuron_mask);
+  const Prices asked{head_cost, neuron_cost, budget, head_value.size(), neuron_value.size()};
+  check(head_value, neuron_value, asked, head_mask, neuron_mask);
+  const int cost_exponent = far_exponent(budget);
+  const Prices prices{scaled(head_cost, cost_exponent), scaled(neuron_cost, cost_exponent),
+                      scaled(budget, cost_exponent), head_value.size(), neuron_value.size()};
+  const bool literal = reading == Reading::kLiteral;
+  const int value_exponent =
+      literal ? 0 : far_exponent(largest_that_fits(head_value, neuron_value, prices));
+  const Scaled heads(head_value, value_exponent);
+  const Scaled neurons(neuron_value, value_exponent);
   Ticker ticker(poll);
   TwoClassSolution solution;
   Choice choice;
   double gap = 0.0;
-  if (reading == Reading::kRetain) {
-    RetainSearch search(head_value, neuron_value, prices);
+  if (!literal) {
+    RetainSearch search(heads.numbers(), neurons.numbers(), prices);
     ticker.tick();
     choice = search.run();
-    gap = search.gap();
-    solution.lambda = search.lambda();
+    gap = std::ldexp(search.gap(), value_exponent);
+    solution.lambda = scaled(search.lambda(), cost_exponent - value_exponent);
   } else {
-    choice = choose_masked(head_value, neuron_value, prices);
+    choice = choose_masked(heads.numbers(), neurons.numbers(), prices);
   }
   ticker.tick();
-  retain_largest(head_value, choice.least_head, choice.kept.heads, head_mask);
-  retain_largest(neuron_value, choice.least_neuron, choice.kept.neurons, neuron_mask);
-  total_up(solution, prices, head_value, neuron_value, head_mask, neuron_mask, choice.kept);
+  retain_largest(heads.numbers(), choice.least_head, choice.kept.heads, head_mask);
+  retain_largest(neurons.numbers(), choice.least_neuron, choice.kept.neurons, neuron_mask);
+  total_up(solution, asked, head_value, neuron_value, head_mask, neuron_mask, choice.kept);
   // As printed, masking nothing fits every budget and loses nothing.
-  if (reading == Reading::kLiteral) gap = solution.masked_value;
+  if (literal) gap = solution.masked_value;
   solution.upper_bound = solution.value + gap;
   return solution;
 }

@@ -61,6 +61,48 @@ inline void check_length(std::string_view name, std::size_t length, std::string_
                               " (" + std::to_string(expected) + "), got " + std::to_string(length));
 }
 
+// Throws unless the numbers' sizes sum to a number, with room for their differences.
+inline void check_sum(std::string_view name, std::span<const double> numbers) {
+  double sum = 0.0;
+  for (const double number : numbers) sum += std::abs(number);
+  if (sum <= std::numeric_limits<double>::max() / 8) return;
+  throw std::invalid_argument(std::string(name) + " must sum to less than 2**1021 in size, got " +
+                              to_text(sum));
+}
+
+// Ratios, products and tolerances of numbers around 1 neither overflow nor vanish. The power of two
+// that brings `largest` >= 0 there; 0 if it is near enough.
+inline int far_exponent(double largest) {
+  if (largest == 0.0 || std::isinf(largest)) return 0;
+  const int exponent = std::ilogb(largest);
+  return std::abs(exponent) > 300 ? exponent : 0;
+}
+
+// number / 2^exponent, but finite if the number is.
+inline double scaled(double number, int exponent) {
+  constexpr double kMax = std::numeric_limits<double>::max();
+  return exponent == 0 ? number : std::clamp(std::ldexp(number, -exponent), -kMax, kMax);
+}
+
+// All numbers scaled: what solvers compare, while totals are of the numbers that came. Rounds only
+// what is 2^-1000 of the largest. No copy if the exponent is 0.
+class Scaled {
+ public:
+  Scaled(std::span<const double> numbers, int exponent) : numbers_(numbers) {
+    if (exponent == 0) return;
+    for (const double number : numbers) copy_.push_back(scaled(number, exponent));
+    numbers_ = copy_;
+  }
+  Scaled(const Scaled&) = delete;
+  Scaled& operator=(const Scaled&) = delete;
+
+  std::span<const double> numbers() const { return numbers_; }
+
+ private:
+  std::vector<double> copy_;
+  std::span<const double> numbers_;
+};
+
 // The budget with its float tolerance: 0.1 + 0.1 + 0.1 has to fit into 0.3.
 inline constexpr double kTolerance = 1e-12;
 inline double capacity_of(double budget) { return budget * (1.0 + kTolerance); }

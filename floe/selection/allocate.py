@@ -6,6 +6,7 @@ adapter. Which options to take is a multiple-choice knapsack problem, solved exa
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -111,14 +112,15 @@ def allocate(
         options: J pairs (rank, experts); (0, 0) for no adapter.
         costs: [J] or [L, J] integers >= 0, parameters or bytes; see :func:`option_costs`.
         budget: integer >= 0 in the same unit.
-        gain: [L, J] finite numbers, taken as they are, or a model of them.
+        gain: [L, J] finite numbers, taken as they are, or a model of them. The layers' largest
+            must sum to a finite number; sums are compared as floats.
         scale: counts in steps this many times as large and rounds costs up to them: a smaller
             table, an allocation within the budget, and a bound that says what it may have lost.
         progress: told the layers done so far about every 100 ms; what it raises ends the call.
 
     Raises:
         ValueError: the cheapest options exceed the budget, the table would exceed 1 GiB (says the
-            divisor and both sizes), shapes that differ, a negative or non-finite number.
+            divisor and both sizes), shapes that differ, a negative or non-finite number or sum.
         TypeError: costs that are no integers.
     """
     scores = _scores(layer_scores)
@@ -128,15 +130,21 @@ def allocate(
     limit, factor = count("budget", budget), count("scale", scale)
     if factor < 1:
         raise ValueError(f"scale must be >= 1, got {scale}")
-    bound = _native.allocate_bound(gains, prices, limit)
-    # What no choice can avoid paying is no part of the problem.
+    # What no choice can avoid paying, or miss, is no part of the problem.
     least = prices.min(axis=1, keepdims=True)
     free, above = limit - int(least.sum()), prices - least
+    if free < 0:
+        raise ValueError(
+            "the budget must pay for every layer's cheapest option "
+            f"({int(least.sum())}), got {limit}"
+        )
+    near, offset, exponent = _near(gains)
+    bound = offset + math.ldexp(_native.allocate_bound(near, above, free), exponent)
     unit = max(1, int(np.gcd.reduce(above, axis=None))) * factor
     steps, most = -(-above // unit), free // unit
     most = min(most, int(steps.max(axis=1).sum()))
     _check_table(shape[0], most + 1, unit // factor, free)
-    index = _native.allocate(gains, steps, most, progress)
+    index = _native.allocate(near, steps, most, progress)
     layers = np.arange(shape[0])
     value = float(gains[layers, index].sum())
     bound = max(bound, value)
@@ -157,7 +165,7 @@ def allocate_continuous(layer_scores: ArrayLike, budget: float, c0: float) -> Co
         c0: > 0, the capacity at which returns begin to diminish.
 
     Raises:
-        ValueError: no layers, or a number out of its range.
+        ValueError: no layers, a number out of its range, or results beyond the range of floats.
     """
     scores, limit, knee = _scores(layer_scores), number("budget", budget), number("c0", c0)
     if not 0 <= limit < np.inf:
@@ -166,14 +174,23 @@ def allocate_continuous(layer_scores: ArrayLike, budget: float, c0: float) -> Co
         raise ValueError(f"c0 must be > 0 and finite, got {c0}")
     if not scores.any():
         return ContinuousAllocation(np.full(scores.shape, limit / len(scores)), 0.0, 0.0)
-    falling = np.sort(scores)[::-1]
+    if not limit / knee < 1e300:
+        raise ValueError(f"budget / c0 must be less than 1e300, got {limit} / {knee}")
+    # Scores of at most 1 and capacities in units of c0, so that nothing overflows or vanishes.
+    size, room = scores.max(), limit / knee
+    shares = scores / size
+    falling = np.sort(shares)[::-1]
     # With the m best layers open: price = sum of their scores / (budget + m c0). The m-th stays
-    # open if its score / c0 exceeds that price.
-    prices = np.cumsum(falling) / (limit + knee * np.arange(1, len(scores) + 1))
-    is_open = falling > knee * prices
-    price = float(prices[is_open][-1]) if is_open.any() else float(falling[0] / knee)
-    capacity = np.maximum(0.0, scores / price - knee)
-    return ContinuousAllocation(capacity, float((scores * np.log1p(capacity / knee)).sum()), price)
+    # open if its score / c0 exceeds that price. Differences first: a small budget must not vanish.
+    sums, opened = np.cumsum(falling), np.arange(1, len(scores) + 1)
+    m = max(1, int((falling * room + (opened * falling - sums) > 0).sum()))
+    capacity = np.maximum(0.0, (shares * room + (m * shares - sums[m - 1])) / sums[m - 1])
+    with np.errstate(over="ignore"):
+        value = float((shares * np.log1p(capacity)).sum() * size)
+        price = float(sums[m - 1] / (room + m) * size / knee)
+    if not (np.isfinite(value) and np.isfinite(price)):
+        raise ValueError(f"value and price must be finite, got scores up to {size} and c0 {knee}")
+    return ContinuousAllocation(capacity * knee, value, price)
 
 
 def option_costs(dimensions: Sequence[tuple[int, int]], options: Options) -> NDArray[np.int64]:
@@ -279,7 +296,28 @@ def _gains(gain: ArrayLike | Saturating, scores: Floats, options: Options) -> Fl
         raise ValueError(
             f"gain must have shape [L, J] = {(len(scores), len(options))}, got {gains.shape}"
         )
+    bad = np.argwhere(~np.isfinite(gains))
+    if len(bad):
+        layer, option = bad[0]
+        raise ValueError(f"gains must be finite, got {gains[layer, option]} at [{layer}, {option}]")
     return gains
+
+
+def _near(gains: Floats) -> tuple[Floats, float, int]:
+    """Gains beyond each layer's least, divided by 2 ** exponent to at most 1; and what the least
+    gain together. Exact but for what is 1e-300 of the largest, so no sum or slope overflows.
+
+    Raises:
+        ValueError: the sum over layers may overflow.
+    """
+    least, most = gains.min(axis=1, keepdims=True), gains.max(axis=1, keepdims=True)
+    with np.errstate(over="ignore"):
+        size = np.abs([least, most]).max(axis=0).sum()
+        beyond = gains - least
+    if not size <= np.finfo(np.float64).max / 8:
+        raise ValueError(f"the layers' gains must sum to less than 2**1021, got {size}")
+    _, exponent = np.frexp(beyond.max())
+    return np.ldexp(beyond, -exponent), float(least.sum()), int(exponent)
 
 
 def _costs(costs: ArrayLike, shape: tuple[int, int]) -> NDArray[np.int64]:
@@ -290,6 +328,11 @@ def _costs(costs: ArrayLike, shape: tuple[int, int]) -> NDArray[np.int64]:
         raise ValueError(
             f"costs must have shape [J] = {shape[1:]} or [L, J] = {shape}, got {found.shape}"
         )
+    least, most = int(found.min()), int(found.max())
+    if least < 0:
+        raise ValueError(f"costs must be >= 0, got {least}")
+    if most * shape[0] >= 2**61:
+        raise ValueError(f"the layers' costs must sum to less than 2**61, got a cost of {most}")
     return np.ascontiguousarray(np.broadcast_to(found, shape), dtype=np.int64)
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from floe import _native
-from floe.selection.solvers import Flags, Floats, count, number, numbers
+from floe.selection.solvers import Flags, Floats, count, flags, number, numbers
 
 Gradients = NDArray[np.float32] | Floats
 
@@ -47,8 +47,9 @@ def rearrange(
     gradients are orthogonal masks of least Fisher information stay.
 
     Args:
-        gradient: [S, n] mask gradients d L_n / d m of S samples; finite.
-        cost: [n], finite; of retaining a unit. May be negative: masking costs are -cost.
+        gradient: [S, n] mask gradients d L_n / d m of S samples; finite, and so is the loss.
+        cost: [n], of retaining a unit; finite, their sizes sum to less than 2**1021. May be
+            negative: masking costs are -cost.
         mask: [n]; nonzero = retained. Not changed.
         slack: >= 0, how much the retained cost may rise; infinity means no limit.
         rows: project the S samples to at most so many directions first; 0 keeps all.
@@ -59,13 +60,10 @@ def rearrange(
     """
     found = numbers("gradient", gradient, dimensions=2)
     costs = numbers("cost", cost)
-    start = np.ascontiguousarray(np.asarray(mask) != 0)
-    if start.shape != costs.shape or found.shape[1] != len(costs):
-        raise ValueError(
-            "gradient must be [S, n], cost and mask [n], got "
-            f"{found.shape}, {costs.shape} and {start.shape}"
-        )
-    if count("rows", rows):
+    start = flags("mask", mask, costs.shape)
+    if found.shape[1] != len(costs):
+        raise ValueError(f"gradient must be [S, n] and cost [n], got {found.shape}, {costs.shape}")
+    if count("rows", rows) and np.isfinite(found).all():
         found = project(found, rows)
     done = _native.rearrange(np.ascontiguousarray(found.T), costs, number("slack", slack), start)
     return Rearrangement(**done)
@@ -80,12 +78,16 @@ def project(gradient: Floats, rows: int) -> Floats:
     """
     samples, units = gradient.shape
     keep = min(rows, samples, units)
+    _, exponent = np.frexp(np.abs(gradient).max(initial=0))
+    near = np.ldexp(gradient, -exponent)  # so that squares neither overflow nor vanish
     if samples <= units:
-        _, vectors = np.linalg.eigh(gradient @ gradient.T)
-        return np.asarray(vectors[:, ::-1][:, :keep].T @ gradient)
-    squares, vectors = np.linalg.eigh(gradient.T @ gradient)
-    scale = np.sqrt(np.maximum(squares[::-1][:keep], 0))
-    return np.asarray(scale[:, None] * vectors[:, ::-1][:, :keep].T)
+        _, vectors = np.linalg.eigh(near @ near.T)
+        found = vectors[:, ::-1][:, :keep].T @ near
+    else:
+        squares, vectors = np.linalg.eigh(near.T @ near)
+        scale = np.sqrt(np.maximum(squares[::-1][:keep], 0))
+        found = scale[:, None] * vectors[:, ::-1][:, :keep].T
+    return np.asarray(np.ldexp(found, exponent))
 
 
 @dataclass(frozen=True, eq=False)

@@ -82,7 +82,10 @@ def determine(
         raise ValueError(f"budget must be a fraction in (0, 1], got {fraction}")
     values = _values(scores, chosen.first_order)
     units = Units(*values, scores.head_taylor, scores.neuron_taylor)
-    limit = fraction * float(units.head_cost.sum() + units.neuron_cost.sum())
+    with np.errstate(over="ignore"):
+        limit = fraction * float(units.head_cost.sum() + units.neuron_cost.sum())
+    if math.isinf(limit):
+        raise ValueError("Taylor scores must sum to a finite number, got more")
     gradients = _gradients(scores) if chosen.refine == "block" else None
     if chosen.granularity == "global":
         return _determine(units, chosen, limit, gradients)

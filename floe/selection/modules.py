@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from floe.selection.solvers import DEFAULT_NODES, Flags, Floats, numbers, solve_mask
+from floe.selection.solvers import DEFAULT_NODES, Flags, Floats, count, numbers, solve_mask
 
 if TYPE_CHECKING:
     from floe.importance.scores import Scores
@@ -77,7 +77,7 @@ def choose_modules(
         module_scores: [L, P] finite, >= 0; for example the adapter Fisher information of each
             projection (Scores.module_fisher).
         parameters: [L, P] adapter parameters, integers >= 0.
-        budget: adapter parameters in all, >= 0.
+        budget: adapter parameters in all, >= 0 and below 2**39 unless there are fewer.
         names: of the P projections.
 
     Raises:
@@ -91,8 +91,13 @@ def choose_modules(
             "module_scores and parameters must be [L, P] and names P different ones, got "
             f"{scores.shape}, {sizes.shape} and {list(names)}"
         )
+    limit, whole = count("budget", budget), int(sizes.sum(dtype=object))
+    if 2**39 <= limit < whole:  # the solver's tolerance is a parameter there
+        raise ValueError(
+            f"budget must be below 2**39 parameters where it limits them, got {limit} of {whole}"
+        )
     costs = sizes.astype(np.float64)
-    found = solve_mask(scores.ravel(), costs.ravel(), budget, max_nodes=max_nodes)
+    found = solve_mask(scores.ravel(), costs.ravel(), min(limit, whole), max_nodes=max_nodes)
     chosen = found.mask.reshape(scores.shape) & (scores > 0)
     pairs = {
         layer: tuple(name for name, taken in zip(names, row, strict=True) if taken)
@@ -113,4 +118,8 @@ def _integers(name: str, array: ArrayLike) -> NDArray[np.int64]:
     found = np.asarray(array)
     if found.dtype.kind not in "iu":
         raise TypeError(f"{name} must be integers, got dtype {found.dtype}")
+    if found.size and not 0 <= int(found.min()) <= int(found.max()) < 2**39:
+        raise ValueError(
+            f"{name} must be in [0, 2**39), got {int(found.min())} to {int(found.max())}"
+        )
     return found.astype(np.int64)

@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike
 
 from floe import _native
 from floe.selection.presets import Pairs
-from floe.selection.solvers import Flags, Floats, count, number, numbers, totals
+from floe.selection.solvers import Flags, Floats, count, flags, number, numbers, totals
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,7 +95,8 @@ def refine_masks(
     below the repaired start, and never above the budget.
 
     Args:
-        units: values and costs, L layers.
+        units: values and costs, L layers; values sum to less than 2**1021, and so do costs if the
+            budget is finite.
         budget: >= 0; infinity means no limit. Not used if ``literal``.
         head_mask: [L, H], neuron_mask: [L, I]; nonzero = retained. Not changed.
         pairs: what may swap: a head and a neuron of one layer (Eq. 14), any two of one layer, any.
@@ -105,13 +106,14 @@ def refine_masks(
         progress: told the moves made so far about every 100 ms; what it raises ends the call.
 
     Raises:
-        ValueError: shapes that differ, a negative or non-finite number, an unknown ``pairs``.
+        ValueError: shapes that differ, a negative or non-finite number or sum, an unknown
+            ``pairs``.
         TypeError: no real numbers.
     """
     start = np.concatenate(
         [
-            _retained("head_mask", head_mask, units.head_value.shape),
-            _retained("neuron_mask", neuron_mask, units.neuron_value.shape),
+            flags("head_mask", head_mask, units.head_value.shape).ravel(),
+            flags("neuron_mask", neuron_mask, units.neuron_value.shape).ravel(),
         ]
     )
     layers, heads = units.head_value.shape
@@ -138,12 +140,3 @@ def refine_masks(
         swaps=found["swaps"],
         converged=found["converged"],
     )
-
-
-def _retained(name: str, mask: ArrayLike, shape: tuple[int, ...]) -> Flags:
-    found = np.asarray(mask)
-    if found.dtype.kind not in "bfiu":
-        raise TypeError(f"{name} must be an array of numbers or booleans, got dtype {found.dtype}")
-    if found.shape != shape:
-        raise ValueError(f"{name} must have shape {shape}, got {found.shape}")
-    return np.ascontiguousarray(found != 0).ravel()

@@ -30,7 +30,8 @@ class MaskSolution:
         mask: [n] bool, True = retained; for two classes the heads, then the neurons.
         value, cost: totals of the retained units. ``cost`` exceeds the budget by rounding at most
             (1e-12 relative).
-        masked_value, masked_cost: totals of the masked units.
+        masked_value, masked_cost: totals of the masked units. A cost is infinite if its sum is
+            beyond the range of floats.
         upper_bound: no feasible choice retains more value. It is ``lambda_ * budget + sum(max(0,
             value - lambda_ * cost))`` over the units that fit the budget on their own, the
             linear-programming bound. For Algorithm 1 as printed it is the value of everything:
@@ -78,14 +79,16 @@ def solve_mask(
     unless a time limit strikes.
 
     Args:
-        value, cost: [n], finite, >= 0. float64 arrays are not copied.
+        value, cost: [n], finite, >= 0; values sum to less than 2**1021. float64 arrays are not
+            copied.
         budget: >= 0, in the unit of ``cost``; infinity means no limit.
         max_nodes: states the search may examine; 0 returns the greedy choice with its bound.
         time_limit: seconds for the search.
         progress: told the states examined so far about every 100 ms; what it raises ends the call.
 
     Raises:
-        ValueError: a negative or non-finite number (names the first unit), lengths that differ.
+        ValueError: a negative or non-finite number (names the first unit) or sum, lengths that
+            differ.
         TypeError: no real numbers.
     """
     nodes = count("max_nodes", max_nodes)
@@ -127,7 +130,8 @@ def solve_two_class(
     the smallest is taken.
 
     Args:
-        head_value: [H], neuron_value: [I]; finite, >= 0. Either may be empty.
+        head_value: [H], neuron_value: [I]; finite, >= 0, each summing to less than 2**1021.
+            Either may be empty.
         head_cost, neuron_cost: finite, >= 0.
         budget: >= 0; infinity means no limit. 0.3 pays for three units of 0.1 in spite of binary
             floats.
@@ -191,7 +195,7 @@ def totals(found: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def numbers(name: str, array: ArrayLike, dimensions: int = 1) -> Floats:
-    """``array`` as C-contiguous float64, copied only if it is not that already.
+    """``array`` as aligned C-contiguous float64, copied only if it is not that already.
 
     Raises:
         TypeError: not an array of real numbers. ValueError: of another number of dimensions.
@@ -201,18 +205,38 @@ def numbers(name: str, array: ArrayLike, dimensions: int = 1) -> Floats:
         raise TypeError(f"{name} must be an array of real numbers, got dtype {found.dtype}")
     if found.ndim != dimensions:
         raise ValueError(f"{name} must have {dimensions} dimension(s), got shape {found.shape}")
-    return np.ascontiguousarray(found, dtype=np.float64)
+    with np.errstate(over="ignore"):  # of a wider type: the solvers refuse infinity by position
+        return np.require(found, np.float64, ["C", "A"])
+
+
+def flags(name: str, mask: ArrayLike, shape: tuple[int, ...]) -> Flags:
+    """A mask as a C-contiguous copy; nonzero = True.
+
+    Raises:
+        TypeError: not an array of numbers or booleans. ValueError: of another shape, or with NaN.
+    """
+    found = np.asarray(mask)
+    if found.dtype.kind not in "bfiu":
+        raise TypeError(f"{name} must be an array of numbers or booleans, got dtype {found.dtype}")
+    if found.shape != shape:
+        raise ValueError(f"{name} must have shape {shape}, got {found.shape}")
+    if np.isnan(found).any():
+        raise ValueError(f"{name} must be finite, got NaN")
+    return np.ascontiguousarray(found != 0)
 
 
 def number(name: str, value: Any) -> float:
     """``value`` as float; the solvers check its range.
 
     Raises:
-        TypeError: not a real number.
+        TypeError: not a real number. ValueError: beyond the range of floats.
     """
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(f"{name} must be in the range of floats, got a larger number") from None
 
 
 def count(name: str, value: Any) -> int:
