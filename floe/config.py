@@ -261,7 +261,11 @@ class SelectConfig(_Section):
     budget_path: list[Fraction] = Field(
         [0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9], description="Budgets that score: path averages over."
     )
-    tune: bool = True
+    tune: bool | None = Field(
+        None,
+        description="Tune the paper's masks: null where the model's can be (not on quantised "
+        "weights, nor with a residual multiplier); true: they must be; false: never.",
+    )
     tune_tokens: Count = 2048
     seed: Seed = 42
 

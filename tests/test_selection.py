@@ -236,7 +236,7 @@ def change(path, **values):
         (lambda p: p.unlink(), "selection.json: no such file"),
         (lambda p: p.write_text(p.read_text()[:100]), "not valid json"),
         (lambda p: p.write_text("[]"), "must hold one object, got list"),
-        (lambda p: change(p, format=1), "format must be 2, got 1; select again"),
+        (lambda p: change(p, format=1), "format must be 3, got 1; select again"),
         (lambda p: change(p, pick="left"), "pick must be one of .* got 'left'"),
         (lambda p: change(p, budget_path=["x"]), "not a selection"),
         (lambda p: change(p, extra=1), r"unknown \['extra'\]"),
@@ -315,3 +315,68 @@ def test_tuning_changes_retained_units_alone(tmp_path):
     assert tuned.paper.layer_scores.tolist() != binary.paper.layer_scores.tolist()
     tuned.save(tmp_path)
     assert Selection.load(tmp_path).tuning == tuned.tuning
+
+
+def untunable(kind):
+    """A model whose masks cannot be tuned, and what says so."""
+    hf = pytest.importorskip("transformers")
+    from importance_models import SIZES, Codes, plain
+
+    from floe.blocks import find_blocks
+
+    if kind == "codes":
+        model = plain()
+        for block in find_blocks(model):
+            block.module.mlp.up_proj = Codes(block.module.mlp.up_proj)
+        return model, "must have floating-point weights to tune masks"
+    if kind == "offloaded":
+        model = plain()
+        find_blocks(model)[2].module.mlp.down_proj.to("meta")
+        return model, "must be in memory to tune masks, got model.layers.2.mlp.down_proj"
+    if kind == "granite":
+        config = hf.GraniteConfig(**SIZES, residual_multiplier=0.22)
+        return hf.GraniteForCausalLM(config), "block model.layers.0 must output its input plus"
+    config = hf.Glm4Config(**SIZES, head_dim=8)
+    return hf.Glm4ForCausalLM(config), "block model.layers.0 must output its input plus"
+
+
+@pytest.mark.parametrize("policy", ["adapter_fisher", "masks", "random"])
+@pytest.mark.parametrize("kind", ["codes", "offloaded", "granite", "glm4"])
+def test_layers_are_chosen_where_masks_cannot_be_tuned(kind, policy, tmp_path):
+    torch = pytest.importorskip("torch")
+    model, reason = untunable(kind)
+    rng = np.random.default_rng(1)
+    units = {"head": (3, 4), "neuron": (3, 40)}
+    parts = {
+        f"{u}_{k}": rng.lognormal(0, 1, s) for u, s in units.items() for k in ("fisher", "taylor")
+    }
+    scores = Scores(**parts, adapter_fisher=np.arange(3.0))
+    ids = torch.randint(3, 61, (2, 7))
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+    binary = select(scores, policy=policy, layers=1)
+    assert binary.untuned == "no model and batches were given"
+    with pytest.warns(RuntimeWarning, match="the masks are not tuned, binary ones are scored: "):
+        found = select(scores, model, [batch], policy=policy, layers=1)
+    assert (found.layers, found.tuned, found.tuning) == (binary.layers, False, [])
+    assert found.layer_scores.tolist() == binary.layer_scores.tolist()
+    assert reason in found.untuned
+    found.save(tmp_path)
+    assert Selection.load(tmp_path).untuned == found.untuned
+    with pytest.raises(ValueError, match=r"tune=True \(select\.tune: true\) asks for masks that"):
+        select(scores, model, [batch], policy=policy, layers=1, tune=True)
+    assert select(scores, model, [batch], layers=1, tune=False).untuned == "tune is False"
+
+
+def test_tuning_that_must_run_needs_a_model(scores):
+    with pytest.raises(ValueError, match="model and batches must be given for tune=True, got none"):
+        select(scores, layers=2, tune=True)
+
+
+def test_a_selection_of_the_format_before_is_read(scores, tmp_path):
+    select(scores, layers=2).save(tmp_path)
+    file = tmp_path / "selection.json"
+    document = json.loads(file.read_text())
+    del document["untuned"]
+    file.write_text(json.dumps(document | {"format": 2}))
+    found = Selection.load(tmp_path)
+    assert (found.tuned, found.untuned) == (False, "")

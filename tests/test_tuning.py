@@ -9,7 +9,7 @@ from importance_models import KINDS, adapted, assert_untouched, batches, plain, 
 from floe.blocks import base_of, find_blocks, linear_at
 from floe.importance.least_squares import UnitSystem, solve_normal, solve_ridge
 from floe.selection import tuning
-from floe.selection.tuning import leading_rows, tune_masks
+from floe.selection.tuning import NotTunable, check_tunable, leading_rows, tune_masks
 
 UNITS = torch.tensor([[1.0, 0, 1], [0, 1, 1], [1, 1, 0], [2, 0, 1]], dtype=torch.float64)
 KEPT = [0, 2]  # the second of the three units is masked
@@ -345,8 +345,20 @@ def test_bfloat16_model():
 def test_a_block_that_does_not_add_up_is_refused():
     model = plain()
     find_blocks(model)[1].module.register_forward_hook(lambda _m, _a, y: y * 1.5)
-    with pytest.raises(ValueError, match=r"block model\.layers\.1 must output its input plus"):
-        tune_masks(model, batches(), *masks())
+    for attempt in (
+        lambda: tune_masks(model, batches(), *masks()),
+        lambda: check_tunable(model, batches()),
+    ):
+        with pytest.raises(NotTunable, match=r"block model\.layers\.1 must output its input plus"):
+            attempt()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_row_shows_whether_masks_can_be_tuned(kind):
+    model = adapted(kind)
+    before = snapshot(model)
+    check_tunable(model, batches())
+    assert_untouched(model, before)
 
 
 def test_quantised_weights_are_refused(monkeypatch):

@@ -33,13 +33,14 @@ def choose(work: Workspace, run: Path, progress: Any, count: int | None = None) 
         "pick": settings.pick, "budget_path": settings.budget_path,
         "statistics": _statistics(run), "layer_memory": _layer_memory(work, run),
     }  # fmt: skip
-    if not settings.tune:
-        return select(scores, **arguments)
+    if settings.tune is False:
+        return select(scores, tune=False, **arguments)
     with work.adapted(run / "search/adapter") as model:
         batches = work.batches(work.calibration_rows, work.config.score.batch_size)
         return select(
-            scores, model, batches, tune_tokens=settings.tune_tokens, progress=progress, **arguments
-        )
+            scores, model, batches, tune=settings.tune, tune_tokens=settings.tune_tokens,
+            progress=progress, **arguments
+        )  # fmt: skip
 
 
 def placed(work: Workspace, run: Path, choice: Selection, kind: str) -> Placement:

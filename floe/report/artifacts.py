@@ -102,6 +102,7 @@ class Choice:
     layer_scores: Floats
     ranking: tuple[int, ...]
     tuned: bool
+    untuned: str
     tuning: tuple[Tuned, ...]
     paper: MaskChoice
     spearman: float | None

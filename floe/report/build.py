@@ -134,7 +134,8 @@ def _ranking(run: Run) -> Section:
     else:
         pictures = (rankings(run), *pictures)
     if not run.choice.tuning:
-        absent.append("Mask tuning was not run: the paper's masks are scored as binary masks.")
+        why = f" ({run.choice.untuned})" if run.choice.untuned else ""
+        absent.append(f"Mask tuning was not run{why}: the paper's masks are scored as binary ones.")
     return Section("ranking", "Ranking", lead, pictures, " ".join(absent))
 
 

@@ -92,6 +92,7 @@ def _choice(data: Record, layers: int) -> Choice:
         layer_scores=data.numbers("layer_scores", layers),
         ranking=data.layers("ranking", layers, whole=True),
         tuned=data.flag("tuned"),
+        untuned=data.text("untuned", default=""),
         tuning=tuple(_tuned(one, layers) for one in data.records("tuning")),
         paper=_masks(data.record("paper"), layers),
         spearman=agreement.maybe_number("spearman"),

@@ -20,7 +20,7 @@ from floe.atomic import write_bytes
 from floe.errors import FileError
 from floe.selection.solvers import Floats
 
-FORMAT = 2  # 2: pick and budget_path
+FORMAT = 3  # 2: pick and budget_path; 3: untuned
 PICKS = ("top", "bottom")
 _PLAIN = (
     "policy",
@@ -32,6 +32,7 @@ _PLAIN = (
     "certificate",
     "moves",
     "tuned",
+    "untuned",
     "tuning",
     "agreement",
 )
@@ -88,7 +89,7 @@ class Selection:
         masks: the paper's masks under ``preset``.
         certificate: of the masks before tuning: value, cost, budget, upper_bound, gap, optimal.
         moves: repairs, adds and swaps of the refinement.
-        tuned: whether the masks went through the tuning stage.
+        tuned: whether the masks went through the tuning stage; untuned: why not, else empty.
         tuning: one record per tuned component: layer, component, accepted, residual_before,
             residual_after.
         paper: the "masks" policy's own choice from the same masks, always from the top.
@@ -111,6 +112,7 @@ class Selection:
     certificate: dict[str, Any]
     moves: dict[str, int]
     tuned: bool
+    untuned: str
     tuning: list[dict[str, Any]]
     paper: PaperSelection
     agreement: dict[str, float | int | None]
@@ -197,6 +199,8 @@ def _document(selection: Selection) -> dict[str, Any]:
 def _check_keys(path: Path, document: Any) -> None:
     if not isinstance(document, dict):
         raise FileError(path, f"must hold one object, got {type(document).__name__}")
+    if document.get("format") == 2:
+        document |= {"format": FORMAT, "untuned": ""}
     if document.get("format") != FORMAT:
         raise FileError(
             path, f"format must be {FORMAT}, got {document.get('format')!r}; select again"

@@ -55,7 +55,7 @@ def select(
     pick: str = "top",
     budget_path: Sequence[float] = BUDGET_PATH,
     layer_memory: Sequence[int] | None = None,
-    tune: bool = True,
+    tune: bool | None = None,
     tune_tokens: int = 2048,
     statistics: LayerStatistics | None = None,
     progress: Progress | None = None,
@@ -63,9 +63,9 @@ def select(
     """Choose the layers to adapt.
 
     The paper's masks, layer scores and ranking are computed under ``preset`` whatever ``policy``
-    decides, and stored with their agreement. With ``model`` and ``batches`` (and ``tune``) the
-    masks also go through the paper's tuning stage; without them the binary masks are scored and
-    ``tuned`` is False.
+    decides, and stored with their agreement. With ``model`` and ``batches`` the masks also go
+    through the paper's tuning stage where the model's can; else the binary masks are scored,
+    ``tuned`` is False and ``untuned`` says why.
 
     Args:
         scores: of the model, from floe.score.
@@ -85,17 +85,20 @@ def select(
         budget_path: budgets in (0, 1] for score "path".
         layer_memory: bytes each layer takes while it is trained, [L], for layers={"memory": n}; by
             default scores.meta["adapter_memory"]. See counts.layer_memory.
-        tune: run the tuning stage if model and batches are there.
+        tune: None runs the tuning stage if model and batches are there and the masks of this model
+            can be tuned; True must run it, False does not.
         tune_tokens: real tokens the tuning stage may use.
         statistics: of the same model's layers, for the policies that need them (policies.NEEDS).
         progress: called as progress(done, in all, "tune").
 
     Raises:
-        ValueError: an unknown name, a number out of range, invalid scores, model without batches.
+        ValueError: an unknown name, a number out of range, invalid scores, model without batches,
+            or masks that cannot be tuned although ``tune`` is True.
         TypeError: an argument of a wrong type.
 
     Warns:
-        RuntimeWarning: a score is zero everywhere, so that what depends on it is decided by ties.
+        RuntimeWarning: a score is zero everywhere, so that what depends on it is decided by ties;
+            or the masks of this model cannot be tuned.
     """
     share = number("budget", budget)
     options = _Options(
@@ -103,17 +106,34 @@ def select(
     )
     if pick not in PICKS:
         raise ValueError(f"pick must be one of {PICKS}, got {pick!r}")
-    if tune and (model is None) != (batches is None):
+    if tune is not False and (model is None) != (batches is None):
         missing = "model" if model is None else "batches"
         raise ValueError(f"model and batches must be given together, got no {missing}")
+    if tune and model is None:
+        raise ValueError("model and batches must be given for tune=True, got none")
     _warn_degenerate(scores, policy)
     if score == "path":
         options = replace(options, path=path_score(scores, options.preset, budget_path))
     found = determine(scores, options.preset, share)
-    binary = _assemble(scores, options, found, None)  # also checks the rest before long work
-    if not tune or model is None or batches is None:
+    why = "tune is False" if tune is False else "no model and batches were given"
+    binary = _assemble(scores, options, found, why)  # also checks the rest before long work
+    if tune is False or model is None or batches is None:
         return binary
-    tuning = _tune(model, batches, binary.masks, options.preset, tune_tokens, progress)
+    from floe.selection.tuning import NotTunable  # the only part that needs torch
+
+    try:
+        tuning = _tune(model, batches, binary.masks, options.preset, tune_tokens, progress)
+    except NotTunable as error:
+        if tune:
+            raise ValueError(
+                f"tune=True (select.tune: true) asks for masks that cannot be tuned: {error}"
+            ) from error
+        warnings.warn(
+            f"the masks are not tuned, binary ones are scored: {error}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return replace(binary, untuned=str(error))
     return _assemble(scores, options, found, tuning)
 
 
@@ -125,7 +145,7 @@ def _tune(
     max_tokens: int,
     progress: Progress | None,
 ) -> TuningResult:
-    from floe.selection.tuning import tune_masks  # the only part that needs torch
+    from floe.selection.tuning import tune_masks
 
     rows = (dict(batch) for batch in batches)
     return tune_masks(
@@ -156,11 +176,12 @@ class _Options:
 
 
 def _assemble(
-    scores: Scores, options: _Options, found: Determination, tuning: TuningResult | None
+    scores: Scores, options: _Options, found: Determination, tuning: TuningResult | str
 ) -> Selection:
-    """The selection from binary masks, or from tuned ones."""
+    """The selection from tuned masks, or from binary ones and why they were not tuned."""
     rule = _policy(options.policy)
-    masks = _masks(found if tuning is None else tuning)
+    binary = isinstance(tuning, str)
+    masks = _masks(found if binary else tuning)
     paper = _paper(options, masks, scores)
     layer_scores, chosen = _apply(rule, options, scores, paper.layer_scores)
     return Selection(
@@ -177,8 +198,9 @@ def _assemble(
         masks=masks,
         certificate=found.certificate,
         moves=found.moves,
-        tuned=tuning is not None,
-        tuning=[] if tuning is None else _records(tuning),
+        tuned=not binary,
+        untuned=tuning if binary else "",
+        tuning=[] if binary else _records(tuning),
         paper=paper,
         agreement=_agreement(layer_scores, chosen, paper),
         versions=_versions(),

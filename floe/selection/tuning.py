@@ -36,6 +36,10 @@ _BY_ROW = ("input_ids", "attention_mask", "position_ids", "labels")
 _ADDITIVE = 0.05  # relative error below which a block counts as residual + attention + FFN
 
 
+class NotTunable(ValueError):
+    """The masks of this model cannot be tuned, for what it is; its layers can be chosen still."""
+
+
 @dataclass(frozen=True, eq=False)
 class TuningResult:
     """Tuned masks, [L, H] and [L, I] float64, and one record per solve.
@@ -82,15 +86,14 @@ def tune_masks(
         progress: called as progress(layers done, layers, "tune").
 
     Raises:
+        NotTunable: a ValueError; see check_tunable.
         TypeError, ValueError: a mask that is no array or of a wrong shape or value, an unknown
-            option, no rows, quantised weights, or a block that is not residual plus attention plus
-            FFN.
+            option, or no rows.
     """
     _check_options(ridge, bound, solver, on_reject, max_tokens)
     blocks = find_blocks(model)
     head_mask, neuron_mask = _checked(model, head_mask, neuron_mask, blocks)
-    if is_quantised(model):
-        raise ValueError("model must have floating-point weights to tune masks, got quantised ones")
+    _check_weights(model, blocks)
     records: list[dict[str, Any]] = []
     with frozen(model), separate_base(model), torch.no_grad():
         streams = _streams(model, blocks, leading_rows(batches, max_tokens))
@@ -105,6 +108,36 @@ def tune_masks(
             if progress is not None:
                 progress(block.index + 1, len(blocks), "tune")
     return TuningResult(head_mask, neuron_mask, records)
+
+
+def check_tunable(model: nn.Module, batches: Iterable[Batch]) -> None:
+    """See whether the masks of this model can be tuned, by one row's way through its blocks.
+
+    Raises:
+        NotTunable: weights that are quantised or not in memory, or a block whose output is not its
+            input plus attention plus FFN (a residual multiplier, norms behind under other names).
+    """
+    blocks = find_blocks(model)
+    _check_weights(model, blocks)
+    sizes = geometry(model, blocks)
+    masks = np.ones(sizes.heads), np.ones(sizes.neurons)
+    with frozen(model), separate_base(model), torch.no_grad():
+        streams = _streams(model, blocks, leading_rows(batches, 1))
+        for block in blocks:
+            layer = _Layer(model, block, streams, *masks)
+            layer.run_teacher()
+            for stream, trace in zip(streams, layer.traces, strict=True):
+                assert trace.hidden is not None
+                stream.teacher = trace.hidden
+
+
+def _check_weights(model: nn.Module, blocks: list[Block]) -> None:
+    if is_quantised(model):
+        raise NotTunable("model must have floating-point weights to tune masks, got quantised ones")
+    for block in blocks:
+        for path in (block.o_proj, block.down_proj):
+            if linear_at(model, path).weight.is_meta:
+                raise NotTunable(f"model must be in memory to tune masks, got {path} elsewhere")
 
 
 def leading_rows(batches: Iterable[Batch], max_tokens: int) -> list[Batch]:
@@ -181,7 +214,7 @@ class _Layer:
             # a stream with huge entries rounds by more than a small sublayer adds
             allowed = _ADDITIVE * added.norm() + torch.finfo(total.dtype).eps * total[real].norm()
             if not self.normed and error > allowed:
-                raise ValueError(
+                raise NotTunable(
                     f"block {self.block.path} must output its input plus o_proj's and down_proj's "
                     "outputs for its masks to be tuned, got something else"
                 )
