@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from benchmarks import harness
 from floe.rank_search.proposals import SAMPLERS, Point, SearchSpace, propose, sampler_settings
-from floe.rank_search.studies import Owner, begin_trial
+from floe.rank_search.studies import Outcome, Owner, begin_trial, end_trial
 from floe.runs import read_json
 
 GOOD = ("best", "1 SE", "1 %")
@@ -123,7 +123,7 @@ def replay(surface: Surface, strategy: str, seed: int, startup_trials: int = 10)
         point, redraws = propose(study, space, settings, seed, len(tried))
         trial = begin_trial(study, space, point, owner, len(tried), redraws)
         tried.append(places[point])
-        study.tell(trial, float(loss[tried[-1]]))
+        end_trial(study, trial, Outcome(float(loss[tried[-1]])))
     return tried
 
 

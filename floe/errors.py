@@ -38,6 +38,10 @@ class DataError(ValueError):
         super().__init__(one_line(f"{place}: {message}"))
 
 
+class SearchError(RuntimeError):
+    """A search cannot go on for a reason outside its arguments; finished trials are kept."""
+
+
 def one_line(text: object, longest: int = _LONGEST) -> str:
     """What an error says, on one line of at most ``longest`` characters, without secrets."""
     words = str(text).partition("\nException raised from ")[0]  # torch adds its C++ frames

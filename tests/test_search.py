@@ -1,24 +1,31 @@
 import contextlib
 import dataclasses
 import gc
+import math
 import random
+import shutil
 import sqlite3
+import threading
+from pathlib import Path
 
 import killing
 import optuna
 import pytest
 import torch
+from optuna.distributions import IntDistribution
+from optuna.trial import TrialState
 from tiny import tiny_model, tiny_rows
 
 import floe.rank_search.search
 from floe.adapters import FloeConfig, get_model, remove_adapters
 from floe.data import make_batches
+from floe.errors import SearchError
 from floe.evaluate import validation_loss
 from floe.importance.identity import model_fingerprint
-from floe.rank_search import proposals, studies
+from floe.rank_search import proposals, storage, studies
 from floe.rank_search.proposals import SearchSpace, propose, sampler_settings
 from floe.rank_search.search import search
-from floe.rank_search.studies import Owner, mask
+from floe.rank_search.studies import Outcome, Owner, mask
 from floe.training.train import TrainSettings, train
 
 SMALL = SearchSpace(rank=(1, 3, 1), num_experts=(1, 2, 1))
@@ -50,8 +57,7 @@ def simulate(settings, space, count, seed=41, drop=()):
             killed.add(index)
             studies.fail_orphans(study, me, alone=True)
             continue
-        trial.set_user_attr("seconds", 0.0)
-        study.tell(trial, made_up(point))
+        studies.end_trial(study, trial, Outcome(made_up(point)))
         points.append(point)
     return points
 
@@ -88,9 +94,9 @@ def test_an_exhausted_space_is_covered_exactly():
     points = simulate(sampler_settings("tpe", 4), SMALL, 6)
     assert sorted(points) == SMALL.points()
     study = optuna.create_study()
-    for point in SMALL.points():
-        trial = studies.begin_trial(study, SMALL, point, Owner.current(), 0, 0)
-        study.tell(trial, 1.0)
+    for index, point in enumerate(SMALL.points()):
+        trial = studies.begin_trial(study, SMALL, point, Owner.current(), index, 0)
+        studies.end_trial(study, trial, Outcome(1.0))
     with pytest.raises(ValueError, match="all 6 are tried"):
         propose(study, SMALL, sampler_settings("tpe", 4), 41, 6)
 
@@ -105,8 +111,9 @@ def test_each_trial_draws_from_a_generator_of_its_own():
 def test_after_bounded_redraws_the_nearest_untried_point_is_taken(monkeypatch):
     study = optuna.create_study()
     space = SearchSpace(rank=(2, 8, 2), num_experts=(2, 4, 1))
-    for point in ((4, 3), (4, 2)):
-        study.tell(studies.begin_trial(study, space, point, Owner.current(), 0, 0), 1.0)
+    for index, point in enumerate(((4, 3), (4, 2))):
+        trial = studies.begin_trial(study, space, point, Owner.current(), index, 0)
+        studies.end_trial(study, trial, Outcome(1.0))
     monkeypatch.setattr(proposals, "_suggest", lambda *_: (4, 3))
     assert propose(study, space, sampler_settings("random", 1), 0, 2) == (
         (2, 3),
@@ -176,6 +183,11 @@ def test_a_finished_search_returns_at_once_and_can_be_extended(tmp_path, monkeyp
     longer = run(tmp_path, trials=4)
     assert longer.trials[:2] == first.trials
     assert longer.distinct == 4
+    with monkeypatch.context() as patch:  # fewer: what is trained stays, the best of all is found
+        patch.setattr(floe.rank_search.search, "train", None)
+        fewer = run(tmp_path, trials=1)
+    assert fewer.trials == longer.trials
+    assert fewer.objective == longer.objective == min(t.value for t in longer.trials)
 
 
 def test_other_arguments_are_refused_by_name(tmp_path):
@@ -186,6 +198,16 @@ def test_other_arguments_are_refused_by_name(tmp_path):
         run(tmp_path, adapter={}, settings=dataclasses.replace(FAST, learning_rate=1e-3))
     with pytest.raises(ValueError, match="got other base_model"):
         run(tmp_path, base=tiny_model(layers=1, seed=5))
+
+
+def test_settings_that_change_no_result_may_change(tmp_path):
+    first = run(tmp_path, trials=1)
+    study = optuna.load_study(study_name="floe", storage=f"sqlite:///{tmp_path}/study.db")
+    older = study.user_attrs["identity"]
+    older["settings"] |= {"save_steps": 7, "eval_batch_size": 3}  # as older versions wrote them
+    study.set_user_attr("identity", older)
+    changed = dataclasses.replace(FAST, eval_batch_size=2, save_steps=1, validation_points=())
+    assert run(tmp_path, trials=2, settings=changed).trials[:1] == first.trials
 
 
 def test_failed_trials_are_counted_and_the_search_goes_on(tmp_path, monkeypatch):
@@ -243,12 +265,15 @@ def test_a_trial_that_changes_the_base_is_an_error(tmp_path, monkeypatch):
 
 def test_pruning_reports_at_quarters(tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr(
-        optuna.trial.Trial, "should_prune", lambda self: bool(seen) and self.number == 1
-    )
     report = optuna.trial.Trial.report
+
+    def noted(trial, loss, step):
+        seen.append((trial.number, step))
+        report(trial, loss, step)
+
+    monkeypatch.setattr(optuna.trial.Trial, "report", noted)
     monkeypatch.setattr(
-        optuna.trial.Trial, "report", lambda *a: (seen.append((a[0].number, a[2])), report(*a))
+        optuna.pruners.MedianPruner, "prune", lambda self, study, trial: len(study.trials) == 1
     )
     result = run(tmp_path, prune=True, settings=dataclasses.replace(FAST, max_steps=4))
     assert seen == [(0, 1), (0, 2), (0, 3), (1, 1), (2, 1), (2, 2), (2, 3)]
@@ -283,11 +308,16 @@ def test_passwords_are_never_shown(tmp_path):
     with pytest.raises(ValueError, match="storage must be a database that opens") as caught:
         run(tmp_path, storage=url)
     assert "geheim" not in str(caught.value)
-    assert caught.value.__suppress_context__
-    assert (
-        mask("postgresql://me:geheim@host/db?sslpassword=auch")
-        == "postgresql://me:***@host/db?sslpassword=hidden"
-    )
+    assert caught.value.__cause__ is caught.value.__context__ is None
+    for url, shown in [
+        ("postgresql://me:geheim@host/db?sslpassword=geheim&mode=x",
+         "postgresql://me:***@host/db?sslpassword=***&mode=x"),
+        ("postgresql://me:ge@heim@host/db", "postgresql://me:***@host/db"),
+        ("mysql://me:ge heim{}%@host/db", "mysql://me:***@host/db"),
+        ("mssql+pyodbc:///?odbc_connect=UID%3Dme%3BPWD%3Dgeheim",
+         "mssql+pyodbc:///?odbc_connect=hidden"),
+    ]:  # fmt: skip
+        assert mask(url) == shown
     assert mask("geheim") == "an unreadable URL"
     path = tmp_path / "own.db"
     result = run(tmp_path / "s", trials=1, storage=f"sqlite:///{path}")
@@ -321,7 +351,276 @@ def test_orphans_of_a_shared_storage():
             with pytest.raises(RuntimeError, match="trial 0 of this study is running in process"):
                 studies.fail_orphans(study, me, alone=False)
             assert studies.fail_orphans(study, me, alone=True) == [0]
-        assert study.trials[0].state == optuna.trial.TrialState.FAIL
+        assert study.trials[0].state == TrialState.FAIL
+
+
+def ask_by_hand(study):
+    return study.ask({"rank": IntDistribution(1, 9), "num_experts": IntDistribution(1, 2)})
+
+
+def touch(study, step):
+    """What other programs do to a study; the last three to the search's own running trial."""
+    if step == "told":
+        study.tell(ask_by_hand(study), -1.0)
+    elif step == "left":
+        ask_by_hand(study)
+    elif step == "enqueued":
+        study.enqueue_trial({"rank": 2, "num_experts": 1})
+    elif step == "failed":
+        study.tell(ask_by_hand(study), state=TrialState.FAIL)
+    elif step == "pruned":
+        trial = ask_by_hand(study)
+        trial.report(0.5, 1)
+        study.tell(trial, state=TrialState.PRUNED)
+    elif step == "bare":
+        study.tell(study.ask(), -2.0)
+    elif step == "attributes":
+        trial = ask_by_hand(study)
+        for name in ("index", "owner", "redraws", "seconds", "loss"):
+            trial.set_user_attr(name, 0)
+        study.tell(trial, -3.0)
+    else:
+        own = [t for t in study.get_trials(states=(TrialState.RUNNING,)) if "owner" in t.user_attrs]
+        study.tell(own[0].number, **step)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    return run(tmp_path_factory.mktemp("undisturbed"), trials=5, startup_trials=2)
+
+
+def without_seconds(trials):
+    return [dataclasses.replace(trial, seconds=0.0) for trial in trials]
+
+
+def test_trials_of_other_programs_are_passed_over(tmp_path, monkeypatch, undisturbed):
+    real = floe.rank_search.search.train
+    others = ["told", "left", "enqueued", "failed", "pruned", "bare", "attributes"]
+    own = [{"values": -1.0}, {"state": TrialState.FAIL}, {"state": TrialState.PRUNED}]
+    steps = [step for pair in zip(others, own, strict=False) for step in pair] + others[len(own) :]
+
+    def disturbed(*arguments, **keywords):
+        result = real(*arguments, **keywords)
+        study = optuna.load_study(study_name="floe", storage=f"sqlite:///{tmp_path}/study.db")
+        for _ in range(2):
+            if steps:
+                touch(study, steps.pop(0))
+        return result
+
+    monkeypatch.setattr(floe.rank_search.search, "train", disturbed)
+    result = run(tmp_path, trials=5, startup_trials=2)
+    assert steps == []
+    assert without_seconds(result.trials) == without_seconds(undisturbed.trials)
+    assert result.best_trial == undisturbed.best_trial
+    study = optuna.load_study(study_name="floe", storage=f"sqlite:///{tmp_path}/study.db")
+    assert [t.value for t in study.trials].count(-1.0) == 2  # one told, one of ours told
+    assert len([t for t in study.trials if t.state == TrialState.RUNNING]) == 1  # the one left
+    assert without_seconds(run(tmp_path, trials=5, startup_trials=2).trials) == without_seconds(
+        undisturbed.trials
+    )
+
+
+def test_an_own_trial_told_after_its_process_died_is_trained_again(tmp_path):
+    study = studies.open_study(tmp_path / "study.db", {"space": 1}, prune=False)
+    for act in ({"values": -1.0}, {"state": TrialState.PRUNED}):
+        trial = studies.begin_trial(study, SMALL, (2, 1), Owner.current(), 0, 0)
+        trial.set_user_attr("loss", 3.5)
+        trial.set_user_attr("seconds", 1.0)  # killed before its own tell
+        study.tell(trial, **act)
+    assert studies.finished(study) == []
+    assert studies.tried_points(study) == set()
+
+
+@pytest.mark.parametrize(
+    "directions", [["minimize"], ["maximize"], ["minimize", "minimize"]], ids=len
+)
+def test_a_study_of_another_program_is_refused_untouched(tmp_path, directions):
+    url = f"sqlite:///{tmp_path / 'x.db'}"
+    study = optuna.create_study(study_name="floe", storage=url, directions=directions)
+    if directions == ["minimize"]:
+        study.ask()
+
+    def dump():
+        with contextlib.closing(sqlite3.connect(tmp_path / "x.db")) as database:
+            return list(database.iterdump())
+
+    before = dump()
+    with pytest.raises(ValueError, match=r"the study 'floe' in .*x\.db must be one that a search"):
+        run(tmp_path / "a", storage=url)
+    assert dump() == before
+
+
+def test_parameters_of_another_kind_in_the_study_are_named(tmp_path):
+    study = studies.open_study(tmp_path / "study.db", {"space": 1}, prune=False)
+    study.ask({"rank": optuna.distributions.CategoricalDistribution(("low", "high"))})
+    with pytest.raises(ValueError, match="'floe' must hold whole-number rank and num_experts"):
+        studies.begin_trial(study, SMALL, (2, 1), Owner.current(), 0, 0)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["50%25", "a?b", "a#1", "two words", "it's \"x\"", "{0}", "\u00e9\u4e2d", "file:x?mode=ro",
+     ":memory:", "a\\b", "%", "a\udcff"],
+)  # fmt: skip
+def test_the_study_lies_in_a_directory_of_any_name(tmp_path, name):
+    folder = tmp_path / name
+    folder.mkdir()
+    for _ in range(2):
+        study = studies.open_study(folder / "study.db", {"space": 1}, prune=False)
+    assert study.user_attrs == {"identity": {"space": 1}}
+    assert sorted(p.name for p in folder.iterdir()) == ["study.db", "study.db.lock"]
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+def test_a_search_in_a_directory_of_an_odd_name(tmp_path, monkeypatch):
+    (tmp_path / "a? 50%25 {x}").mkdir()
+    monkeypatch.chdir(tmp_path / "a? 50%25 {x}")
+    result = run("b#", trials=1)
+    assert sorted(p.name for p in Path("b#").iterdir()) == [
+        "best", "search.lock", "study.db", "study.db.lock", "trials",
+    ]  # fmt: skip
+    assert result.adapter_path == Path("b#/best")
+    assert [p.name for p in tmp_path.iterdir()] == ["a? 50%25 {x}"]
+
+
+@contextlib.contextmanager
+def locked(file, seconds):
+    """Another program's lock on a SQLite file, held for that long."""
+    database = sqlite3.connect(file, check_same_thread=False)
+    database.execute("begin exclusive")
+    timer = threading.Timer(seconds, database.rollback)
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.join()
+        database.close()
+
+
+def test_a_lock_is_waited_for(tmp_path, monkeypatch):
+    run(tmp_path, trials=1)
+    notes = []
+    with locked(tmp_path / "study.db", 1.5):
+        result = run(tmp_path, trials=2, on_progress=lambda *v: notes.append(v[2]))
+    assert len(result.trials) == 2
+    assert notes[0].startswith("waiting for sqlite:///")
+    assert notes[0].endswith("study.db: another program has locked it")
+    monkeypatch.setattr(storage, "PATIENCE", 0.1)
+    with (
+        locked(tmp_path / "study.db", 3.0),
+        pytest.raises(SearchError, match="has been locked by another program for 0 s"),
+    ):
+        run(tmp_path, trials=2)
+
+
+def test_a_database_that_does_not_open_is_named(tmp_path):
+    (tmp_path / "text.db").write_text("no database, but long enough to be taken for one" * 30)
+    (tmp_path / "folder.db").mkdir()
+    older = f"sqlite:///{tmp_path / 'older.db'}"
+    optuna.create_study(storage=older)
+    with contextlib.closing(sqlite3.connect(tmp_path / "older.db")) as database, database:
+        database.execute("update alembic_version set version_num = 'v2.4.0.a'")
+    for url, words in [
+        (f"sqlite:///{tmp_path / 'text.db'}", "file is not a database"),
+        (f"sqlite:///{tmp_path / 'folder.db'}", "unable to open database file"),
+        (f"sqlite:///{tmp_path / 'text.db'}/x.db", "text.db"),
+        (older, "optuna storage upgrade"),
+        ("postgresql://me:ge{}heim@host:port/db", "unreadable URL"),
+        ("", "unreadable URL"),
+    ]:
+        with pytest.raises(ValueError, match=words) as caught:
+            run(tmp_path / "s", storage=url)
+        assert str(caught.value).startswith("storage must be a database that opens, got ")
+        assert caught.value.__context__ is None
+        assert "heim" not in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+
+def test_a_database_that_fails_later_keeps_its_trials(tmp_path):
+    url, notes = f"sqlite:///{tmp_path / 'x.db'}", []
+
+    def drop(*note):
+        notes.append(note)
+        with contextlib.closing(sqlite3.connect(tmp_path / "x.db")) as database, database:
+            database.execute("alter table trial_params rename to gone")
+
+    with pytest.raises(SearchError, match=r"x\.db failed \(OperationalError: no such table"):
+        run(tmp_path / "a", storage=url, on_progress=drop)
+    with contextlib.closing(sqlite3.connect(tmp_path / "x.db")) as database, database:
+        database.execute("alter table gone rename to trial_params")
+    assert len(run(tmp_path / "a", storage=url).trials) == 3
+    assert len(notes) == 1
+
+
+def test_when_every_trial_diverges_one_error_says_so(tmp_path):
+    wild = dataclasses.replace(FAST, learning_rate=1e30)
+    for _ in range(2):
+        with pytest.raises(
+            SearchError, match="at least one trial must succeed, none of 2"
+        ) as found:
+            run(tmp_path, trials=2, settings=wild)
+        assert "lower learning_rate" in str(found.value)
+        assert str(found.value).endswith(f"; they are kept in sqlite:///{tmp_path}/study.db")
+    study = optuna.load_study(study_name="floe", storage=f"sqlite:///{tmp_path}/study.db")
+    assert [t.user_attrs["index"] for t in study.trials] == [0, 1]
+    assert all(t.user_attrs["reason"].startswith("failed: ") for t in study.trials)
+
+
+def test_a_validation_loss_that_is_not_finite_is_a_failure(tmp_path, monkeypatch):
+    monkeypatch.setattr(floe.rank_search.search, "mean_loss", lambda losses: math.nan)
+    with pytest.raises(SearchError, match="failed: the validation loss must be finite, got nan"):
+        run(tmp_path, trials=1)
+
+
+def bytes_of(folder):
+    return {p.name: p.read_bytes() for p in folder.iterdir()}
+
+
+def test_a_best_adapter_that_is_gone_is_trained_again(tmp_path, monkeypatch):
+    url, notes = f"sqlite:///{tmp_path / 'x.db'}", []
+
+    def again(directory):
+        notes.clear()
+        return run(directory, trials=2, storage=url, on_progress=lambda *v: notes.append(v[2]))
+
+    first = again(tmp_path / "a")
+    kept = bytes_of(first.adapter_path)
+    with monkeypatch.context() as patch:  # one of its two places is enough
+        patch.setattr(floe.rank_search.search, "train", None)
+        shutil.rmtree(tmp_path / "a/trials")
+        assert bytes_of(again(tmp_path / "a").adapter_path) == kept
+    shutil.rmtree(tmp_path / "a/best")
+    for directory in ("a", "b"):  # b: another directory, or machine, of the same study
+        result = again(tmp_path / directory)
+        assert bytes_of(result.adapter_path) == kept
+        assert result.trials == first.trials
+        assert "is trained again, its adapter is gone from" in notes[0]
+    victim = tmp_path / "b/best/adapter_model.safetensors"
+    victim.write_bytes(victim.read_bytes()[:-4] + b"\0\0\0\0")
+    shutil.rmtree(tmp_path / "b/trials")
+    assert bytes_of(again(tmp_path / "b").adapter_path) == kept
+
+
+def test_another_search_in_the_directory_does_not_lend_its_adapter(tmp_path):
+    one = SearchSpace(rank=(2, 2, 1), num_experts=(2, 2, 1))
+    run(tmp_path / "a", space=one, trials=1, storage=f"sqlite:///{tmp_path / 'x.db'}")
+    url = f"sqlite:///{tmp_path / 'y.db'}"
+    other = dataclasses.replace(FAST, learning_rate=3e-2)
+    kept = run(tmp_path / "b", space=one, trials=1, storage=url, settings=other)
+    result = run(tmp_path / "a", space=one, trials=1, storage=url, settings=other)
+    assert bytes_of(result.adapter_path) == bytes_of(kept.adapter_path)
+
+
+def test_files_of_others_among_the_trials_stay(tmp_path):
+    run(tmp_path, trials=1)
+    (trial,) = (tmp_path / "trials").iterdir()
+    for file in (trial / "notes.txt", trial / "adapter/mine.bin", tmp_path / "trials/x"):
+        file.write_text("mine")
+    run(tmp_path, trials=2)
+    floe.rank_search.search.remove_trials(tmp_path)
+    left = sorted(str(p.relative_to(tmp_path)) for p in tmp_path.glob("trials/**/*") if p.is_file())
+    assert left == [f"trials/{trial.name}/adapter/mine.bin", f"trials/{trial.name}/notes.txt",
+                    "trials/x"]  # fmt: skip
 
 
 def test_fingerprint_and_removal():
@@ -358,7 +657,7 @@ def kill_and_resume(folder, unbroken, seed, kills):
     study = optuna.load_study(
         study_name="floe", storage=f"sqlite:///{folder / 'search' / 'study.db'}"
     )
-    assert optuna.trial.TrialState.RUNNING not in {t.state for t in study.trials}
+    assert TrialState.RUNNING not in {t.state for t in study.trials}
 
 
 def test_killed_at_random_instants_it_ends_with_the_same_trials(tmp_path, unbroken):

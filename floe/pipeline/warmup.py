@@ -1,8 +1,10 @@
-"""The search stage: rank and experts by trials, or one warm-up at the configured size."""
+"""The search stage: rank and experts by trials, or one warm-up at the configured size.
+
+``result.json`` is written last, before what is needed no more is removed.
+"""
 
 from __future__ import annotations
 
-import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -13,17 +15,29 @@ from floe.atomic import copy_folder, write_json
 from floe.config import storage_url
 from floe.pipeline.workspace import Workspace, plain
 from floe.rank_search.proposals import SearchSpace
-from floe.rank_search.search import search
+from floe.rank_search.search import remove_trials, search
 from floe.training.checkpoints import remove_checkpoints
 from floe.training.train import train
 
 
 def build(work: Workspace, folder: Path, on_step: Any, on_trial: Any) -> None:
-    """Write ``result.json`` and ``adapter/``: the best trial's, or the single warm-up's."""
-    if work.config.search.trials == 0:
-        _warm_up(work, folder, on_step)
-    else:
+    """Write ``result.json`` and ``adapter/``: the best trial's, or the single warm-up's.
+
+    A search goes on from the trials of an earlier one in ``folder``, finished or not.
+    """
+    if work.config.search.trials > 0:
         _search(work, folder, on_trial)
+    elif not (folder / "result.json").is_file():  # else killed below, and done
+        _warm_up(work, folder, on_step)
+    tidy(folder)
+
+
+def tidy(folder: Path) -> None:
+    """Remove what only :func:`build` needs, once there is a result."""
+    remove_checkpoints(folder / "checkpoints")
+    remove_trials(folder)
+    for name in ("search.lock", "study.db.lock"):
+        (folder / name).unlink(missing_ok=True)
 
 
 def _warm_up(work: Workspace, folder: Path, on_step: Any) -> None:
@@ -41,7 +55,6 @@ def _warm_up(work: Workspace, folder: Path, on_step: Any) -> None:
         save_adapter(model, folder / "adapter")
     finally:
         remove_adapters(model)
-    remove_checkpoints(folder / "checkpoints")
     loss = result.validation_loss[-1][1] if result.validation_loss else None
     write_json(
         folder / "result.json",
@@ -54,8 +67,10 @@ def _warm_up(work: Workspace, folder: Path, on_step: Any) -> None:
 
 
 def _search(work: Workspace, folder: Path, on_trial: Any) -> None:
-    config = work.config
+    config, best = work.config, folder / "best"
     adapter = config.adapter.model_dump(exclude={"r", "num_experts"})
+    if (folder / "adapter").is_dir() and not (best / "adapter_model.safetensors").is_file():
+        copy_folder(folder / "adapter", best)  # where search looks for it
     found = search(
         work.base_model,
         work.warmup_rows,
@@ -74,8 +89,6 @@ def _search(work: Workspace, folder: Path, on_trial: Any) -> None:
     )
     remove_adapters(found.model)
     copy_folder(found.adapter_path, folder / "adapter")
-    for leftover in ("trials", "best"):
-        shutil.rmtree(folder / leftover, ignore_errors=True)
     names = ("rank", "num_experts", "best_trial", "objective", "sampler", "seconds", "distinct")
     write_json(
         folder / "result.json",

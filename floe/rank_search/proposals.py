@@ -10,6 +10,8 @@ import optuna
 from optuna.distributions import IntDistribution
 from optuna.trial import FrozenTrial, TrialState
 
+from floe.rank_search.studies import own_study, tried_points
+
 REDRAWS = 8
 SAMPLERS = ("tpe", "paper", "random", "grid")
 Point = tuple[int, int]
@@ -81,7 +83,7 @@ def propose(
     Raises:
         ValueError: if no point is left.
     """
-    points, tried = space.points(), tried_points(study)
+    points, tried, own = space.points(), tried_points(study), own_study(study)
     left = [point for point in points if point not in tried]
     if not left:
         raise ValueError(f"the space must have an untried point, all {len(points)} are tried")
@@ -90,17 +92,10 @@ def propose(
         return next(points[i] for i in order if points[i] not in tried), 0
     suggestion: Point = left[0]
     for draw in range(REDRAWS + 1):
-        suggestion = _suggest(study, space, settings, (seed, index, draw))
+        suggestion = _suggest(own, space, settings, (seed, index, draw))
         if suggestion not in tried:
             return suggestion, draw
     return min(left, key=lambda point: (_distance(space, point, suggestion), point)), REDRAWS + 1
-
-
-def tried_points(study: optuna.Study) -> set[Point]:
-    """Points that are trained or being trained; not those a dead process left."""
-    states = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING)
-    trials = study.get_trials(deepcopy=False, states=states)
-    return {(t.params["rank"], t.params["num_experts"]) for t in trials}
 
 
 def _suggest(
@@ -120,16 +115,10 @@ def _suggest(
     values: dict[str, Any] = {name: d.low for name, d in space.distributions().items()}
     if settings.get("multivariate"):
         values |= sampler.sample_relative(study, trial, free)
-        free = {} if len(_trials(study)) >= settings["n_startup_trials"] else free
+        free = {} if len(study.trials) >= settings["n_startup_trials"] else free
     for name, distribution in free.items():
         values[name] = sampler.sample_independent(study, trial, name, distribution)
     return int(values["rank"]), int(values["num_experts"])
-
-
-def _trials(study: optuna.Study) -> list[FrozenTrial]:
-    ended = (TrialState.COMPLETE, TrialState.PRUNED)
-    trials: list[FrozenTrial] = study.get_trials(deepcopy=False, states=ended)
-    return trials
 
 
 def _values(bounds: tuple[int, int, int]) -> range:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import math
 import os
 import shutil
 import time
@@ -13,32 +15,38 @@ from typing import Any, Literal
 
 import optuna
 import torch
-from optuna.trial import TrialState
 from torch import nn
 
 from floe.adapters import FloeConfig, adapted_modules, get_model, remove_adapters
 from floe.adapters.files import load_adapter, save_adapter
-from floe.atomic import copy_folder
+from floe.atomic import STAGING, copy_folder
 from floe.data import TokenRow, fingerprint
+from floe.errors import SearchError
 from floe.evaluate import evaluate_rows, mean_loss
 from floe.importance.identity import model_fingerprint
 from floe.rank_search.proposals import Point, SearchSpace, propose, sampler_settings
+from floe.rank_search.storage import mask
 from floe.rank_search.studies import (
+    Outcome,
     Owner,
     Trial,
+    adapter_digest,
     begin_trial,
     best_trial,
+    end_trial,
     fail_orphans,
     finished,
-    mask,
     one_process,
     open_study,
     quiet_optuna,
+    should_stop,
 )
+from floe.training.checkpoints import remove_checkpoints
 from floe.training.train import TrainSettings, train
 
 __all__ = ["SearchResult", "SearchSpace", "Trial", "search"]
 
+_ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "README.md")
 SearchProgress = Callable[[int, int, str], None]
 Sampler = Literal["tpe", "paper", "random", "grid"]
 
@@ -86,7 +94,10 @@ def search(
 
     The objective is the token-weighted mean loss on ``validation_rows`` after training. No point is
     trained twice. Killed at any instant and called again with the same arguments, the search goes
-    on and ends with the trials and the best of an unbroken one; more ``trials`` extend it.
+    on and ends with the trials and the best of an unbroken one. More ``trials`` extend it; fewer
+    than are finished train nothing, and the best of all that are finished is the result. The best
+    trial is trained again where its adapter is gone from the directory. Trials of other programs in
+    the study are passed over.
     The base model is frozen, its weights are the same before and after. One process at a time.
 
     Args:
@@ -102,9 +113,10 @@ def search(
         on_progress: called with (trials done, trials, what happened).
 
     Raises:
-        ValueError: for values out of range, or a storage whose study has other arguments.
-        RuntimeError: if another process runs this search, every trial failed, or training changed
-            the base model.
+        ValueError: for values out of range, or a storage that does not open, or whose study has
+            other arguments or is another program's.
+        SearchError: if another process runs this search, every trial failed, or the storage fails.
+        RuntimeError: if training changed the base model.
     """
     if isinstance(trials, bool) or not isinstance(trials, int):
         raise TypeError(f"trials must be an int, got {type(trials).__name__}")
@@ -118,8 +130,8 @@ def search(
     )  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
     with one_process(folder / "search.lock"), quiet_optuna():
-        work.open(storage)
-        return work.complete(trials, on_progress)
+        work.open(storage, trials, on_progress)
+        return work.complete()
 
 
 class _Search:
@@ -152,12 +164,20 @@ class _Search:
         self.owner = Owner.current()
         self.fingerprint = model_fingerprint(base)
 
-    def open(self, storage: str | None) -> None:
+    def open(
+        self, storage: str | None, trials: int, on_progress: SearchProgress | None = None
+    ) -> None:
         """The study, with the trials of dead processes given up."""
-        self.url = storage or f"sqlite:///{self.directory / 'study.db'}"
-        self.study = open_study(self.url, self._identity(), self.prune)
+        self.trials, self.on_progress, self.done = trials, on_progress, 0
+        self.wanted = min(trials, len(self.space.points()))
+        self.place = self.directory / "study.db" if storage is None else storage
+        self.study = open_study(self.place, self._identity(), self.prune, self._say)
         fail_orphans(self.study, self.owner, alone=storage is None)
         self._keep_best_only()
+
+    def _say(self, note: str) -> None:
+        if self.on_progress:
+            self.on_progress(self.done, self.wanted, note)
 
     def _identity(self) -> dict[str, Any]:
         return {
@@ -165,107 +185,118 @@ class _Search:
             "sampler": self.sampler,
             "seed": self.seed,
             "settings": dataclasses.asdict(self.settings),
-            "adapter": self.adapter,
+            "adapter": {k: v for k, v in self.adapter.items() if k != "backend"},  # all are equal
             "prune": self.prune,
             "train_rows": fingerprint(self.train_rows),
             "validation_rows": fingerprint(self.validation_rows),
             "base_model": self.fingerprint,
         }
 
-    def complete(self, trials: int, on_progress: SearchProgress | None) -> SearchResult:
-        """Go on until ``trials`` points are trained, or all that the space has."""
-        wanted = min(trials, len(self.space.points()))
-        while (done := len(finished(self.study))) < wanted:
+    def complete(self) -> SearchResult:
+        """Go on until that many points are trained, or all that the space has."""
+        while (done := len(finished(self.study))) < self.wanted:
             note = self.trial()
-            if on_progress:
-                on_progress(done + 1, wanted, note)
-        if on_progress and wanted < trials:
-            note = f"the space has {wanted} points, fewer than {trials} trials: all are trained"
-            on_progress(wanted, wanted, note)
-        return self.result(exhausted=wanted < trials)
+            self.done = done + 1
+            self._say(note)
+        self.done = done
+        if self.wanted < self.trials:
+            self._say(
+                f"the space has {self.wanted} points, fewer than {self.trials} trials: all are "
+                "trained"
+            )
+        return self.result(exhausted=self.wanted < self.trials)
 
     def trial(self) -> str:
         """Choose, train and record the next point; what happened, in words."""
         index = len(finished(self.study))
         point, redraws = propose(self.study, self.space, self.sampler, self.seed, index)
         handle = begin_trial(self.study, self.space, point, self.owner, index, redraws)
-        value, reason, seconds = self._objective(handle, self._folder(index, point), point)
-        handle.set_user_attr("seconds", seconds)
-        if value is None:
-            handle.set_user_attr("reason", reason)
-            self.study.tell(handle, state=TrialState.PRUNED)
-        else:
-            reason = f"validation loss {value:.4f}"
-            self.study.tell(handle, value)
+
+        def stop(losses: dict[int, float]) -> bool:
+            return should_stop(self.study, handle, losses)
+
+        outcome = self._objective(self._folder(index, point), point, stop)
+        end_trial(self.study, handle, outcome)
         self._keep_best_only()
+        reason = outcome.reason or f"validation loss {outcome.value:.4f}"
         return f"trial {index}: rank {point[0]}, {point[1]} experts: {reason}"
 
     def _objective(
-        self, handle: optuna.trial.Trial, folder: Path, point: Point
-    ) -> tuple[float | None, str, float]:
+        self, folder: Path, point: Point, stop: Callable[[dict[int, float]], bool] | None
+    ) -> Outcome:
         config = FloeConfig(r=point[0], num_experts=point[1], **self.adapter)
-        started = time.perf_counter()
+        started, outcome = time.perf_counter(), Outcome()
         model = get_model(self.base, config, seed=self.seed)
         try:
-            value, seconds = self._train(model, handle, folder)
-            return value, "", seconds
+            self._train(model, folder, outcome, stop if self.prune else None)
+            return outcome
         except optuna.TrialPruned:
-            reason = "stopped early: above the median"
+            outcome.reason = "stopped early: above the median"
         except FloatingPointError as error:
-            reason = f"failed: {error}"
+            outcome.reason = f"failed: {error}"
         except torch.OutOfMemoryError as error:
-            reason = f"failed: out of memory ({str(error).splitlines()[0]})"
+            outcome.reason = f"failed: out of memory ({str(error).splitlines()[0]})"
         finally:
             remove_adapters(model)
             if model_fingerprint(self.base) != self.fingerprint:
                 raise RuntimeError("a trial must leave the base model as it is, its weights differ")
-        return None, reason, time.perf_counter() - started
+        outcome.seconds = time.perf_counter() - started
+        return outcome
 
-    def _train(self, model: Any, handle: optuna.trial.Trial, folder: Path) -> tuple[float, float]:
-        """Validation loss and seconds, those before a kill included; saves the adapter."""
+    def _train(
+        self,
+        model: Any,
+        folder: Path,
+        outcome: Outcome,
+        stop: Callable[[dict[int, float]], bool] | None,
+    ) -> None:
+        """Saves the adapter; the loss, and the seconds with those before a kill, in ``outcome``."""
 
         def report(step: int, loss: float) -> None:
-            handle.report(loss, step)
-            if handle.should_prune():
+            outcome.losses[step] = loss
+            if stop and stop(outcome.losses):
                 raise optuna.TrialPruned
 
-        points = (0.25, 0.5, 0.75) if self.prune else ()
+        points = (0.25, 0.5, 0.75) if stop else ()
         done = train(
             model,
             self.train_rows,
             settings=dataclasses.replace(self.settings, validation_points=points),
-            validation=self.validation_rows if self.prune else None,
+            validation=self.validation_rows if stop else None,
             output_dir=folder / "train",
             on_validation=report,
         )
         started = time.perf_counter()
-        losses = evaluate_rows(model, self.validation_rows, self.settings.eval_batch_size)
-        seconds = done.seconds + time.perf_counter() - started
+        loss = mean_loss(evaluate_rows(model, self.validation_rows, self.settings.eval_batch_size))
+        outcome.seconds = done.seconds + time.perf_counter() - started
+        if not math.isfinite(loss):
+            raise FloatingPointError(
+                f"the validation loss must be finite, got {loss} (a lower learning_rate may help)"
+            )
         save_adapter(model, folder / "adapter")
-        return mean_loss(losses), seconds
+        outcome.value, outcome.adapter = loss, _digest(folder / "adapter")
 
     def _folder(self, index: int, point: Point) -> Path:
         return self.directory / "trials" / f"{index:04d}-r{point[0]}-m{point[1]}"
 
     def _keep_best_only(self) -> None:
-        """Delete the folders of finished trials but the best one's adapter."""
+        """Delete what finished trials wrote but the best one's adapter."""
         best = best_trial(self.study)
         for trial in finished(self.study):
-            folder = self._folder(trial.number, (trial.rank, trial.num_experts))
             keep = best is not None and trial.number == best.number
-            shutil.rmtree(folder / "train" if keep else folder, ignore_errors=True)
+            _remove_trial(self._folder(trial.number, (trial.rank, trial.num_experts)), keep)
 
     def result(self, exhausted: bool) -> SearchResult:
         """Publish the best adapter as ``best/`` and attach it to the base model."""
         best, found = best_trial(self.study), finished(self.study)
         if best is None or best.value is None:
             reasons = sorted({t.reason for t in found})
-            raise RuntimeError(
-                f"at least one trial must succeed, none of {len(found)}: {reasons[0]}"
+            raise SearchError(
+                f"at least one trial must succeed, none of {len(found)}: {reasons[0]}; "
+                f"they are kept in {mask(self.place)}"
             )
         path = self.directory / "best"
-        folder = self._folder(best.number, (best.rank, best.num_experts))
-        copy_folder(folder / "adapter", path)
+        self._publish(best, path)
         return SearchResult(
             rank=best.rank,
             num_experts=best.num_experts,
@@ -274,8 +305,68 @@ class _Search:
             trials=found,
             model=load_adapter(self.base, path),
             adapter_path=path,
-            sampler={**self.sampler, "seed": self.seed, "storage": mask(self.url)},
+            sampler={**self.sampler, "seed": self.seed, "storage": mask(self.place)},
             seconds=sum(t.seconds for t in found),
             distinct=len({(t.rank, t.num_experts) for t in found}),
             exhausted=exhausted,
         )
+
+    def _publish(self, best: Trial, path: Path) -> None:
+        """The best trial's adapter at ``path``; trained again where it is gone or another's."""
+        point, digest = (best.rank, best.num_experts), adapter_digest(self.study, best.number)
+        folder = self._folder(best.number, point)
+        if digest and _digest(path) == digest:
+            return
+        there = _digest(folder / "adapter")
+        if not there or digest not in ("", there):
+            self._say(f"trial {best.number} is trained again, its adapter is gone from {folder}")
+            outcome = self._objective(folder, point, None)
+            if outcome.value is None:
+                raise SearchError(
+                    f"trial {best.number} must succeed again, as its adapter is gone from "
+                    f"{folder}: {outcome.reason}"
+                )
+            self._say(f"trial {best.number}, trained again: validation loss {outcome.value:.4f}")
+            _remove_trial(folder, keep_adapter=True)
+        copy_folder(folder / "adapter", path)
+
+
+def remove_trials(directory: Path) -> None:
+    """Delete what a finished search wrote but its study: ``best/``, then the trials' folders."""
+    _remove_adapter(directory / "best")
+    for folder in (directory / "trials").glob("[0-9]*-r*-m*"):
+        _remove_trial(folder)
+    _remove_if_empty(directory / "trials")
+
+
+def _remove_trial(folder: Path, keep_adapter: bool = False) -> None:
+    """Delete what a trial wrote into its folder, and the folder if nothing else is in it."""
+    remove_checkpoints(folder / "train")
+    _remove_if_empty(folder / "train")
+    if not keep_adapter:
+        _remove_adapter(folder / "adapter")
+        _remove_if_empty(folder)
+
+
+def _remove_adapter(folder: Path) -> None:
+    """Its tensors before its settings: where they are, it is whole."""
+    for name in reversed(_ADAPTER):
+        (folder / name).unlink(missing_ok=True)
+    for drawn in folder.glob(f"{STAGING}*"):  # of a process that died as it wrote here
+        shutil.rmtree(drawn)
+    _remove_if_empty(folder)
+
+
+def _remove_if_empty(folder: Path) -> None:
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
+
+
+def _digest(adapter: Path) -> str:
+    """sha256 of an adapter's settings and tensors; empty if one of them is not there."""
+    digest = hashlib.sha256()
+    for name in _ADAPTER[:2]:
+        if not (adapter / name).is_file():
+            return ""
+        digest.update((adapter / name).read_bytes())
+    return digest.hexdigest()

@@ -1,4 +1,8 @@
-"""The optuna study behind a search: opened safely, owned by processes, cleaned of dead ones."""
+"""The optuna study behind a search, and which of its trials are the search's own.
+
+Other programs may touch a study: a dashboard, a script. A trial is the search's own by what
+``begin_trial`` wrote with it, and ended by what ``end_trial`` did; all others are passed over.
+"""
 
 from __future__ import annotations
 
@@ -7,23 +11,26 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import optuna
 from filelock import FileLock, Timeout
-from optuna.exceptions import StorageInternalError
+from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
-from sqlalchemy.engine import make_url
-from sqlalchemy.exc import SQLAlchemyError
 
-from floe.atomic import flush
-from floe.rank_search.proposals import Point, SearchSpace
+from floe.errors import SearchError
+from floe.rank_search.storage import Say, mask, open_storage
+from floe.training.schedule import NOT_IDENTITY
+
+if TYPE_CHECKING:
+    from floe.rank_search.proposals import Point, SearchSpace
 
 STUDY = "floe"
+_ENDED = (TrialState.COMPLETE, TrialState.PRUNED)
 
 
 @dataclass(frozen=True)
@@ -41,85 +48,149 @@ class Owner:
         return cls(platform.node(), _boot(), os.getpid(), _started(os.getpid()))
 
 
-def open_study(url: str, identity: dict[str, Any], prune: bool) -> optuna.Study:
-    """Create or load the study in a database; one made with other arguments is refused by name.
+def open_study(
+    place: str | Path, identity: dict[str, Any], prune: bool, say: Say = lambda note: None
+) -> optuna.Study:
+    """Create or load the study in a database (a URL, or a SQLite file's path).
 
     Raises:
-        ValueError: if the storage cannot be opened (its password is never shown), or holds a search
-            with other arguments.
+        ValueError: if the database cannot be opened (its password is never shown), or its study is
+            of other arguments, which are named, or none of a search; nothing is written to it then.
+        SearchError: if another program holds the database for too long.
     """
     pruner: optuna.pruners.BasePruner = optuna.pruners.NopPruner()
     if prune:
         pruner = optuna.pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=0)
-    try:
-        _create_whole(url)
-        storage = optuna.storages.RDBStorage(url)
-        study = optuna.create_study(
-            storage=storage,
-            study_name=STUDY,
-            direction="minimize",
-            pruner=pruner,
-            load_if_exists=True,
-        )
-    except (SQLAlchemyError, StorageInternalError, ImportError) as error:
-        # the driver's text may repeat the URL, so neither it nor its traceback is passed on
-        name = type(error).__name__
-        raise ValueError(
-            f"storage must be a database that opens, got {mask(url)} ({name})"
-        ) from None
+    study = optuna.create_study(
+        storage=open_storage(place, say),
+        study_name=STUDY,
+        direction="minimize",
+        pruner=pruner,
+        sampler=optuna.samplers.RandomSampler(),  # asked nothing: propose has its own
+        load_if_exists=True,
+    )
     expected = json.loads(json.dumps(identity))
     found = study.user_attrs.get("identity")
-    if found is None:
-        study.set_user_attr("identity", expected)
-    elif found != expected:
-        keys = sorted(found.keys() | expected.keys())
-        names = [name for name in keys if found.get(name) != expected.get(name)]
+    untouched = not study.user_attrs and not study.get_trials(deepcopy=False)
+    if untouched and study.directions == [StudyDirection.MINIMIZE]:
+        study.set_user_attr("identity", expected)  # made just now, or by a process that died here
+    elif not isinstance(found, dict):
         raise ValueError(
-            f"the study in {mask(url)} must have been made with the same arguments, got other "
+            f"the study {STUDY!r} in {mask(place)} must be one that a search of floe made, got "
+            f"another program's with {len(study.get_trials(deepcopy=False))} trials; use another "
+            "storage"
+        )
+    elif names := _differing(found, expected):
+        raise ValueError(
+            f"the study in {mask(place)} must have been made with the same arguments, got other "
             f"{', '.join(names)}; use another directory or storage"
         )
     return study
 
 
-def _create_whole(url: str) -> None:
-    """Make a SQLite file that is not there yet beside its place, with every table and index.
+def _differing(found: dict[str, Any], expected: dict[str, Any]) -> list[str]:
+    def kept(value: Any) -> Any:  # an older version wrote settings that change no result, too
+        if not isinstance(value, dict):
+            return value
+        return {k: v for k, v in value.items() if k not in NOT_IDENTITY}
 
-    Optuna creates them one by one. Killed in between, the file would keep its tables without the
-    index that makes a study's name unique, and every later start would add one more study.
-    """
-    parsed = make_url(url)
-    place = parsed.database
-    if not parsed.drivername.startswith("sqlite") or not place or place.startswith((":", "file:")):
-        return
-    with FileLock(f"{place}.lock"):
-        if Path(place).exists():
-            return
-        fresh = Path(f"{place}.new")
-        for leftover in (fresh, Path(f"{fresh}-journal")):
-            leftover.unlink(missing_ok=True)
-        storage = optuna.storages.RDBStorage(f"sqlite:///{fresh}")
-        storage.engine.dispose()
-        flush(fresh)
-        fresh.replace(place)
-        flush(fresh.parent)
+    names = sorted(found.keys() | expected.keys())
+    return [name for name in names if kept(found.get(name)) != kept(expected.get(name))]
 
 
 def begin_trial(
     study: optuna.Study, space: SearchSpace, point: Point, owner: Owner, index: int, redraws: int
 ) -> optuna.trial.Trial:
-    """Add a RUNNING trial with its owner in one transaction, so that none is ever without."""
-    attributes = {"owner": dataclasses.asdict(owner), "index": index, "redraws": redraws}
-    study.add_trial(
-        optuna.trial.create_trial(
-            state=TrialState.RUNNING,
-            params={"rank": point[0], "num_experts": point[1]},
-            distributions=space.distributions(),
-            user_attrs=attributes,
-        )
+    """Add a RUNNING trial with its owner in one transaction, so that none is ever without.
+
+    Raises:
+        ValueError: if a trial of another program has other kinds of parameters of these names.
+    """
+    mine = {"owner": dataclasses.asdict(owner), "index": index, "redraws": redraws}
+    _add(
+        study,
+        state=TrialState.RUNNING,
+        params={"rank": point[0], "num_experts": point[1]},
+        distributions=space.distributions(),
+        user_attrs=mine,
     )
-    running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-    mine = [t for t in running if t.user_attrs["owner"] == attributes["owner"]]
-    return optuna.trial.Trial(study, max(mine, key=lambda t: t.number)._trial_id)
+    added = [
+        trial
+        for trial in study.get_trials(deepcopy=False)
+        if {name: trial.user_attrs.get(name) for name in mine} == mine
+    ]
+    return optuna.trial.Trial(study, added[-1]._trial_id)
+
+
+@dataclass
+class Outcome:
+    """What a trial gave: its validation loss, or why it has none; ``losses`` by step on the way.
+
+    ``adapter`` is the digest of the adapter it saved.
+    """
+
+    value: float | None = None
+    reason: str = ""
+    seconds: float = 0.0
+    adapter: str = ""
+    losses: dict[int, float] = field(default_factory=dict)
+
+
+def end_trial(study: optuna.Study, trial: optuna.trial.Trial, outcome: Outcome) -> None:
+    """Record a trial's outcome, ``seconds`` last of what it wrote.
+
+    Where another program told the trial meanwhile, the outcome becomes a trial of its own.
+    """
+    state = TrialState.PRUNED if outcome.value is None else TrialState.COMPLETE
+    facts = {
+        "loss": outcome.value, "reason": outcome.reason, "adapter": outcome.adapter,
+        "seconds": outcome.seconds,
+    }  # fmt: skip
+
+    def tell() -> None:
+        for name, fact in facts.items():
+            trial.set_user_attr(name, fact)
+        study.tell(trial, outcome.value, state=state)
+
+    if not _while_running(tell):
+        _add(
+            study,
+            state=state,
+            value=outcome.value,
+            params=trial.params,
+            distributions=trial.distributions,
+            user_attrs={**trial.user_attrs, **facts},
+            intermediate_values=outcome.losses,
+        )
+
+
+def should_stop(study: optuna.Study, trial: optuna.trial.Trial, losses: dict[int, float]) -> bool:
+    """Whether the study's pruner gives up a trial with these losses by step, the last one new."""
+    step = max(losses)
+    _while_running(lambda: trial.report(losses[step], step))
+    so_far = optuna.trial.create_trial(state=TrialState.RUNNING, intermediate_values=losses)
+    return bool(study.pruner.prune(own_study(study), so_far))
+
+
+def _while_running(write: Callable[[], None]) -> bool:
+    """Do what needs a running trial; False if another program has told it."""
+    try:
+        write()
+    except (RuntimeError, ValueError) as error:  # optuna's kinds for a trial that has ended
+        if isinstance(error, SearchError):
+            raise
+        return False
+    return True
+
+
+def _add(study: optuna.Study, **facts: Any) -> None:
+    try:
+        study.add_trial(optuna.trial.create_trial(**facts))
+    except ValueError as error:
+        raise ValueError(
+            f"the study {study.study_name!r} must hold whole-number rank and num_experts, got "
+            f"others in a trial of another program ({error}); use another directory or storage"
+        ) from None
 
 
 @dataclass(frozen=True)
@@ -141,15 +212,61 @@ class Trial:
 
 
 def finished(study: optuna.Study) -> list[Trial]:
-    """Trials that ended, in order; not those a dead process left."""
-    ended = (TrialState.COMPLETE, TrialState.PRUNED)
-    return [_trial(trial) for trial in study.get_trials(deepcopy=False, states=ended)]
+    """The search's trials that ended, in order; not those a dead process left."""
+    return [_trial(trial) for trial in _ended(study)]
 
 
 def best_trial(study: optuna.Study) -> Trial | None:
     """The complete trial of the lowest value; ties go to the earlier one."""
     complete = [t for t in finished(study) if t.value is not None]
     return min(complete, key=lambda t: (t.value, t.number), default=None)
+
+
+def adapter_digest(study: optuna.Study, number: int) -> str:
+    """The digest of the adapter that this finished trial saved; empty for one of older versions."""
+    trial = next(t for t in _ended(study) if t.user_attrs["index"] == number)
+    return str(trial.user_attrs.get("adapter", ""))
+
+
+def own_study(study: optuna.Study) -> optuna.Study:
+    """The search's ended trials alone, in order and in memory: what draws and stops trials sees."""
+    own = optuna.create_study(direction="minimize")
+    own.add_trials(_ended(study))
+    return own
+
+
+def tried_points(study: optuna.Study) -> set[Point]:
+    """Points that are trained or being trained; not those a dead process left."""
+    running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+    trials = [*_ended(study), *filter(_is_own, running)]
+    return {(t.params["rank"], t.params["num_experts"]) for t in trials}
+
+
+def _ended(study: optuna.Study) -> list[FrozenTrial]:
+    found: dict[int, FrozenTrial] = {}
+    for trial in study.get_trials(deepcopy=False, states=_ENDED):
+        if _is_own(trial) and _is_recorded(trial):
+            found.setdefault(trial.user_attrs["index"], trial)
+    return [found[index] for index in sorted(found)]
+
+
+def _is_own(trial: FrozenTrial) -> bool:
+    written, owner = trial.user_attrs, trial.user_attrs.get("owner")
+    return (
+        {"index", "redraws"} <= written.keys()
+        and isinstance(owner, dict)
+        and owner.keys() == Owner.__dataclass_fields__.keys()
+        and trial.params.keys() == {"rank", "num_experts"}
+    )
+
+
+def _is_recorded(trial: FrozenTrial) -> bool:
+    """Whether the search itself ended a trial of its own, not another program."""
+    if "seconds" not in trial.user_attrs:
+        return False
+    complete = trial.state == TrialState.COMPLETE
+    loss = trial.user_attrs.get("loss", trial.value if complete else None)
+    return bool(loss == trial.value if complete else loss is None)
 
 
 def _trial(trial: FrozenTrial) -> Trial:
@@ -171,20 +288,21 @@ def _trial(trial: FrozenTrial) -> Trial:
 
 
 def fail_orphans(study: optuna.Study, me: Owner, alone: bool) -> list[int]:
-    """Tell RUNNING trials of dead processes FAIL; their numbers.
+    """Tell the search's RUNNING trials of dead processes FAIL; their numbers.
 
     With ``alone`` (the caller holds the lock of the study's own database) every one is an orphan.
     Otherwise a process is dead if it ran on this host and there is no such process now.
 
     Raises:
-        RuntimeError: if a trial's process lives, or is on another host, where that cannot be seen.
+        SearchError: if a trial's process lives, or is on another host, where that cannot be seen.
     """
     told = []
-    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+    running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+    for trial in filter(_is_own, running):
         owner = Owner(**trial.user_attrs["owner"])
         gone = owner.boot != me.boot or _started(owner.pid) != owner.started
         if not (alone or owner == me or (owner.host == me.host and gone)):
-            raise RuntimeError(
+            raise SearchError(
                 f"trial {trial.number} of this study is running in process {owner.pid} on host "
                 f"{owner.host}; wait for it, or tell the trial FAIL if that process is dead"
             )
@@ -195,14 +313,16 @@ def fail_orphans(study: optuna.Study, me: Owner, alone: bool) -> list[int]:
 
 @contextmanager
 def one_process(lock: Path) -> Iterator[None]:
-    """Hold a file lock; RuntimeError at once if another process does."""
+    """Hold a file lock; SearchError at once if another process does."""
+    held = FileLock(lock)
     try:
-        with FileLock(lock, timeout=0):
-            yield
-    except Timeout as error:
-        raise RuntimeError(
-            f"another process is searching in {lock.parent}; one at a time"
-        ) from error
+        held.acquire(timeout=0)
+    except Timeout:
+        raise SearchError(f"another process is searching in {lock.parent}; one at a time") from None
+    try:
+        yield
+    finally:
+        held.release()
 
 
 @contextmanager
@@ -214,18 +334,6 @@ def quiet_optuna() -> Iterator[None]:
         yield
     finally:
         optuna.logging.set_verbosity(before)
-
-
-def mask(url: str) -> str:
-    """A database URL without its password, or a word in place of what cannot be parsed."""
-    try:
-        parsed = make_url(url)
-    except (SQLAlchemyError, ValueError):
-        return "an unreadable URL"
-    secret = {
-        key: "hidden" for key in parsed.query if "pass" in key.lower() or "token" in key.lower()
-    }
-    return parsed.update_query_dict(secret).render_as_string(hide_password=True)
 
 
 def _boot() -> str:
