@@ -225,6 +225,12 @@ class ScoreConfig(_Section):
     )
     seed: Seed = 41
 
+    @model_validator(mode="after")
+    def _rows_apart(self) -> ScoreConfig:
+        if self.reduction == "token" and (self.keep_samples or self.first_order):
+            raise ValueError("keep_samples and first_order need reduction sample or batch")
+        return self
+
 
 class SelectConfig(_Section):
     """Which layers get adapters. The paper's masks are computed and stored whatever decides."""

@@ -1,6 +1,7 @@
 """What is checked before a run's first stage: every fault is named, and nothing is written."""
 
 import json
+import shutil
 from typing import get_args
 
 import pytest
@@ -16,7 +17,7 @@ from floe.errors import CheckError, DataError, FileError
 from floe.pipeline import run
 from floe.pipeline.check import check
 from floe.pipeline.workspace import Workspace, structure
-from floe.progress import Progress
+from floe.progress import LineProgress, Progress
 
 ROW = {
     "prompt": "ask",
@@ -79,6 +80,12 @@ FAULTS = {
     "space": ({"search__rank": [2, 5, 2]}, ValueError, "high reached"),
     "preset": ({"baselines": [baseline(policy="masks", preset="block")]}, ValueError, "keep_sampl"),
     "first order": ({"select__first_order": True}, ValueError, "first_order=True"),
+    "per token": (
+        {"score__reduction": "token", "score__keep_samples": True},
+        ValueError,
+        "need reduction sample or batch",
+    ),
+    "answer": ({"eval__max_new_tokens": 64, "eval__accuracy": "generation"}, ValueError, "got 64"),
     "negative scores": (
         {"baselines": [baseline(policy="fisher_low", choose="sizes")], "select__r0": 4.0},
         ValueError,
@@ -91,6 +98,11 @@ FAULTS = {
     ),
     "one step": ({"train__max_steps": 1}, ValueError, "1 step, which warm-up gives 0"),
     "split": ({"data__validation": None, "data__train": "one row"}, ValueError, "at least 2"),
+    "few to compare": (
+        {"data__validation": "one row", "select__layers": {"sweep": [1, 2]}},
+        ValueError,
+        "validation rows, of which there must be at least 2, got 1",
+    ),
     "attention": ({"model__attention": "flash_attention_2"}, FileError, "lashAttention"),
     "model": ({"model__path": "/none/model"}, FileError, "/none/model: does not exist"),
 }  # fmt: skip
@@ -99,8 +111,8 @@ FAULTS = {
 @pytest.mark.parametrize("case", FAULTS)
 def test_what_can_be_known_is_found_before_any_stage(case, config, tmp_path):
     settings, kind, message = FAULTS[case]
-    if settings.get("data__train") == "one row":
-        settings = settings | {"data__train": rows_file(tmp_path / "rows.jsonl", [ROW])}
+    one = rows_file(tmp_path / "one.jsonl", [ROW])
+    settings = {key: one if value == "one row" else value for key, value in settings.items()}
     given = changed(config, output_dir=str(tmp_path / "runs"), **settings)
     with pytest.raises(kind, match=message):
         run(parse_config(given))
@@ -141,11 +153,26 @@ def test_the_check_loads_no_weights_and_predicts_sizes(config):
     assert account.memory["base model"] == 4 * whole
     assert account.memory["adapters and optimiser"] == 16 * high
     assert account.memory["there"] > 2**28
+    saving = looked_at(config, train__gradient_checkpointing=True)
+    assert 0 < saving.memory["activations"] < account.memory["activations"]
+
+
+def test_a_budget_that_the_search_may_outgrow_is_a_remark(config):
+    layer = looked_at(config).adapters["main"]["parameters"][0] // 2
+    (note,) = looked_at(config, select__layers={"params": layer}).notes
+    assert note.startswith("should the search choose rank 4 and 3 experts: select: layers['params'")
 
 
 def test_a_model_larger_than_the_device_is_refused(config, monkeypatch):
     monkeypatch.setattr(Workspace, "device_memory", 100_000)
     with pytest.raises(ValueError, match="must fit the memory of cpu"):
+        looked_at(config)
+
+
+def test_a_full_disk_is_refused(config, monkeypatch):
+    full = shutil.disk_usage("/")._replace(free=10_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: full)
+    with pytest.raises(FileError, match="must have room for about"):
         looked_at(config)
 
 
@@ -162,7 +189,9 @@ class Said(Progress):
         self.stages.append(name)
 
 
-def test_rows_that_are_lost_are_told_in_the_terminal_and_in_the_run_folder(config, tmp_path):
+def test_rows_that_are_lost_are_told_on_the_terminal_and_in_the_run(
+    config, tmp_path, capsys
+):
     rows = [ROW] * 12 + [ROW | {"completion": " "}] * 5 + [ROW | {"completion": "x" * 99}] * 2
     train = rows_file(tmp_path / "train.jsonl", [*rows, ROW | {"prompt": "y" * 99}])
     columns = {"prompt": "prompt", "completion": "completion"}
@@ -181,6 +210,8 @@ def test_rows_that_are_lost_are_told_in_the_terminal_and_in_the_run_folder(confi
     lost = "7 rows dropped (5 without a completion, 2 too long for max_length), 1 prompts cut"
     assert [line.startswith("data.train: 13 of 20 rows kept") for line in said.lines] == [True]
     assert lost in said.lines[0]
+    LineProgress().say(said.lines[0])
+    assert capsys.readouterr().err.rstrip().endswith(said.lines[0])
 
 
 def test_a_run_that_loses_most_of_its_rows_stops(config, tmp_path):
@@ -202,9 +233,10 @@ def test_a_token_without_an_embedding_is_found(config, tmp_path):
     path = str(saved_model(tmp_path / "m", model, tokenizer))
     plain = looked_at(config, model__path=path, select__layers=1)
     assert plain.data["test"]["kept"] == 12  # no row holds the token
-    test = rows_file(tmp_path / "test.jsonl", [ROW | {"task": "first"}])
-    with pytest.raises(FileError, match=r"token 2\d\d \('ask', data.test, row 0\), but the model"):
-        looked_at(config, model__path=path, select__layers=1, data__test=test)
+    for row in (ROW, ROW | {"prompt": "what", "choices": ["right", "ask"]}):
+        test = rows_file(tmp_path / "test.jsonl", [row])
+        with pytest.raises(FileError, match=r"token 2\d\d \('ask', data.test, row 0\), but the"):
+            looked_at(config, model__path=path, select__layers=1, data__test=test)
 
 
 def adapters_folder(folder, kind):

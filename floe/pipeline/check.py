@@ -138,7 +138,7 @@ def check(work: Workspace) -> Account:
             work.probe(part)
     try:
         work.structure, work.tokenizer  # noqa: B018
-    except FileError as error:  # nothing more can be looked at
+    except (ValueError, OSError) as error:  # nothing more can be looked at
         problems.found.append(error)
         problems.tell()
     _check_names(work, account, problems)
@@ -156,6 +156,10 @@ def check(work: Workspace) -> Account:
     with problems.looking():
         _refuse_full_disk(work, account.disk)
     problems.tell()
+    window = getattr(work.structure.config.get_text_config(), "max_position_embeddings", None)
+    longest = max(own["longest"] for own in account.data.values())
+    if window is not None and longest > window:
+        account.notes.append(f"the longest row has {longest} tokens, the model's window {window}")
     if work.unused_weights:
         account.notes.append(
             f"{work.config.model.path}: {len(work.unused_weights)} tensors are of no use to the "

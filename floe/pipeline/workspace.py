@@ -351,7 +351,10 @@ def load_base(
     """
     from transformers import AutoModelForCausalLM
 
-    _configuration(name, **source)
+    if "gguf_file" in source:  # it takes seconds to read, and holds no encoder
+        _refuse_no_base(name, source["revision"])
+    else:
+        _configuration(name, **source)
     settings: dict[str, Any] = source | ({} if device is None else {"device_map": device})
     if attention is not None:
         settings["attn_implementation"] = attention
@@ -401,9 +404,7 @@ def _configuration(name: str, **source: Any) -> Any:
     """The model's configuration, if a base model is there."""
     from transformers import AutoConfig
 
-    if not Path(name).exists() and (Path(name).is_absolute() or name.startswith((".", "~"))):
-        raise FileError(name, "does not exist")
-    _refuse_adapter(name, source.get("revision"))
+    _refuse_no_base(name, source.get("revision"))
     with _reading(name, "cannot be read as a model's configuration"):
         config = AutoConfig.from_pretrained(name, trust_remote_code=False, **source)
     if getattr(config, "is_encoder_decoder", False):
@@ -413,10 +414,12 @@ def _configuration(name: str, **source: Any) -> Any:
     return config
 
 
-def _refuse_adapter(name: str, revision: str | None) -> None:
-    """transformers would load the adapter's base, and the adapter on top or not at all."""
+def _refuse_no_base(name: str, revision: str | None) -> None:
+    """Of an adapter transformers would load the base, and the adapter on top or not at all."""
     from transformers.utils import find_adapter_config_file
 
+    if not Path(name).exists() and (Path(name).is_absolute() or name.startswith((".", "~"))):
+        raise FileError(name, "does not exist")
     with _reading(name, "cannot be loaded as a model"):
         found = find_adapter_config_file(name, revision=revision)
     if found is not None:
