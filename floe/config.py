@@ -23,7 +23,7 @@ from floe.strict_yaml import read_yaml
 Fraction = Annotated[float, Field(gt=0.0, le=1.0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1, lt=2**63)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]  # what numpy, torch and transformers all take
-_LARGEST, _LISTED = 1 << 20, 20  # bytes of a file, problems in a message
+_LARGEST, _LISTED = 1 << 20, 1500  # bytes of a file, characters of all problems in a message
 _VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
 Policy = Literal[
     "adapter_fisher", "masks", "probe", "gate_fisher", "gate_fisher_diagonal", "fisher_high",
@@ -364,7 +364,7 @@ def load_config(path: str | os.PathLike[str], overrides: list[str] | None = None
     Raises:
         FileError: missing or unreadable file, or text that is not a mapping, or says a thing twice.
         ValueError: an unknown key (with the nearest known one) or a value out of range, every one
-            listed (up to 20), none with a password.
+            listed (as far as 1,500 characters go), none with a password.
     """
     try:
         with open(path, "rb") as file:
@@ -382,14 +382,19 @@ def load_config(path: str | os.PathLike[str], overrides: list[str] | None = None
 
 
 def parse_config(data: dict[str, Any]) -> RunConfig:
-    """Validate a mapping; ValueError lists every problem (up to 20) with its place."""
+    """Validate a mapping; ValueError lists the problems with their places, as load_config does."""
     try:
         return RunConfig.model_validate(data)
     except ValidationError as error:
         found = error.errors(include_url=False)
     # raised out here: the text of pydantic's error would hold the values, passwords among them
-    lines = [one_line(_explain(item), 300) for item in found[:_LISTED]]
-    lines += [f"{len(found) - _LISTED} more"] if len(found) > _LISTED else []
+    lines: list[str] = []
+    for line in map(_explain, found):
+        if sum(map(len, lines)) + len(line) > _LISTED:
+            break
+        lines.append(line)
+    if len(lines) < len(found):
+        lines.append(f"and {len(found) - len(lines)} more")
     problems = f"{len(found)} problem{'s' if len(found) > 1 else ''}"
     listed = "\n".join(f"  {line}" for line in lines)
     raise ValueError(f"the configuration has {problems}:\n{listed}")
@@ -473,16 +478,16 @@ def _mapping(value: Any) -> dict[str, Any]:
 
 def _explain(item: Any) -> str:
     parts = [str(part)[:60] for part in item["loc"]]
-    place = ".".join(parts) or "(top level)"
-    if item["type"] == "value_error":  # our own rules say themselves what came
-        return f"{place}: {item['msg']}"
-    if item["type"] != "extra_forbidden":
-        came = "" if "storage" in parts else f", got {shown(item.get('input'))}"
-        return f"{place}: {item['msg']}{came}"
-    known = _fields_at(item["loc"][:-1])
-    near = difflib.get_close_matches(parts[-1], known, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}"
-    return f"{place}: unknown setting{hint}"
+    place = one_line(".".join(parts), 120) or "(top level)"
+    if item["type"] == "extra_forbidden":
+        known = _fields_at(item["loc"][:-1])
+        near = difflib.get_close_matches(parts[-1], known, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
+        return f"{place}: unknown setting; {hint}"
+    # our own rules say themselves what came, and a storage is nobody's to see
+    quiet = item["type"] == "value_error" or "storage" in parts
+    came = "" if quiet else f", got {shown(item.get('input'))}"
+    return f"{place}: {one_line(item['msg'], 600)}{came}"
 
 
 def _fields_at(location: tuple[Any, ...]) -> list[str]:

@@ -28,6 +28,7 @@ from floe.errors import FileError
 
 FORMAT = 1
 _LARGE = 1 << 20
+_HUGE = 10**30
 
 
 class RunFolder:
@@ -43,11 +44,11 @@ class RunFolder:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             lock.acquire(timeout=0)
+        except Timeout as error:
+            raise FileError(self.path, "another process is working in this run folder") from error
         except OSError as error:
             reason = f"cannot be worked in: {error.strerror or error}; see output_dir"
             raise FileError(self.path, reason) from error
-        except Timeout as error:
-            raise FileError(self.path, "another process is working in this run folder") from error
         try:
             yield self
         finally:
@@ -135,14 +136,58 @@ class RunFolder:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; FileError when it is missing, damaged or something else."""
+    """A JSON object from a file, of values that any of its readers can hold.
+
+    Raises:
+        FileError: it is missing, damaged or something else; or a value in it is a whole number
+            beyond 63 bits, beyond 1e200, text above 100,000 characters, or nested above 64 deep:
+            its key is named.
+    """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(
+            path.read_text(encoding="utf-8"), object_pairs_hook=_distinct, parse_int=_whole
+        )
+    except FileNotFoundError:
+        raise FileError(path, "is missing") from None
     except (OSError, ValueError, RecursionError) as error:
         raise FileError(path, f"cannot be read as JSON: {error}") from error
     if not isinstance(value, dict):
         raise FileError(path, f"must hold a JSON object, got {type(value).__name__}")
+    flaw = _flaw(value)
+    if flaw is not None:
+        raise FileError(path, f"{flaw[0].removeprefix('.')[:200]} must be {flaw[1]}")
     return value
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a key occurs twice")
+    return found
+
+
+def _whole(digits: str) -> int:
+    return int(digits) if len(digits) < 30 else _HUGE  # reading more digits takes quadratic time
+
+
+def _flaw(value: Any, depth: int = 0) -> tuple[str, str] | None:
+    """The place of the first value out of bounds and its rule, or None."""
+    if depth > 64:
+        return "", "nested at most 64 deep"
+    if isinstance(value, dict | list):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        for key, part in items:
+            found = _flaw(part, depth + 1)
+            if found is not None:
+                place = f".{key}" if isinstance(value, dict) else f"[{key}]"
+                return place + found[0], found[1]
+    elif isinstance(value, str):
+        return ("", "text of at most 100,000 characters") if len(value) > 100_000 else None
+    elif isinstance(value, int):
+        return ("", "a whole number of at most 63 bits") if abs(value) >= 2**63 else None
+    elif isinstance(value, float) and 1e200 < abs(value) < float("inf"):
+        return "", "a number of at most 1e200"
+    return None
 
 
 def hash_of(value: Any) -> str:

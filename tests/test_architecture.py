@@ -149,8 +149,8 @@ def test_the_report_reads_artifacts_only():
         for full in imports(path)
     }
     used = {full for full in used if full.startswith("floe") and not full.startswith("floe.report")}
-    allowed = ("atomic", "errors", "importance.scores", "selection.placement")
-    assert {full.rpartition(".")[0].removeprefix("floe.") for full in used} <= set(allowed), used
+    allowed = {"atomic", "errors", "importance.scores", "runs", "selection.placement"}
+    assert {innermost(full.removeprefix("floe."), FILES) for full in used} <= allowed, used
 
 
 def test_the_registered_ops_are_called_in_one_place():

@@ -355,7 +355,7 @@ def test_aliases_cannot_grow(text, message, tmp_path):
     path.write_text(f"{text}\nmodel: *a8\n", encoding="utf-8")
     with pytest.raises(ValueError, match=message) as caught:
         load_config(path)
-    assert len(str(caught.value)) < 3000
+    assert len(str(caught.value)) < 2000
 
 
 def test_aliases_and_merges_are_copies(tmp_path):
@@ -378,8 +378,7 @@ def test_a_message_is_small_whatever_came():
     wrong |= {"baselines": [nested, 10**5000, {"name": "a" * 10**6}] * 50, "k" * 10**6: 1}
     with pytest.raises(ValueError, match=r"more$") as caught:
         parse_config(wrong)
-    assert len(str(caught.value)) < 3000
-    assert len(str(caught.value).splitlines()) == 22
+    assert len(str(caught.value)) < 2000
 
 
 @pytest.mark.parametrize("seed", [-1, 2**32, 10**400], ids=["negative", "2^32", "400 digits"])

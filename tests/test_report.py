@@ -445,7 +445,7 @@ def test_broken_json_leaves_the_earlier_report(run_dir, tmp_path):
     shutil.copytree(run_dir, folder)
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     (folder / "eval" / "results.json").write_text("{", encoding="utf-8")
-    with pytest.raises(FileError, match="is not JSON"):
+    with pytest.raises(FileError, match="cannot be read as JSON"):
         build_report(folder)
     after = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     before[folder / "eval" / "results.json"] = b"{"

@@ -191,5 +191,5 @@ def test_a_damaged_audit_is_named(base, audits, change, message):
 
 def test_a_file_that_is_no_json_is_named(base):
     (base / AUDIT).write_text("{", encoding="utf-8")
-    with pytest.raises(FileError, match="is not JSON"):
+    with pytest.raises(FileError, match="cannot be read as JSON"):
         read_run(base)

@@ -196,14 +196,21 @@ def test_a_stop_while_publishing_never_shows_a_partial_result(run, call, monkeyp
         ("{", "cannot be read as JSON"),
         ("[]", "must hold a JSON object, got list"),
         ("[" * 100_000, "cannot be read as JSON"),
+        ('{"a": 1, "a": 2}', "cannot be read as JSON: a key occurs twice"),
+        ('{"a": [{"b": 1' + "0" * 400 + "}]}", r"x.json: a\[0\].b must be a whole number"),
+        ('{"a": 1' + "0" * 100_000 + "}", "x.json: a must be a whole number of at most 63 bits"),
+        ('{"a": [0, -1e300]}', r"x.json: a\[1\] must be a number of at most 1e200"),
+        ('{"a": "' + "x" * 100_001 + '"}', "x.json: a must be text of at most 100,000"),
+        ('{"a": ' + "[" * 65 + "]" * 65 + "}", r"must be nested at most 64 deep"),
+        (b'{"a": "\xff"}', "cannot be read as JSON: .*0xff"),
     ],
-    ids=["cut", "list", "deep"],
+    ids=["cut", "list", "deep", "twice", "huge", "huger", "float", "text", "nested", "bytes"],
 )
 def test_a_bad_json_file_is_named(tmp_path, content, text):
-    (tmp_path / "x.json").write_text(content)
+    (tmp_path / "x.json").write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(FileError, match=text):
         read_json(tmp_path / "x.json")
-    with pytest.raises(FileError, match=r"none\.json: cannot be read as JSON"):
+    with pytest.raises(FileError, match=r"none\.json: is missing"):
         read_json(tmp_path / "none.json")
 
 

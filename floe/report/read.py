@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-import re
 from pathlib import Path
 
-from floe.errors import FileError
+from floe.errors import FileError, hide_secrets
 from floe.importance.scores import Scores
 from floe.report.artifacts import (
     Choice,
@@ -29,8 +28,6 @@ from floe.report.audit_read import Audited, audited
 from floe.report.records import Record, read_json, read_text
 from floe.selection.placement import Placement
 
-# A page is passed around more freely than a run folder: what a URL hides stays hidden.
-_PASSWORD = re.compile(r"(\w://[^\s:/@]*:)[^\s@]+@")
 _STAGES = ("search", "score", "select", "train", "profile", "eval")
 
 
@@ -53,7 +50,7 @@ def read_run(run_dir: Path) -> Run:
     layers = scores.layer_count
     return Run(
         name=run_dir.resolve().name,
-        config=_PASSWORD.sub(r"\1***@", config),
+        config=hide_secrets(config),  # of a run that wrote it before passwords were masked
         env=env,
         scores=scores,
         choice=_choice(read_json(run_dir / "select" / "selection.json"), layers),

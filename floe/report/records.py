@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from floe.errors import FileError
+from floe import runs
+from floe.errors import FileError, shown
 
 Floats = NDArray[np.float64]
 
@@ -32,9 +32,7 @@ class Record:
         """The error for a value that breaks ``rule``."""
         if key not in self.data:
             return FileError(self.path, f"{self.name(key)} is missing; it must be {rule}")
-        came = repr(self.data[key])
-        short = came if len(came) <= 60 else came[:57] + "..."
-        return FileError(self.path, f"{self.name(key)} must be {rule}, got {short}")
+        return FileError(self.path, f"{self.name(key)} must be {rule}, got {shown(self.data[key])}")
 
     def has(self, key: str) -> bool:
         """Whether ``key`` is there with a value other than null."""
@@ -147,11 +145,5 @@ def read_text(path: Path) -> str:
 
 
 def read_json(path: Path) -> Record:
-    """The JSON object in ``path``; FileError where it is missing, unreadable or no object."""
-    try:
-        data = json.loads(read_text(path))
-    except json.JSONDecodeError as error:
-        raise FileError(path, f"is not JSON: {error}") from error
-    if not isinstance(data, dict):
-        raise FileError(path, f"must hold a JSON object, got {type(data).__name__}")
-    return Record(data, path)
+    """The JSON object in ``path``; see :func:`floe.runs.read_json`."""
+    return Record(runs.read_json(path), path)

@@ -98,6 +98,8 @@ def duration(seconds: float | None) -> str:
     """Seconds as 45 ms, 8.2 s, 3 min 05 s or 2 h 10 min."""
     if seconds is None:
         return "–"
+    if not math.isfinite(seconds):
+        return str(seconds)
     if seconds < 1:
         return f"{1000 * seconds:.0f} ms"
     if seconds < 60:
