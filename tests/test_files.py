@@ -11,11 +11,12 @@ from safetensors.torch import load_file, save_file
 from small_adapters import logits, trained
 
 from floe import FileError
-from floe.adapters import FloeConfig, adapted_modules, get_model
+from floe.adapters import FloeConfig, adapted_modules, get_model, remove_adapters
 from floe.adapters.files import load_adapter, read_config, save_adapter
+from floe.adapters.folder import seal
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
-NAME = "base_model.model.model.layers.0.mlp.down_proj.floe_shrink"
+NAME = "base_model.model.model.layers.0.mlp.down_proj.floe_shrink.weight"
 
 
 @pytest.fixture(scope="module")
@@ -60,15 +61,16 @@ def refused(base, folder, text, **arguments):
 
 
 def rewrite(folder, change):
-    """Replace the tensors by ``change(tensors)``, without floe's digest, as another tool would."""
+    """Replace the tensors by ``change(tensors)``, with a digest that fits: it is no signature."""
     tensors = load_file(folder / TENSORS)
     save_file(change(tensors), folder / TENSORS, metadata={"format": "pt"})
+    seal(folder)
 
 
 def edit_config(folder, **values):
     config = json.loads((folder / CONFIG).read_text()) | values
     (folder / CONFIG).write_text(json.dumps(config))
-    rewrite(folder, dict)  # drops the digest, which would notice
+    rewrite(folder, dict)  # else the digest would notice
 
 
 def test_loading_gives_back_exactly_what_was_saved(saved):
@@ -77,9 +79,7 @@ def test_loading_gives_back_exactly_what_was_saved(saved):
     assert torch.equal(logits(model.eval()), expected)
     assert not any(p.requires_grad for p in model.parameters())
     again = load_adapter(plain(num_hidden_layers=1), folder, is_trainable=True, adapter_name="mine")
-    assert {n.rpartition(".")[2] for n, p in again.named_parameters() if p.requires_grad} == {
-        "mine"
-    }
+    assert {n.split(".")[-2] for n, p in again.named_parameters() if p.requires_grad} == {"mine"}
     assert torch.equal(logits(again.eval()), expected)
 
 
@@ -89,7 +89,7 @@ def test_stock_peft_reads_the_folder(saved):
 
 
 def foreign(tensors):
-    return tensors | {"base_model.model.model.embed_tokens.weight": torch.ones(61, 32)}
+    return tensors | {"base_model.model.model.norm.weight": torch.ones(32)}
 
 
 TENSOR_FAULTS = {
@@ -98,7 +98,7 @@ TENSOR_FAULTS = {
         "1 missing .*floe_shrink",
     ),
     "no tensor": (lambda t: {}, "2 missing"),
-    "a base weight": (foreign, "1 that are none of its own .*embed_tokens"),
+    "a base weight": (foreign, "1 that are none of its own .*norm.weight"),
     "another layer": (
         lambda t: t | {NAME.replace("layers.0", "layers.1"): t[NAME].clone()},
         "none of its own .*layers.1",
@@ -130,20 +130,164 @@ def test_wrong_tensors_are_refused(name, copy, base):
     refused(base, copy, text)
 
 
-@pytest.mark.parametrize(
-    "name", ["a missing tensor", "a base weight", "a shape", "integers", "nan"]
-)
-def test_peft_s_own_loader_refuses_them_too(name, copy):
+@pytest.mark.parametrize("name", TENSOR_FAULTS)
+def test_peft_s_own_loader_refuses_them_too(name, copy, base):
     change, text = TENSOR_FAULTS[name]
     rewrite(copy, change)
-    base = plain(num_hidden_layers=1)
-    weights = {n: p.detach().clone() for n, p in base.named_parameters()}
+    before = unchanged(base)
     with pytest.raises(ValueError, match=text):
         peft.PeftModel.from_pretrained(base, copy)
-    after = {
-        n.replace(".base_layer", ""): p for n, p in base.named_parameters() if ".floe_" not in n
-    }
-    assert all(torch.equal(after[n], value) for n, value in weights.items())
+    assert unchanged(base) == before
+
+
+@pytest.mark.parametrize("name", TENSOR_FAULTS)
+def test_an_adapted_model_refuses_them_and_stays(name, saved, copy):
+    """As a second adapter, and into the adapter that is there, as the Trainer does to resume."""
+    model = load_adapter(plain(num_hidden_layers=1), saved[0])
+    before = unchanged(model)
+    change, text = TENSOR_FAULTS[name]
+    rewrite(copy, change)
+    for adapter in ("second", "default"):
+        with pytest.raises(ValueError, match=text):
+            model.load_adapter(copy, adapter)
+        assert unchanged(model) == before
+        assert list(model.peft_config) == ["default"]
+    assert torch.equal(logits(model.eval()), saved[1])
+
+
+@pytest.mark.parametrize("how", ["new", "second", "default"])
+def test_peft_s_loaders_notice_what_differs(how, saved, copy, base):
+    """Whatever is read into: a flipped bit, an edited or unknown setting, a missing file."""
+    model = load_adapter(base, saved[0]) if how != "new" else None
+    before = unchanged(model or base)
+
+    def load():
+        if how == "new":
+            return peft.PeftModel.from_pretrained(base, copy)
+        return model.load_adapter(copy, how)
+
+    raw, text = (copy / TENSORS).read_bytes(), (copy / CONFIG).read_text()
+    for content in (raw[:-2] + bytes([raw[-2] ^ 1]) + raw[-1:], raw[:-8], b"", None):
+        (copy / TENSORS).unlink()
+        if content is not None:
+            (copy / TENSORS).write_bytes(content)
+        else:
+            torch.save(load_file(saved[0] / TENSORS), copy / "adapter_model.bin")
+        with pytest.raises(FileError, match="is not what|is damaged|does not exist"):
+            load()
+        assert unchanged(model or base) == before
+        (copy / TENSORS).write_bytes(raw)
+    for old, new in (('"alpha": 32.0', '"alpha": 64.0'), ('"alpha"', '"alhpa"'),
+                     ('"seed"', '"alpha": 1.0, "seed"')):  # fmt: skip
+        (copy / CONFIG).write_text(text.replace(old, new))
+        with pytest.raises(FileError, match="was edited|unknown settings|given once|be FLOE"):
+            load()
+        assert unchanged(model or base) == before
+    if model:
+        remove_adapters(model)
+
+
+def test_twin_names_of_one_tensor_are_refused(copy, base):
+    rewrite(copy, lambda t: t | {NAME.removeprefix("base_model.model."): t[NAME].clone()})
+    refused(base, copy, "must name a tensor once, got model.layers.0.*floe_shrink.weight twice")
+
+
+def test_settings_that_name_one_thing_twice_are_refused(copy, base):
+    text = (copy / CONFIG).read_text()
+    (copy / CONFIG).write_text(text.replace('"alpha": 32.0', '"alpha": 1.0, "alpha": 32.0'))
+    refused(base, copy, "a name must be given once, got 'alpha' twice")
+
+
+@pytest.mark.parametrize("name", [CONFIG, TENSORS])
+def test_a_link_out_of_the_folder_is_not_followed(name, saved, copy, base):
+    (copy / name).unlink()
+    (copy / name).symlink_to(saved[0] / name)
+    refused(base, copy, "must lie in its folder, got a link to")
+    with pytest.raises(FileError, match="must lie in its folder, got a link to"):
+        peft.PeftModel.from_pretrained(base, copy)
+    assert not adapted_modules(base)
+
+
+def test_links_to_and_within_the_folder_are_followed(saved, copy, tmp_path):
+    (copy / TENSORS).rename(copy / "v1.safetensors")
+    (copy / TENSORS).symlink_to("v1.safetensors")
+    (tmp_path / "link").symlink_to(copy)
+    assert torch.equal(
+        logits(load_adapter(plain(num_hidden_layers=1), tmp_path / "link").eval()), saved[1]
+    )
+
+
+@pytest.fixture(params=["repository", "shared"])
+def cache(request, saved, tmp_path):
+    """The hub's cache with the adapter in it: links to blobs, and where those may lie."""
+    root = tmp_path / "cache" / "models--me--adapter"
+    snapshot = root / "snapshots" / ("0" * 40)
+    for folder in (snapshot, root / "refs", root / "blobs", tmp_path / "cache/blobs/ab"):
+        folder.mkdir(parents=True)
+    (root / "refs" / "main").write_text("0" * 40)
+    for blob, name in (("1" * 40, CONFIG), ("2" * 64, TENSORS)):
+        place = root / "blobs" / blob
+        if request.param == "shared":
+            place.symlink_to(f"../../blobs/ab/{blob}")
+            place = tmp_path / "cache" / "blobs" / "ab" / blob
+        shutil.copyfile(saved[0] / name, place)
+        (snapshot / name).symlink_to(f"../../blobs/{blob}")
+    return snapshot
+
+
+def test_an_adapter_in_the_hub_s_cache_is_read_as_strictly(cache, saved, base, tmp_path):
+    options = {"cache_dir": tmp_path / "cache", "local_files_only": True}
+    for load in (
+        lambda model: load_adapter(model, cache),
+        lambda model: peft.PeftModel.from_pretrained(model, str(cache)),
+        lambda model: peft.PeftModel.from_pretrained(model, "me/adapter", **options),
+    ):
+        assert torch.equal(logits(load(plain(num_hidden_layers=1)).eval()), saved[1])
+    assert FloeConfig.from_pretrained("me/adapter", **options).r == 1
+    blob = (cache / TENSORS).resolve()
+    raw = bytearray(blob.read_bytes())
+    raw[-2] ^= 1
+    blob.write_bytes(raw)
+    before = unchanged(base)
+    with pytest.raises(FileError, match="is not what was saved"):
+        peft.PeftModel.from_pretrained(base, "me/adapter", **options)
+    (cache / TENSORS).unlink()
+    (cache / TENSORS).symlink_to(saved[0] / TENSORS)
+    refused(base, cache, "must lie in its folder")
+    (cache / TENSORS).unlink()
+    with pytest.raises(FileError, match="has no adapter_model.safetensors, here or on the hub"):
+        peft.PeftModel.from_pretrained(base, "me/adapter", **options)
+    assert unchanged(base) == before
+
+
+def test_settings_alone_are_read_back(tmp_path):
+    config = FloeConfig(r=3, layers=[1])
+    config.save_pretrained(tmp_path)
+    assert FloeConfig.from_pretrained(tmp_path).to_dict() == config.to_dict()
+    assert peft.PeftConfig.from_pretrained(tmp_path).to_dict() == config.to_dict()
+    assert type(peft.PeftConfig.from_pretrained(tmp_path)) is FloeConfig
+    base = plain()
+    before = unchanged(base)
+    with pytest.raises(FileError, match="does not exist"):
+        peft.PeftModel.from_pretrained(base, tmp_path)
+    assert unchanged(base) == before
+
+
+def test_settings_of_a_saved_adapter_make_a_fresh_one(saved):
+    """Nothing of the folder's tensors is kept for a later load into it."""
+    model = peft.get_peft_model(plain(num_hidden_layers=1), FloeConfig.from_pretrained(saved[0]))
+    assert not torch.equal(logits(model.eval()), saved[1])
+    model.load_adapter(saved[0], "default")
+    assert torch.equal(logits(model.eval()), saved[1])
+
+
+def test_unknown_settings_are_an_error_wherever_they_come_from(copy):
+    edit_config(copy, router="top2")
+    for load in (FloeConfig.from_pretrained, peft.PeftConfig.from_pretrained):
+        with pytest.raises((FileError, TypeError), match="unknown settings .'router'"):
+            load(copy)
+    with pytest.raises(TypeError, match="unknown settings .'alhpa'"):
+        FloeConfig(alhpa=3)
 
 
 def test_files_cut_short_anywhere_are_refused(copy, base):
@@ -187,14 +331,27 @@ def test_any_flipped_bit_is_noticed_or_harmless(saved, copy, base):
             (module,) = adapted_modules(model).values()
             assert torch.equal(module.floe_shrink["default"].weight, original[NAME]), (name, place)
             assert module.scaling["default"] == 32.0, (name, place)
-            model.unload()
+            remove_adapters(model)
         shutil.copyfile(saved[0] / name, copy / name)
     assert loads < 60  # the digest does notice
 
 
-def test_another_tool_may_write_the_folder_without_a_digest(saved, copy):
-    rewrite(copy, dict)
+def test_tensors_without_a_digest_are_refused(copy, base):
+    save_file(load_file(copy / TENSORS), copy / TENSORS, metadata={"format": "pt"})
+    refused(base, copy, "is not what was saved: it has no digest")
+
+
+def test_the_first_format_may_lack_the_digest(saved, copy, base):
+    """PEFT's own saving left it out."""
+    edit_config(copy, floe_format=1)
+    old = {n.removesuffix(".weight"): t for n, t in load_file(copy / TENSORS).items()}
+    save_file(old, copy / TENSORS, metadata={"format": "pt"})
     assert torch.equal(logits(load_adapter(plain(num_hidden_layers=1), copy).eval()), saved[1])
+    again = peft.PeftModel.from_pretrained(plain(num_hidden_layers=1), copy)
+    assert torch.equal(logits(again.eval()), saved[1])
+    old.popitem()
+    save_file(old, copy / TENSORS, metadata={"format": "pt"})
+    refused(base, copy, "1 missing")
 
 
 def test_a_changed_value_is_noticed(copy, base):
@@ -222,7 +379,10 @@ def test_a_pickle_is_never_opened(copy, base, tmp_path):
 
 
 CONFIG_FAULTS = {
-    "newer format": ({"floe_format": 2}, "floe_format must be in .* got 2: .*newer floe"),
+    "newer format": ({"floe_format": 3}, "floe_format must be in .* got 3: .*newer floe"),
+    "huge alpha": ({"alpha": 10**400}, "alpha must be a finite number > 0, got 1000"),
+    "huge dropout": ({"dropout": 10**400}, r"dropout must be in \[0, 1\), got 1000"),
+    "huge layer": ({"layers": [10**400]}, r"layers must be in \[0, 0\] for this model"),
     "format text": ({"floe_format": "1"}, "floe_format must be in"),
     "unknown setting": (
         {"router": "top2"},

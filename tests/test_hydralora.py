@@ -130,9 +130,9 @@ def without(tensors, part):
         (lambda t: t | {n.replace("B1", "B01"): v for n, v in t.items() if "B1" in n}, {},
          "tensors must be lora_A, .*lora_B01"),
         (lambda t: t | {n.replace(".weight", ".default.weight"): 0 * v for n, v in t.items()}, {},
-         "must be given once, got .*default.weight, too"),
+         r"lora_\w+ must be given once, got .*weight, too"),
         (lambda t: t | {n.removeprefix("base_model.model."): v for n, v in t.items()}, {},
-         "_proj.lora_[AB0-9route]+ must be given once, got model"),
+         r"lora_\w+ must be given once, got .*weight, too"),
         (lambda t: {n: v.double() for n, v in t.items()}, {}, "must be a dense matrix of"),
         (lambda t: {n: v / 0 for n, v in t.items()}, {}, "must hold finite values"),
         (lambda t: {n: t[:, :3] if "2.mlp.up_proj.lora_A" in n else t for n, t in t.items()}, {},
@@ -202,13 +202,10 @@ def test_a_damaged_pickle_is_a_file_error(tmp_path):
     name = next(iter(tensors))
     odd = [tensors[name].to_sparse(), tensors[name][:1, :1].expand(10**6, 10**6), 5, None,
            torch.empty(4, 32, device="meta"), torch.ones((4, 32), dtype=torch.int8)]  # fmt: skip
-    damaged = [b"", whole[:40], *(whole[: draw(len(whole))] for _ in range(20))]
-    for _ in range(60):
+    damaged = [b"", whole[:40], *(whole[: draw(len(whole))] for _ in range(8))]
+    for _ in range(30):
         raw = bytearray(whole)
-        place = draw(len(raw))
-        if place % 2:  # the pickle is near the front
-            place %= 4000
-        raw[place] ^= 1 << draw(8)
+        raw[draw(1200) - draw(2) * 1200] ^= 1 << draw(8)  # the pickle, or the archive's table
         damaged.append(bytes(raw))
     for content in odd:
         buffer = io.BytesIO()
@@ -221,7 +218,7 @@ def test_a_damaged_pickle_is_a_file_error(tmp_path):
         except FileError:
             refused += 1
             assert not (tmp_path / f"out{turn}").exists()
-    assert refused >= 40
+    assert refused >= 25
 
 
 def test_a_link_out_of_the_folder_is_not_followed(tmp_path):
