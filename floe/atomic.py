@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -11,15 +12,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-STAGING = ".floe-"  # how the names of folders begin that are gone when their writer is done
+STAGING = ".floe-"  # how names begin that are gone when their writer is done
 CARD = "README.md"
 
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Write beside, flush to disk, rename. An OSError leaves what was there."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    beside = path.with_name(f"{STAGING}{secrets.token_hex(8)}")  # nobody else's
     try:
-        with beside.open("wb") as file:
+        with beside.open("xb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())

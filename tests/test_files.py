@@ -173,14 +173,14 @@ def test_peft_s_loaders_notice_what_differs(how, saved, copy, base):
             (copy / TENSORS).write_bytes(content)
         else:
             torch.save(load_file(saved[0] / TENSORS), copy / "adapter_model.bin")
-        with pytest.raises(FileError, match="is not what|is damaged|does not exist"):
+        with pytest.raises(FileError, match=r"is not what|is damaged|does not exist"):
             load()
         assert unchanged(model or base) == before
         (copy / TENSORS).write_bytes(raw)
     for old, new in (('"alpha": 32.0', '"alpha": 64.0'), ('"alpha"', '"alhpa"'),
                      ('"seed"', '"alpha": 1.0, "seed"')):  # fmt: skip
         (copy / CONFIG).write_text(text.replace(old, new))
-        with pytest.raises(FileError, match="was edited|unknown settings|given once|be FLOE"):
+        with pytest.raises(FileError, match=r"was edited|unknown settings|given once|be FLOE"):
             load()
         assert unchanged(model or base) == before
     if model:
@@ -255,7 +255,7 @@ def test_an_adapter_in_the_hub_s_cache_is_read_as_strictly(cache, saved, base, t
     (cache / TENSORS).symlink_to(saved[0] / TENSORS)
     refused(base, cache, "must lie in its folder")
     (cache / TENSORS).unlink()
-    with pytest.raises(FileError, match="has no adapter_model.safetensors, here or on the hub"):
+    with pytest.raises(FileError, match=r"has no adapter_model.safetensors, here or on the hub"):
         peft.PeftModel.from_pretrained(base, "me/adapter", **options)
     assert unchanged(base) == before
 
@@ -284,9 +284,9 @@ def test_settings_of_a_saved_adapter_make_a_fresh_one(saved):
 def test_unknown_settings_are_an_error_wherever_they_come_from(copy):
     edit_config(copy, router="top2")
     for load in (FloeConfig.from_pretrained, peft.PeftConfig.from_pretrained):
-        with pytest.raises((FileError, TypeError), match="unknown settings .'router'"):
+        with pytest.raises((FileError, TypeError), match=r"unknown settings .'router'"):
             load(copy)
-    with pytest.raises(TypeError, match="unknown settings .'alhpa'"):
+    with pytest.raises(TypeError, match=r"unknown settings .'alhpa'"):
         FloeConfig(alhpa=3)
 
 

@@ -58,7 +58,7 @@ def read_tensors(folder: Path, settings: dict[str, Any], config: bytes) -> dict[
     except (SafetensorError, ValueError, KeyError, AttributeError, RecursionError) as error:
         raise FileError(file, f"is damaged: {error}") from error
     if digest is None and settings.get("floe_format") != _UNSEALED_FORMAT:
-        raise FileError(file, "is not what was saved: it has no digest, which floe and PEFT write last")
+        raise FileError(file, "is not what was saved: it has no digest, the last thing written")
     if digest is not None and digest != _digest(config, header, data):
         raise FileError(
             file, f"is not what was saved, or {CONFIG} beside it was edited: the digest differs"

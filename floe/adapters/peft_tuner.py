@@ -237,10 +237,11 @@ class FloeModel(BaseTuner):
             try:
                 return cls._remap_adapter_state_dict_for_load(model, config, adapter_name, came)
             except BaseException:
-                if list(model.peft_config) == [adapter_name]:
-                    remove_adapters(model)
+                adapted: Any = model
+                if list(adapted.peft_config) == [adapter_name]:
+                    remove_adapters(adapted)
                 else:
-                    model.delete_adapter(adapter_name)
+                    adapted.delete_adapter(adapter_name)
                 raise
         expected = {
             n.removeprefix(_PREFIX): s for n, s in _adapter_tensors(model, adapter_name).items()
