@@ -202,10 +202,6 @@ def test_other_arguments_are_refused_by_name(tmp_path):
 
 def test_settings_that_change_no_result_may_change(tmp_path):
     first = run(tmp_path, trials=1)
-    study = optuna.load_study(study_name="floe", storage=f"sqlite:///{tmp_path}/study.db")
-    older = study.user_attrs["identity"]
-    older["settings"] |= {"save_steps": 7, "eval_batch_size": 3}  # as older versions wrote them
-    study.set_user_attr("identity", older)
     changed = dataclasses.replace(FAST, eval_batch_size=2, save_steps=1, validation_points=())
     assert run(tmp_path, trials=2, settings=changed).trials[:1] == first.trials
 

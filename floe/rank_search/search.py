@@ -42,6 +42,7 @@ from floe.rank_search.studies import (
     should_stop,
 )
 from floe.training.checkpoints import remove_checkpoints
+from floe.training.schedule import NOT_IDENTITY
 from floe.training.train import TrainSettings, train
 
 __all__ = ["SearchResult", "SearchSpace", "Trial", "search"]
@@ -184,7 +185,11 @@ class _Search:
             "space": dataclasses.asdict(self.space),
             "sampler": self.sampler,
             "seed": self.seed,
-            "settings": dataclasses.asdict(self.settings),
+            "settings": {
+                name: value
+                for name, value in dataclasses.asdict(self.settings).items()
+                if name not in NOT_IDENTITY
+            },
             "adapter": {k: v for k, v in self.adapter.items() if k != "backend"},  # all are equal
             "prune": self.prune,
             "train_rows": fingerprint(self.train_rows),

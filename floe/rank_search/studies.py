@@ -24,7 +24,6 @@ from optuna.trial import FrozenTrial, TrialState
 
 from floe.errors import SearchError
 from floe.rank_search.storage import Say, mask, open_storage
-from floe.training.schedule import NOT_IDENTITY
 
 if TYPE_CHECKING:
     from floe.rank_search.proposals import Point, SearchSpace
@@ -80,22 +79,14 @@ def open_study(
             f"another program's with {len(study.get_trials(deepcopy=False))} trials; use another "
             "storage"
         )
-    elif names := _differing(found, expected):
+    elif found != expected:
+        names = sorted(found.keys() | expected.keys())
+        other = [name for name in names if found.get(name) != expected.get(name)]
         raise ValueError(
             f"the study in {mask(place)} must have been made with the same arguments, got other "
-            f"{', '.join(names)}; use another directory or storage"
+            f"{', '.join(other)}; use another directory or storage"
         )
     return study
-
-
-def _differing(found: dict[str, Any], expected: dict[str, Any]) -> list[str]:
-    def kept(value: Any) -> Any:  # an older version wrote settings that change no result, too
-        if not isinstance(value, dict):
-            return value
-        return {k: v for k, v in value.items() if k not in NOT_IDENTITY}
-
-    names = sorted(found.keys() | expected.keys())
-    return [name for name in names if kept(found.get(name)) != kept(expected.get(name))]
 
 
 def begin_trial(
