@@ -189,9 +189,7 @@ class Said(Progress):
         self.stages.append(name)
 
 
-def test_rows_that_are_lost_are_told_on_the_terminal_and_in_the_run(
-    config, tmp_path, capsys
-):
+def test_rows_that_are_lost_are_told_on_the_terminal_and_in_the_run(config, tmp_path, capsys):
     rows = [ROW] * 12 + [ROW | {"completion": " "}] * 5 + [ROW | {"completion": "x" * 99}] * 2
     train = rows_file(tmp_path / "train.jsonl", [*rows, ROW | {"prompt": "y" * 99}])
     columns = {"prompt": "prompt", "completion": "completion"}

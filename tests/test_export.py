@@ -154,6 +154,9 @@ def test_what_cannot_be_exported_is_refused(tmp_path):
         export_lora(lora, tmp_path / "lora", BATCHES)
     with pytest.raises(ValueError, match="batches must hold at least one token, got none"):
         export_lora(adapted(layers=[0]), tmp_path / "lora", [])
+    whole = get_model(plain(), FloeConfig(r=2, modules_to_save=["lm_head"]))
+    with pytest.raises(ValueError, match=r"no modules_to_save .* got .'lm_head'. and None"):
+        export_lora(whole, tmp_path / "lora", BATCHES)
     assert not list(tmp_path.iterdir())
 
 

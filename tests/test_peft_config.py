@@ -86,11 +86,11 @@ BAD = {
         r"layers must be left out or \[1\] with these layer_modules, got \[0, 1\]",
     ),
     "newer format": (
-        {"floe_format": 2},
+        {"floe_format": 3},
         ValueError,
-        r"floe_format must be in \[1, 1\] .*got 2: .*newer floe; upgrade",
+        r"floe_format must be in \[1, 2\] .*got 3: .*newer floe; upgrade",
     ),
-    "format 0": ({"floe_format": 0}, ValueError, r"floe_format must be in \[1, 1\] .*got 0"),
+    "format 0": ({"floe_format": 0}, ValueError, r"floe_format must be in \[1, 2\] .*got 0"),
     "seed": ({"seed": "x"}, TypeError, "seed must be a whole number, got 'x'"),
 }
 

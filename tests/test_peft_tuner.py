@@ -12,6 +12,7 @@ from importance_models import plain
 from small_adapters import IDS, adapted, logits, trained
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
+from floe import FileError
 from floe.adapters import (
     FloeConfig,
     adapted_layers,
@@ -161,6 +162,12 @@ def test_a_resumed_training_ends_at_the_same_bytes(tmp_path):
     whole = train(tmp_path / "a", 4)
     resumed = train(tmp_path / "b", 4, resume=str(tmp_path / "a" / "checkpoint-2"))
     assert all(torch.equal(a, b) for a, b in zip(whole, resumed, strict=True))
+    file = tmp_path / "a" / "checkpoint-2" / "adapter_model.safetensors"
+    raw = bytearray(file.read_bytes())
+    raw[-2] ^= 1
+    file.write_bytes(raw)
+    with pytest.raises(FileError, match="is not what was saved"):
+        train(tmp_path / "c", 4, resume=str(file.parent))
 
 
 def test_adapters_are_added_chosen_switched_off_and_deleted():

@@ -59,7 +59,8 @@ def export_lora(
         batches: representative model inputs (``attention_mask`` marks the tokens that count).
 
     Raises:
-        ValueError: if the model has no such active adapter or the batches hold no token.
+        ValueError: if the model has no such active adapter, one with modules that are saved whole,
+            or the batches hold no token.
         FileError: if ``path`` is in use: this adapter's own folder, or anything else.
     """
     config = model.peft_config.get(adapter_name)
@@ -70,6 +71,11 @@ def export_lora(
     if adapter_name not in model.active_adapters:
         raise ValueError(
             f"adapter {adapter_name!r} must be active to be measured, got {model.active_adapters}"
+        )
+    if config.modules_to_save or config.trainable_token_indices:
+        raise ValueError(
+            "adapter must have no modules_to_save and no trainable_token_indices to be exported, "
+            f"got {config.modules_to_save} and {config.trainable_token_indices}"
         )
     target = Path(path)
     check_new(target)

@@ -416,9 +416,11 @@ def _name_of(baseline: Baseline) -> str:
 def export_run(config: RunConfig, output: Path, rows: int) -> Any:
     """The finished run's adapter as one plain LoRA, averaged over ``rows`` training rows."""
     from floe.adapters.export import export_lora
+    from floe.adapters.folder import check_new
     from floe.data import sample
     from floe.pipeline.workspace import Workspace
 
+    check_new(output)  # before the model is loaded
     work = Workspace(config)
     batches = work.batches(sample(work.train_rows, rows, config.train.seed), config.eval.batch_size)
     with work.adapted(Path(config.output_dir) / config.name / "adapter") as model:
