@@ -63,14 +63,17 @@ def load_rows(
             raise ValueError(
                 f"split, revision and subset are for hub data sets, got the file {source}"
             )
-        found: Iterable[Row] = _read_file(path, limit)
+        found = _read_file(path)
     else:
-        found = _read_hub(source, split, revision, subset)
-    rows = [_row(source, i, raw, columns) for i, raw in enumerate(islice(found, limit))]
+        found = iter(_read_hub(source, split, revision, subset))
+    read = (_row(source, i, raw, columns) for i, raw in enumerate(found))
+    rows = list(islice(read, limit))
     if not rows:
         raise DataError(source, "must hold at least one row, got none")
+    if _unclear(rows):
+        rows += read  # the whole column decides, whatever the limit
     _answers(source, rows)
-    return rows
+    return rows[:limit]
 
 
 def _check_columns(columns: Mapping[str, str] | None) -> Mapping[str, str] | None:
@@ -80,7 +83,7 @@ def _check_columns(columns: Mapping[str, str] | None) -> Mapping[str, str] | Non
     return columns
 
 
-def _read_file(path: Path, limit: int | None) -> Iterator[Row]:
+def _read_file(path: Path) -> Iterator[Row]:
     suffix = path.suffix.lower()
     if suffix not in _SUFFIXES:
         raise FileError(path, f"must end in {', '.join(_SUFFIXES)}")
@@ -93,10 +96,10 @@ def _read_file(path: Path, limit: int | None) -> Iterator[Row]:
         raise FileError(path, f"cannot be read: {error.strerror or error}") from error
     source = str(path)
     if suffix == ".parquet":
-        return _parquet(source, data, limit)
+        return _parquet(source, data)
     text = _decode(source, data)
     if suffix == ".csv":
-        return _csv(source, text, limit)
+        return _csv(source, text)
     return _jsonl(source, text) if suffix == ".jsonl" else _json(source, text)
 
 
@@ -146,35 +149,36 @@ def _object(value: Any, source: str, row: int, where: str) -> Row:
     return value
 
 
-def _csv(source: str, text: str, limit: int | None) -> Iterator[Row]:
+def _csv(source: str, text: str) -> Iterator[Row]:
     before = csv.field_size_limit(sys.maxsize)  # the default refuses fields above 128 KiB
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     try:
         names = next(reader, [])
-        rows = list(islice((line for line in reader if line), limit))
+        _check_names(source, names)
+        for i, row in enumerate(line for line in reader if line):
+            if len(row) != len(names):
+                raise DataError(source, f"must have {len(names)} fields, got {len(row)}", i)
+            yield dict(zip(names, row, strict=True))
     except csv.Error as error:
         raise DataError(source, f"line {reader.line_num} must be valid CSV: {error}") from error
     finally:
         csv.field_size_limit(before)
-    _check_names(source, names)
-    for i, row in enumerate(rows):
-        if len(row) != len(names):
-            raise DataError(source, f"must have {len(names)} fields, got {len(row)}", i)
-    return iter([dict(zip(names, row, strict=True)) for row in rows])
 
 
-def _parquet(source: str, data: bytes, limit: int | None) -> Iterator[Row]:
+def _parquet(source: str, data: bytes) -> Iterator[Row]:
     import pyarrow.parquet
 
     try:
         file = pyarrow.parquet.ParquetFile(io.BytesIO(data), page_checksum_verification=True)
         table = file.read()
         table.validate(full=True)
-        rows = table.slice(0, limit).to_pylist()
+        _check_names(source, table.column_names)
+        for batch in table.to_batches(max_chunksize=4096):
+            yield from batch.to_pylist()
+    except DataError:
+        raise
     except Exception as error:  # whatever damaged bytes make of the library
         raise FileError(source, f"must be a parquet file: {error}") from error
-    _check_names(source, table.column_names)
-    return iter(rows)
 
 
 def _check_names(source: str, names: list[str]) -> None:
@@ -261,12 +265,10 @@ def _answers(source: str, rows: list[Row]) -> None:
     all is text, and elsewhere: where it could be either, the column decides, if all of its texts
     are the one and not all the other.
     """
-    texts = {i: row for i, row in enumerate(rows) if isinstance(row.get("answer"), str)}
-    named = {i: row["choices"].index(row["answer"]) for i, row in texts.items()
-             if row["answer"] in row["choices"]}  # fmt: skip
-    counted = {i: place for i, row in texts.items() if (place := _place(row)) is not None}
-    unclear = sorted(i for i in named.keys() & counted.keys() if named[i] != counted[i])
-    if unclear and (len(named) == len(texts)) == (len(counted) == len(texts)):
+    named, counted = _named(rows), _counted(rows)
+    texts = sum(isinstance(row.get("answer"), str) for row in rows)
+    unclear = _unclear(rows)
+    if unclear and (len(named) == texts) == (len(counted) == texts):
         i = unclear[0]
         message = (
             f"answer {rows[i]['answer']!r} must be either a choice or the index of one, got both: "
@@ -274,12 +276,11 @@ def _answers(source: str, rows: list[Row]) -> None:
             "index as a number (JSONL, parquet) or the choice's text"
         )
         raise DataError(source, message, i)
-    first, second = (named, counted) if len(named) == len(texts) else (counted, named)
+    first, second = (named, counted) if len(named) == texts else (counted, named)
     for i, row in enumerate(rows):
         if "answer" not in row:
             continue
-        answer = first.get(i, second.get(i)) if i in texts else row["answer"]
-        count = len(row["choices"])
+        answer, count = first.get(i, second.get(i, row["answer"])), len(row["choices"])
         if isinstance(answer, bool) or not isinstance(answer, int) or not 0 <= answer < count:
             message = f"answer must be a choice or its index below {count}, got "
             raise DataError(source, message + reprlib.repr(row["answer"]), i)
@@ -287,9 +288,25 @@ def _answers(source: str, rows: list[Row]) -> None:
         row.setdefault("completion", row["choices"][answer])
 
 
-def _place(row: Row) -> int | None:
-    """The index that the answer's text says; None if it is none of a choice."""
-    text = row["answer"].strip()
-    if not text.isdecimal() or len(text) > 9:
-        return None
-    return int(text) if int(text) < len(row["choices"]) else None
+def _named(rows: list[Row]) -> dict[int, int]:
+    """Of the rows whose answer is the text of a choice, which choice it is."""
+    return {
+        i: row["choices"].index(row["answer"])
+        for i, row in enumerate(rows)
+        if row.get("answer", 0) in row.get("choices", ())
+    }
+
+
+def _counted(rows: list[Row]) -> dict[int, int]:
+    """Of the rows whose answer is text that says an index of their choices, which index."""
+    found = {}
+    for i, row in enumerate(rows):
+        text = row["answer"].strip() if isinstance(row.get("answer"), str) else ""
+        if text.isdecimal() and len(text) < 10 and int(text) < len(row["choices"]):
+            found[i] = int(text)
+    return found
+
+
+def _unclear(rows: list[Row]) -> list[int]:
+    named, counted = _named(rows), _counted(rows)
+    return [i for i in named if i in counted and named[i] != counted[i]]

@@ -177,6 +177,15 @@ def test_an_answer_that_may_be_read_two_ways_is_refused(tmp_path, monkeypatch):
     assert all([row["answer"] for row in one] == [0, 1, 1, 0] for one in found.values())
 
 
+def test_a_limit_does_not_change_how_answers_are_read(tmp_path):
+    table = "prompt,choices,answer\n" + 'p,"[""2"",""1"",""0""]",0\n' * 5
+    clear = write(tmp_path / "a.csv", table + 'p,"[""a"",""b""]",1\n')
+    assert [row["answer"] for row in load_rows(clear)] == [0, 0, 0, 0, 0, 1]
+    assert [row["answer"] for row in load_rows(clear, limit=1)] == [0]
+    with pytest.raises(DataError, match="row 0: answer '0' must be either"):
+        load_rows(write(tmp_path / "b.csv", table), limit=1)
+
+
 def test_blank_lines_are_no_rows(tmp_path):
     text = "prompt,completion\n\np,c\n\n\nq,d\n"
     assert len(load_rows(write(tmp_path / "a.csv", text), limit=2)) == 2
