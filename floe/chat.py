@@ -61,7 +61,10 @@ class ChatTemplate:
             whole = self._render(prompt, answer)
         written = whole[len(opening) : len(whole) - len(ending)]
         if opening + written + ending != whole:
-            raise ValueError("the chat template must not treat one answer otherwise than another")
+            raise ValueError(
+                "the chat template must open and end every answer alike, it does not this one "
+                "(thoughts in it, say); write the prompt with data.template instead"
+            )
         if _letters(written) != _letters(_ANSWER if answer is None else answer):
             raise ValueError("the chat template must write the answer as it is, it changes it")
         return Turn(opening, written, ending)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from floe.chat import ChatTemplate
+from floe.chat import ChatTemplate, Turn
 from floe.errors import DataError
 from floe.losses import IGNORE_INDEX
 from floe.readers import load_rows
@@ -94,12 +94,6 @@ class Encoded:
     def lost(self) -> int:
         """How many rows were left out."""
         return sum(len(numbers) for numbers in self.dropped.values())
-
-    def losses(self) -> str:
-        """What was lost, in words; empty if nothing was."""
-        found = ", ".join(f"{len(numbers)} {reason}" for reason, numbers in self.dropped.items())
-        cut = f"{len(self.cut)} cut at the left of the prompt" if self.cut else ""
-        return "; ".join([f"{self.lost} dropped: {found}"] * bool(found) + [cut] * bool(cut))
 
 
 def encode(
@@ -278,7 +272,8 @@ def _encode(
 
 def _check_some_left(encoded: Encoded, max_length: int, source: str) -> None:
     if not encoded.rows:
-        message = f"no row with a target is left of {encoded.given}: {encoded.losses()}"
+        reasons = ", ".join(f"{len(rows)} {reason}" for reason, rows in encoded.dropped.items())
+        message = f"no row with a target is left of {encoded.given}: {reasons}"
         raise DataError(source, f"{message} (max_length={max_length})")
 
 
@@ -304,16 +299,20 @@ class _Writer:
 
     def prompt(self, prompt: str) -> tuple[_Tokens, bool]:
         """Tokens up to where the answer begins, and whether the first is a bos."""
+        if self.chat is not None:
+            return self._opening(self.chat.turn(prompt))
         bos = self.tokenizer.bos_token_id
-        if self.chat is not None:  # it writes bos itself, where the model wants it
-            tokens = self.tokens(self.chat.turn(prompt).opening)
-            return tokens, bos is not None and tokens[:1] == (bos,)
         text = self._frame.replace("{prompt}", prompt)
         tokens = self.tokens(text)
         with_special = self.tokenizer(text, add_special_tokens=True)["input_ids"]
         if bos is None or with_special[:1] != [bos]:
             return tokens, False
         return (tokens if tokens[:1] == (bos,) else (bos, *tokens)), True
+
+    def _opening(self, turn: Turn) -> tuple[_Tokens, bool]:
+        """Tokens before an answer; a chat template writes bos itself, where the model wants it."""
+        tokens, bos = self.tokens(turn.opening), self.tokenizer.bos_token_id
+        return tokens, bos is not None and tokens[:1] == (bos,)
 
     def row(self, prompt: str, answer: str, *, end: bool) -> tuple[_Tokens, bool, _Tokens]:
         """:meth:`prompt`, and the answer's tokens with their ``end``; none for an empty answer."""
@@ -322,7 +321,7 @@ class _Writer:
             tokens = self.tokens(answer)
             return *self.prompt(prompt), (*tokens, eos) if end and tokens else tokens
         turn = self.chat.turn(prompt, answer)
-        opening, bos = self.prompt(prompt)
+        opening, bos = self._opening(turn)
         if not self.tokens(turn.answer):
             return opening, bos, ()
         written = turn.answer + (turn.ending if end else "")

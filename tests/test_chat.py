@@ -107,7 +107,7 @@ def test_the_end_of_a_turn_stops_an_answer():
          "must write the prompt as it is"),
         (EACH + OPEN + "{{ m['content'].split(';')[-1] }}<e>" + ASK, "answer as it is, it changes"),
         (EACH + "{% if ';' in m['content'] %}!{% endif %}" + OPEN + "{{ m['content'] }}<e>" + ASK,
-         "must not treat one answer otherwise"),
+         "must open and end every answer alike"),
         (EACH + "<u>{{ m['content'] }}<e>" + ASK, "must open an answer as its generation prompt"),
         (TEMPLATES["plain"].replace("{% endif %}", "[think]\n{% endif %}"),
          r"must open .* got '<u>ask <e><a>\[think\]\\n' to ask and"),

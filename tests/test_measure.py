@@ -76,7 +76,5 @@ def test_rows_held_out_of_training_keep_their_numbers(tmp_path):
 
 
 def test_no_row_left_for_accuracy(tmp_path):
-    with pytest.raises(
-        DataError, match=r"data\.test: no row .* left of 1: 1 dropped: 1 without a prompt"
-    ):
+    with pytest.raises(DataError, match=r"data\.test: no row .* left of 1: 1 without a prompt"):
         _ = workspace(tmp_path, rows=TEST[5:6]).test_rows
