@@ -6,7 +6,7 @@ from tiny import tiny_model, tiny_rows, tiny_tokenizer
 from torch import nn
 
 from floe import data
-from floe.data import Collator, TokenRow, encode, make_batches
+from floe.data import Collator, Encoded, TokenRow, encode, make_batches, rows_of_both
 from floe.errors import DataError
 from floe.losses import row_losses
 
@@ -86,6 +86,20 @@ def test_rows_without_a_target_are_dropped_and_counted():
         match=r"train: no row with a target is left of 2: 1 .*, 1 too long.*max_length=12",
     ):
         encode(rows[1:3], tiny_tokenizer(), max_length=12, source="train")
+
+
+def test_rows_of_both_are_those_that_neither_dropped():
+    def encoded(numbers, dropped, cut):
+        return Encoded([TokenRow((1,), (2,), i) for i in numbers], 9, dropped, cut)
+
+    first = encoded([1, 2, 3, 4], {"a": [0, 5]}, [1, 2])
+    both = rows_of_both(first, encoded([4, 2, 5], {"a": [3], "b": [0, 1]}, [4, 5]), 8, "test")
+    assert [row.index for row in both.rows] == [2, 4]
+    assert both.dropped == {"a": [0, 3, 5], "b": [1]}  # each row under one reason
+    assert (both.cut, both.given, both.lost) == ([2, 4], 9, 4)
+    assert first.dropped == {"a": [0, 5]}
+    with pytest.raises(DataError, match="test: no row with a target is left of 9: 2 a, 4 c"):
+        rows_of_both(first, encoded([], {"c": [1, 2, 3, 4]}, []), 8, "test")
 
 
 def test_templates():
