@@ -367,7 +367,7 @@ def load_config(path: str | os.PathLike[str], overrides: list[str] | None = None
             listed (as far as 1,500 characters go), none with a password.
     """
     try:
-        with open(path, "rb") as file:
+        with open(os.fspath(path), "rb") as file:
             data = read_yaml(file.read(_LARGEST + 1).decode("utf-8"))
     except OSError as error:
         raise FileError(path, f"cannot be read as YAML: {error.strerror}") from error

@@ -153,10 +153,15 @@ def read_json(path: Path) -> dict[str, Any]:
         raise FileError(path, f"cannot be read as JSON: {error}") from error
     if not isinstance(value, dict):
         raise FileError(path, f"must hold a JSON object, got {type(value).__name__}")
+    check_values(path, value)
+    return value
+
+
+def check_values(path: str | os.PathLike[str], value: Any) -> None:
+    """FileError, with its key, for a value of a file that is out of :func:`read_json`'s bounds."""
     flaw = _flaw(value)
     if flaw is not None:
         raise FileError(path, f"{flaw[0].removeprefix('.')[:200]} must be {flaw[1]}")
-    return value
 
 
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

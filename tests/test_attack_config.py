@@ -175,7 +175,9 @@ def test_a_mutated_artifact_is_read_or_named(run_folder, bounded):
             file.write_text("" if value is ... else json.dumps(value), encoding="utf-8")
         else:
             start = draw.randrange(len(before))
-            junk = draw.choice([b"", b"\0", b"\xff", b"[" * 100_000, b"1" * 400, b"{", b"NaN"])
+            junk = draw.choice(
+                [b"", b"\0", b"\xff", b"[" * 100_000, b"1" * 400, b"{", b"NaN", draw.randbytes(1)]
+            )
             file.write_bytes(before[:start] + junk + before[start + draw.choice([0, 1, 50]) :])
         try:
             found = judged(lambda: shown_values(read_run(run_folder)))

@@ -152,9 +152,11 @@ def test_what_floe_says_itself_is_no_fault_of_it(tmp_path, capsys):
     """A RuntimeError of floe's own is a sentence for its user."""
     from floe.rank_search.studies import one_process
 
-    with pytest.raises(SystemExit) as caught, cli._exit_codes():
-        with one_process(tmp_path / "lock"), one_process(tmp_path / "lock"):
-            pass
+    lock = tmp_path / "lock"
+    with (
+        pytest.raises(SystemExit) as caught, cli._exit_codes(), one_process(lock), one_process(lock)
+    ):  # fmt: skip
+        pass
     assert caught.value.code == 1
     assert capsys.readouterr().err.startswith("floe: another process is searching")
 
@@ -162,6 +164,21 @@ def test_what_floe_says_itself_is_no_fault_of_it(tmp_path, capsys):
 def test_usage_errors_repeat_no_secret(floe):
     code, _, err = floe("run", "c.yaml", f"search.storage={SECRET}")
     assert (code, "S3CRET" in err, "u:***@h/db" in err) == (2, False, True)
+
+
+@pytest.mark.parametrize("storage", [SECRET, "postgresql://u:${FLOE_PW}@h:1/db", "${FLOE_DB}"])
+def test_a_password_goes_to_the_database_alone(storage, config, tmp_path, floe, monkeypatch):
+    """No database answers here: what was said and written until then holds no password."""
+    monkeypatch.setenv("FLOE_PW", "S3CRET")
+    monkeypatch.setenv("FLOE_DB", SECRET)
+    settings = changed(config, "search", storage=storage) | {"output_dir": str(tmp_path / "runs")}
+    path = write_config(tmp_path / "c.yaml", settings)
+    monkeypatch.setenv("FLOE_TRACEBACK", "1")
+    code, out, err = floe("search", path)
+    assert (code, "u:***@h" in err, "S3CRET" in out + err) == (2, True, False), err
+    written = [file for file in (tmp_path / "runs").rglob("*") if file.is_file()]
+    assert {"config.yaml", "env.json", "events.jsonl"} <= {file.name for file in written}
+    assert not [file for file in written if b"S3CRET" in file.read_bytes()]
 
 
 def test_files_that_cannot_be_used_are_named(config, tmp_path, floe):

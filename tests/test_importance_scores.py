@@ -151,6 +151,22 @@ def test_other_format_missing_array_and_pickle(tmp_path):
         Scores.load(path)
 
 
+def test_a_packed_file_and_a_header_out_of_bounds_are_refused(tmp_path):
+    """A megabyte can hold gigabytes when it is packed; floe packs nothing."""
+    path = tmp_path / "s.npz"
+    np.savez_compressed(path, meta=np.frombuffer(b'{"format": 1, "meta": {}}', np.uint8))
+    with pytest.raises(FileError, match=r"meta\.npy must be stored as it is"):
+        Scores.load(path)
+    np.savez(
+        path, meta=np.frombuffer(b'{"format": 1, "meta": {"rows": 1' + b"0" * 400 + b"}}", "u1")
+    )
+    with pytest.raises(FileError, match=r"meta\.rows must be a whole number of at most 63 bits"):
+        Scores.load(path)
+    np.savez(path, meta=np.frombuffer(b"[" * 100_000, np.uint8))
+    with pytest.raises(FileError, match="not that of a scores file"):
+        Scores.load(path)
+
+
 def test_bad_values_in_a_file_name_the_file(tmp_path):
     path = tmp_path / "s.npz"
     example().save(path)

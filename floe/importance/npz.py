@@ -16,8 +16,10 @@ from numpy.typing import NDArray
 
 from floe.atomic import write_bytes
 from floe.errors import FileError
+from floe.runs import check_values
 
 HEADER = "meta"
+_ZIP = (zipfile.BadZipFile, NotImplementedError)
 _EPOCH = (1980, 1, 1, 0, 0, 0)  # the earliest time a zip can hold: equal content gives equal bytes
 
 
@@ -54,7 +56,7 @@ def load(
         arrays = _read(path)
     except FileNotFoundError:
         raise FileError(path, f"no such file; saved {what} were expected") from None
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, NotImplementedError) as error:
+    except (OSError, ValueError, EOFError, OverflowError, MemoryError, *_ZIP) as error:
         raise FileError(path, f"not a readable {what} file ({error})") from error
     if HEADER not in arrays:
         raise FileError(path, f"must hold the entry {HEADER!r} of a {what} file, got none")
@@ -62,10 +64,11 @@ def load(
         header = dict(json.loads(arrays.pop(HEADER).tobytes().decode()))
         found = header["format"]
         header["meta"] = dict(header["meta"])
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise FileError(
             path, f"its entry {HEADER!r} is not that of a {what} file ({error})"
         ) from error
+    check_values(path, header)
     if found != version:
         raise FileError(path, f"format must be {version}, got {found!r}; measure the model again")
     return header, arrays
@@ -74,7 +77,11 @@ def load(
 def _read(path: str | os.PathLike[str]) -> dict[str, NDArray[Any]]:
     arrays = {}
     with zipfile.ZipFile(path) as archive:
-        for name in archive.namelist():
-            with archive.open(name) as member:
-                arrays[name.removesuffix(".npy")] = npy.read_array(member, allow_pickle=False)
+        for entry in archive.infolist():
+            if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1:
+                raise ValueError(f"{entry.filename} must be stored as it is, not packed or locked")
+            with archive.open(entry) as member:
+                arrays[entry.filename.removesuffix(".npy")] = npy.read_array(
+                    member, allow_pickle=False
+                )
     return arrays
