@@ -364,7 +364,6 @@ def touch(study, step):
         study.enqueue_trial({"rank": 2, "num_experts": 1})
     elif step == "failed":
         study.tell(ask_by_hand(study), state=TrialState.FAIL)
-    elif step == "pruned":
         trial = ask_by_hand(study)
         trial.report(0.5, 1)
         study.tell(trial, state=TrialState.PRUNED)
@@ -375,6 +374,11 @@ def touch(study, step):
         for name in ("index", "owner", "redraws", "seconds", "loss"):
             trial.set_user_attr(name, 0)
         study.tell(trial, -3.0)
+    elif step == "copied":
+        (trial, *_) = [t for t in study.get_trials() if "seconds" in t.user_attrs]
+        study.add_trial(trial)
+        trial.value = -4.0
+        study.add_trial(trial)
     else:
         own = [t for t in study.get_trials(states=(TrialState.RUNNING,)) if "owner" in t.user_attrs]
         study.tell(own[0].number, **step)
@@ -391,7 +395,7 @@ def without_seconds(trials):
 
 def test_trials_of_other_programs_are_passed_over(tmp_path, monkeypatch, undisturbed):
     real = floe.rank_search.search.train
-    others = ["told", "left", "enqueued", "failed", "pruned", "bare", "attributes"]
+    others = ["told", "left", "enqueued", "failed", "bare", "attributes", "copied"]
     own = [{"values": -1.0}, {"state": TrialState.FAIL}, {"state": TrialState.PRUNED}]
     steps = [step for pair in zip(others, own, strict=False) for step in pair] + others[len(own) :]
 
@@ -546,6 +550,32 @@ def test_a_database_that_fails_later_keeps_its_trials(tmp_path):
         database.execute("alter table gone rename to trial_params")
     assert len(run(tmp_path / "a", storage=url).trials) == 3
     assert len(notes) == 1
+
+
+def test_a_damaged_database_is_named_or_read_right(tmp_path):
+    study = studies.open_study(tmp_path / "study.db", {"space": 1}, prune=False)
+    for index, point in enumerate(SMALL.points()[:4]):
+        trial = studies.begin_trial(study, SMALL, point, Owner.current(), index, 0)
+        studies.end_trial(study, trial, Outcome(1.0 / (index + 1), seconds=2.5))
+    right = [(t.number, t.rank, t.num_experts, t.value) for t in studies.finished(study)]
+    raw = (tmp_path / "study.db").read_bytes()
+    used = [place for place, byte in enumerate(raw) if byte]
+    draw, refused = random.Random(0), {}
+    for number in range(40):
+        bad = bytearray(raw)
+        for _ in range(draw.choice((1, 3, 30))):
+            bad[draw.choice(used)] = draw.randrange(256)
+        file = tmp_path / f"{number}.db"
+        file.write_bytes(bad)
+        try:
+            study = studies.open_study(file, {"space": 1}, prune=False)
+            found = [(t.number, t.rank, t.num_experts, t.value) for t in studies.finished(study)]
+        except (ValueError, SearchError) as error:
+            refused[str(file)] = str(error)
+        else:
+            assert set(found) <= set(right)
+    assert len(refused) > 20
+    assert all(file in text and "\n" not in text for file, text in refused.items())
 
 
 def test_when_every_trial_diverges_one_error_says_so(tmp_path):

@@ -6,7 +6,6 @@ for another database than SQLite, not even as the context of what is raised.
 
 from __future__ import annotations
 
-import os
 import sqlite3
 import tempfile
 import time
@@ -19,17 +18,19 @@ import optuna
 from filelock import FileLock
 from optuna.exceptions import StorageInternalError
 from optuna.storages import BaseStorage
-from sqlalchemy.engine import URL, make_url
+from sqlalchemy.engine import make_url
 from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.pool import NullPool
 
 from floe.atomic import write_bytes
-from floe.errors import SearchError, hide_secrets
+from floe.errors import SearchError, hide_secrets, one_line
 
 PATIENCE = 60.0
 """Seconds another program may hold a SQLite database before a search gives up."""
 _BETWEEN = 1.0  # seconds SQLite itself waits at a time
 _BUSY = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
 _TROUBLE = (SQLAlchemyError, StorageInternalError, LookupError)  # LookupError: a record is gone
+_UNREADABLE = (*_TROUBLE, ValueError, TypeError)  # what damaged records come to
 # ValueError: no URL; RuntimeError: tables of another optuna
 _NOT_OPENED = (*_TROUBLE, ValueError, ImportError, RuntimeError, OSError)
 Say = Callable[[str], None]
@@ -46,15 +47,15 @@ def open_storage(place: str | Path, say: Say) -> BaseStorage:
     """
     storage = _patient(_connect, place, say, _NOT_OPENED, _not_opened)(place)
     for name in BaseStorage.__abstractmethods__:
-        call = _patient(getattr(storage, name), place, say, _TROUBLE, _not_usable)
-        setattr(storage, name, call)
+        kinds = _UNREADABLE if name.startswith("get_") else _TROUBLE
+        setattr(storage, name, _patient(getattr(storage, name), place, say, kinds, _not_usable))
     return storage
 
 
 def mask(place: str | Path) -> str:
     """A database's URL without its password, or a word in place of what cannot be parsed."""
     if isinstance(place, Path):
-        return str(URL.create("sqlite", database=os.fspath(place)))
+        return f"sqlite:///{place}"
     try:
         parsed = make_url(place)
     except (SQLAlchemyError, ValueError):
@@ -74,6 +75,7 @@ def _connect(place: str | Path) -> BaseStorage:
     if parsed.drivername.startswith("sqlite"):
         engine["connect_args"] = {"timeout": _BETWEEN}
         if parsed.database and not parsed.database.startswith((":", "file:")):
+            engine["poolclass"] = NullPool
             _create_whole(Path(parsed.database))
     template = place.replace("{", "{{").replace("}", "}}")  # optuna fills in what braces name
     return optuna.storages.get_storage(optuna.storages.RDBStorage(template, engine))
@@ -82,7 +84,8 @@ def _connect(place: str | Path) -> BaseStorage:
 def _in_file(file: Path) -> optuna.storages.RDBStorage:
     """SQLite in this file, opened by its path: in a URL ``%``, ``?`` and others mean something."""
     connect = partial(sqlite3.connect, file.absolute(), _BETWEEN, check_same_thread=False)
-    return optuna.storages.RDBStorage("sqlite:///study.db", engine_kwargs={"creator": connect})
+    engine = {"creator": connect, "poolclass": NullPool}  # no pool: whatever rests is in the file
+    return optuna.storages.RDBStorage("sqlite:///study.db", engine)
 
 
 def _create_whole(file: Path) -> None:
@@ -130,7 +133,8 @@ def _patient(
 
 
 def _not_opened(place: str, words: str) -> Exception:
-    return ValueError(f"storage must be a database that opens, got {place} ({words})")
+    hint = "; move a damaged file away to search anew" if place.startswith("sqlite") else ""
+    return ValueError(f"storage must be a database that opens, got {place} ({words}){hint}")
 
 
 def _locked(place: str, words: str) -> Exception:
@@ -162,5 +166,5 @@ def _words(error: Exception) -> str:
     """What was said where it cannot hold a password, else the kind of error alone."""
     spoken = _sqlite_error(error) or error
     if isinstance(spoken, (sqlite3.Error, OSError, RuntimeError)):  # optuna's asks for an upgrade
-        return f"{type(spoken).__name__}: {spoken}"
+        return one_line(f"{type(spoken).__name__}: {spoken}", 300)
     return type(error.__cause__ or error).__name__

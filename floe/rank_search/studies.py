@@ -244,7 +244,8 @@ def _ended(study: optuna.Study) -> list[FrozenTrial]:
 def _is_own(trial: FrozenTrial) -> bool:
     written, owner = trial.user_attrs, trial.user_attrs.get("owner")
     return (
-        {"index", "redraws"} <= written.keys()
+        isinstance(written.get("index"), int)
+        and "redraws" in written
         and isinstance(owner, dict)
         and owner.keys() == Owner.__dataclass_fields__.keys()
         and trial.params.keys() == {"rank", "num_experts"}
