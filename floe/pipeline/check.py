@@ -218,7 +218,7 @@ def _named(rows: list[int]) -> dict[str, Any]:
 def _check_tokens(work: Workspace, rows: list[TokenRow], part: str) -> None:
     """Every token, and the one that pads, must have an embedding."""
     model, tokenizer = work.structure, work.tokenizer
-    tables: list[Any] = [model.get_input_embeddings(), model.get_output_embeddings()]  # type: ignore[operator]
+    tables = [model.get_input_embeddings(), model.get_output_embeddings()]
     limit = min(table.weight.shape[0] for table in tables if table is not None)
     pad = tokenizer.pad_token_id or 0
     for row in (TokenRow((pad,), ()), *rows):

@@ -104,7 +104,7 @@ class Workspace:
         return base
 
     @cached_property
-    def structure(self) -> nn.Module:
+    def structure(self) -> Any:
         """The base model without values, on the meta device; the weights' names are checked.
 
         Only where they lie in a folder as they are: a hub model's may not be here yet, and GGUF and
