@@ -10,13 +10,17 @@ import os
 from pathlib import Path
 
 import peft
+from peft import set_peft_model_state_dict
+from peft.auto import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
 from torch import nn
 
 from floe.adapters.config import FloeConfig
 from floe.adapters.folder import check_own, read_settings, read_tensors
 from floe.adapters.peft_tuner import (
     check_adapter_name,
+    embeddings_resized,
     loaded_config,
+    loaded_tensors,
     remove_adapters,
     take_off_unheld,
 )
@@ -50,7 +54,8 @@ def save_adapter(
             str(beside),
             selected_adapters=[adapter_name],
             safe_serialization=True,
-            save_embedding_layers=False,  # "auto" would ask the hub for the base model's vocabulary
+            # "auto" would ask the hub for the base model's vocabulary
+            save_embedding_layers=embeddings_resized(model),
         )
         source = beside if adapter_name == "default" else beside / adapter_name
         for name, tensor in read_tensors(source, *read_settings(source)).items():
@@ -82,15 +87,13 @@ def load_adapter(
     config = loaded_config(folder)
     if other_base:
         config.base_fingerprint = None
+    config.inference_mode = not is_trainable
+    kind = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, peft.PeftModel)
     try:
-        return peft.PeftModel.from_pretrained(
-            base_model,
-            str(folder),
-            adapter_name=adapter_name,
-            is_trainable=is_trainable,
-            config=config,
-            autocast_adapter_dtype=False,
-        )
+        # not from_pretrained, which takes an offloaded base apart and cannot put it together again
+        model = kind(base_model, config, adapter_name, autocast_adapter_dtype=False)
+        set_peft_model_state_dict(model, loaded_tensors(config), adapter_name)
+        return model if is_trainable else model.eval()
     except BaseException as error:
         remove_adapters(base_model)
         if isinstance(error, FileError) or not isinstance(error, _REFUSALS):

@@ -276,17 +276,30 @@ def _adapter_tensors(model: nn.Module, adapter_name: str) -> dict[str, tuple[int
 def _saved_whole(model: nn.Module) -> set[str]:
     """Names in the model's state that a file may hold beside the adapter."""
     base: Any = base_of(model)
-    embeddings = (
-        [base.get_input_embeddings(), base.get_output_embeddings()]
-        if hasattr(base, "get_input_embeddings")
-        else []
-    )
+    resized = embeddings_resized(model)
+    embeddings = [base.get_input_embeddings(), base.get_output_embeddings()] if resized else []
     paths = tuple(
         f"{path}."
         for path, module in model.named_modules()
         if isinstance(module, AuxiliaryTrainingWrapper) or any(module is e for e in embeddings)
     )
     return {name for name in model.state_dict() if paths and name.startswith(paths)}
+
+
+def embeddings_resized(model: nn.Module) -> bool:
+    """Whether the vocabulary differs from that of the checkpoint the base was loaded from.
+
+    Asks files of this machine alone; False where the checkpoint is not among them.
+    """
+    base: Any = base_of(model)
+    config, path = getattr(base, "config", None), getattr(base, "name_or_path", "")
+    if not path or not hasattr(config, "get_text_config"):
+        return False
+    try:
+        before = type(config).from_pretrained(path, local_files_only=True)
+    except (OSError, ValueError):
+        return False
+    return bool(before.get_text_config().vocab_size != config.get_text_config().vocab_size)
 
 
 def current_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -458,6 +471,12 @@ def loaded_config(folder: Path) -> FloeConfig:
     config = FloeConfig.from_settings(settings, folder)
     setattr(config, _READ, read_tensors(folder, settings, raw))
     return config
+
+
+def loaded_tensors(config: FloeConfig) -> dict[str, Tensor]:
+    """The tensors that a configuration carries."""
+    tensors: dict[str, Tensor] = vars(config)[_READ]
+    return tensors
 
 
 class _Loaded(FloeConfig):
