@@ -10,84 +10,81 @@ from torch import Tensor, nn
 
 from floe.blocks import base_of, find_blocks, linear_at
 
-_VERSION = "1"
-_SAMPLES = 16  # values of each tensor
-_STRIDE = 7919  # between values of an embedding, which may grow at its end
 _UNREAD = "-"
+_ROWS = 4096  # of a tensor at once
+_FIRST = 1024  # rows of an embedding, which may grow at its end
 
 
 def fingerprint(model: nn.Module) -> str | None:
-    """``"1:P:O"``: digests of samples of the projections, and of the embedding and the norms.
+    """``"dtype:P:O"``: digests of the blocks' projections, and of the norms and the embedding.
 
-    They are the same in float32, bfloat16 and float16 if the weights are: values are rounded to
-    bfloat16, and those that float16 cannot hold so exactly count as 0. P is "-" where projections
-    cannot be read (quantised, sharded, offloaded). None if nothing can be read.
+    Every value counts, rounded to bfloat16, so that a model in float32 and in bfloat16 is one
+    (of the embedding the first 1,024 rows). P or O is "-" where weights cannot be read, as
+    quantised, sharded and offloaded ones cannot. None if nothing can be read.
     """
     base = base_of(model)
     blocks = find_blocks(base)
     paths = [path for block in blocks for path in block.linears.values()]
     projections = [getattr(linear_at(base, path), "weight", None) for path in paths]
-    norms = [
+    others = [
         parameter
         for block in blocks
         for module in block.module.modules()
         if "norm" in type(module).__name__.lower()
         for parameter in module.parameters(recurse=False)
     ]
-    parts = [
-        _digest([_even(weight) for weight in projections]),
-        _digest([_first(weight) for weight in _embeddings(base)] + [_even(w) for w in norms]),
-    ]
-    return None if parts == [_UNREAD, _UNREAD] else ":".join([_VERSION, *parts])
+    parts = [_digest(projections), _digest([*others, *_embedding(base)])]
+    if parts == [_UNREAD, _UNREAD]:
+        return None
+    dtype = next(weight.dtype for weight in [*others, *projections] if _readable(weight))
+    return ":".join([str(dtype).removeprefix("torch."), *parts])
 
 
 def same_base(one: str, other: str) -> bool:
-    """Whether two fingerprints can be of the same weights; what was not read cannot differ."""
-    pairs = list(zip(one.split(":"), other.split(":"), strict=False))
-    if pairs[0] != (_VERSION, _VERSION):
-        return True  # of another version: nothing to compare
+    """Whether two fingerprints can be of the same weights.
+
+    What was not read cannot differ, nor can float16 and another dtype be compared: it rounds twice.
+    """
+    (dtype, *parts), (other_dtype, *other_parts) = one.split(":"), other.split(":")
+    if dtype != other_dtype and "float16" in (dtype, other_dtype):
+        return True
+    pairs = zip(parts, other_parts, strict=True)
     return all(a == b or _UNREAD in (a, b) for a, b in pairs)
 
 
-def _embeddings(base: nn.Module) -> list[Any]:
+def _embedding(base: nn.Module) -> list[Any]:
     get = getattr(base, "get_input_embeddings", None)
     module = get() if callable(get) else None
     module = getattr(module, "original_module", module)  # what PEFT may have put around it
-    return [] if module is None else [getattr(module, "weight", None)]
+    weight = getattr(module, "weight", None)
+    return [] if module is None else [weight[:_FIRST] if _readable(weight) else None]
 
 
-def _digest(samples: list[Tensor | None]) -> str:
-    read = [sample for sample in samples if sample is not None]
-    if not read or len(read) < len(samples):
+def _digest(weights: list[Any]) -> str:
+    if not weights or not all(map(_readable, weights)):
         return _UNREAD
-    values = torch.cat(read).bfloat16()
-    values[values.abs() < 2.0**-14] = 0  # float16's smallest normal number
-    return hashlib.sha256(values.view(torch.int16).numpy().tobytes()).hexdigest()[:16]
+    digest = hashlib.sha256()
+    for weight in weights:
+        for sums in _sums(weight):
+            digest.update(sums.cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
-def _even(weight: Any) -> Tensor | None:
-    """Values of a tensor, evenly spaced."""
-    if not _readable(weight):
-        return None
-    places = torch.linspace(0, weight.numel() - 1, _SAMPLES, dtype=torch.float64).round().long()
-    return _at(weight, places)
-
-
-def _first(weight: Any) -> Tensor | None:
-    """Values of a tensor that stay where they are when rows are added."""
-    if not _readable(weight):
-        return None
-    places = torch.arange(_SAMPLES * 8) * _STRIDE
-    return _at(weight, places[places < weight.numel()])
-
-
-def _at(weight: Tensor, places: Tensor) -> Tensor:
-    return weight.detach().reshape(-1)[places.to(weight.device)].float().cpu()
+@torch.no_grad()
+def _sums(weight: Tensor) -> list[Tensor]:
+    """Of each row and each column: the sum of the values' bits, exact on every device."""
+    by_row, by_column = [], torch.zeros(weight.shape[-1], dtype=torch.int64, device=weight.device)
+    for rows in weight.reshape(-1, weight.shape[-1]).split(_ROWS):
+        bits = rows.bfloat16().view(torch.int16)
+        by_row.append(bits.sum(1, dtype=torch.int64))
+        by_column += bits.sum(0, dtype=torch.int64)
+    return [*by_row, by_column]
 
 
 def _readable(weight: Any) -> bool:
     return (
-        type(weight) in (nn.Parameter, Tensor)
+        isinstance(weight, Tensor)
+        and type(weight.data) is Tensor
         and weight.is_floating_point()
         and not weight.is_meta
         and weight.numel() > 0
