@@ -1,5 +1,7 @@
 """Projections of one input run as one op, and give what they give alone."""
 
+import contextlib
+import copy
 from unittest import mock
 
 import torch
@@ -145,3 +147,81 @@ def test_one_mask_serves_the_group_and_recomputation_repeats_it():
 
         for actual, expected in zip(gradients(again), plain, strict=True):
             torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-7)
+
+
+def _pair(**settings):
+    """gate and up of the first block, adapted, with their parent, and an input."""
+    model = adapted(target_modules=["gate_proj", "up_proj"], **settings).eval()
+    mlp = model.get_base_model().model.layers[0].mlp
+    return mlp, torch.randn(3, 32, generator=torch.Generator().manual_seed(1))
+
+
+def _while_it_runs(mlp, x, change):
+    """What ``mlp``'s second member gives after ``change`` between the two, and what it should."""
+    found = []
+
+    def forward(x):
+        mlp.gate_proj(x)
+        change()
+        found.append(mlp.up_proj(x))
+        return x
+
+    mlp.forward = forward
+    mlp(x)
+    with separate_base(mlp):
+        return found[0], mlp.up_proj(x)
+
+
+def test_what_changed_between_two_members_is_seen():
+    mlp, x = _pair()
+    leaf = mlp.up_proj.floe_expand["default"]
+    changes = {
+        "the input": lambda: x.mul_(2),
+        "the adapter": lambda: leaf.weight.mul_(2),
+        "the base": lambda: mlp.up_proj.base_layer.weight.mul_(2),
+        "another tensor": lambda: setattr(leaf, "weight", torch.nn.Parameter(leaf.weight * 2)),
+        "a hook": lambda: mlp.up_proj.base_layer.register_forward_hook(lambda m, a, y: 2 * y),
+    }
+    with torch.no_grad():
+        for name, change in changes.items():
+            found, expected = _while_it_runs(mlp, x, change)
+            torch.testing.assert_close(found, expected, msg=name)
+
+
+def test_an_input_changed_in_inference_mode_is_seen():
+    mlp, _ = _pair()
+    with torch.inference_mode():
+        x = torch.randn(3, 32)
+        torch.testing.assert_close(*_while_it_runs(mlp, x, lambda: x.mul_(2)))
+
+
+def test_nothing_is_kept_outside_the_parent_s_call():
+    """Writes through .data are not counted by torch."""
+    mlp, x = _pair()
+    with torch.no_grad():
+        mlp.gate_proj(x)
+        mlp.up_proj.floe_expand["default"].weight.data.mul_(2)
+        found = mlp.up_proj(x)
+        mlp(x)
+        with separate_base(mlp):
+            torch.testing.assert_close(found, mlp.up_proj(x))
+    assert mlp.up_proj.shared._ready is None
+
+
+def test_a_parent_that_fails_keeps_nothing():
+    mlp, x = _pair()
+    mlp.forward = lambda x: mlp.gate_proj(x) + "no number"
+    with torch.no_grad(), contextlib.suppress(TypeError):
+        mlp(x)
+    assert not mlp.up_proj.shared._parent_runs
+
+
+def test_a_copy_of_a_model_shares_its_own_inputs():
+    model = adapted().eval()
+    copied = copy.deepcopy(model)
+    expected = model(input_ids=TOKENS).logits
+    with torch.no_grad():
+        for module in adapted_modules(model).values():
+            module.floe_expand["default"].weight.zero_()
+        torch.testing.assert_close(copied(input_ids=TOKENS).logits, expected)
+    assert calls(copied, lambda model: model(input_ids=TOKENS)).count(3) == 2

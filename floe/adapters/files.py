@@ -11,7 +11,6 @@ from pathlib import Path
 
 import peft
 from peft import set_peft_model_state_dict
-from peft.auto import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
 from torch import nn
 
 from floe.adapters.config import FloeConfig
@@ -23,6 +22,7 @@ from floe.adapters.peft_tuner import (
     loaded_tensors,
     remove_adapters,
     take_off_unheld,
+    wrap,
 )
 from floe.atomic import CARD, publish, staging
 from floe.errors import FileError
@@ -88,10 +88,9 @@ def load_adapter(
     if other_base:
         config.base_fingerprint = None
     config.inference_mode = not is_trainable
-    kind = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, peft.PeftModel)
     try:
         # not from_pretrained, which takes an offloaded base apart and cannot put it together again
-        model = kind(base_model, config, adapter_name, autocast_adapter_dtype=False)
+        model = wrap(base_model, config, adapter_name)
         set_peft_model_state_dict(model, loaded_tensors(config), adapter_name)
         return model if is_trainable else model.eval()
     except BaseException as error:

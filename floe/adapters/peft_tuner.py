@@ -19,6 +19,7 @@ from typing import Any, ClassVar
 
 import peft
 import torch
+from peft.auto import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import register_peft_method
 from peft.utils.other import AuxiliaryTrainingWrapper
@@ -89,9 +90,8 @@ class FloeModel(BaseTuner):
             check_tensors(own, adapter_shapes(model, config))
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         link_shared_inputs(model)
-        for module in model.modules():
-            if isinstance(module, BaseTunerLayer) and not isinstance(module, MoELoRALinear):
-                module.requires_grad_(False)  # the base's own adapters; PEFT leaves them trainable
+        for module in _own_adapters(model):
+            module.requires_grad_(False)  # PEFT leaves them trainable
 
     def _prepare_adapter_config(
         self, peft_config: FloeConfig, model_config: dict[str, Any]
@@ -235,6 +235,7 @@ class FloeModel(BaseTuner):
         came = vars(config).pop(_READ, None)
         if came is not None:
             try:
+                came = _with_adapter_name(model, adapter_name, came)
                 return cls._remap_adapter_state_dict_for_load(model, config, adapter_name, came)
             except BaseException:
                 adapted: Any = model
@@ -271,6 +272,36 @@ def _adapter_tensors(model: nn.Module, adapter_name: str) -> dict[str, tuple[int
             ):
                 shapes[f"{path}.floe_{kind}.{adapter_name}.weight"] = shape
     return shapes
+
+
+def _own_adapters(model: nn.Module) -> list[nn.Module]:
+    """Layers of other methods' adapters, which belong to the base."""
+    wrapped = {
+        part
+        for module in model.modules()
+        if isinstance(module, AuxiliaryTrainingWrapper)
+        for part in module.modules()
+    }
+    return [
+        module
+        for module in model.modules()
+        if isinstance(module, BaseTunerLayer)
+        and not isinstance(module, MoELoRALinear)
+        and module not in wrapped
+    ]
+
+
+def _with_adapter_name(
+    model: nn.Module, adapter_name: str, tensors: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """A file's tensors of modules that are saved whole under their names in the model."""
+    renamed = dict(tensors)
+    for path, module in model.named_modules():
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            for saved, own in module.adapter_state_dict_load_map(adapter_name).items():
+                if f"{path}.{saved}" in renamed:
+                    renamed[f"{path}.{own}"] = renamed.pop(f"{path}.{saved}")
+    return renamed
 
 
 def _saved_whole(model: nn.Module) -> set[str]:
@@ -401,8 +432,16 @@ def get_model(base_model: nn.Module, config: FloeConfig, seed: int | None = None
     if config.task_type is None and hasattr(base_model, "prepare_inputs_for_generation"):
         config.task_type = "CAUSAL_LM"
     take_off_unheld(base_model)
-    target_paths(base_model, config)
-    return peft.get_peft_model(base_model, config, autocast_adapter_dtype=False)
+    config.base_model_name_or_path = getattr(base_model, "name_or_path", None) or None
+    return wrap(base_model, config)
+
+
+def wrap(
+    base_model: nn.Module, config: FloeConfig, adapter_name: str = "default"
+) -> peft.PeftModel:
+    """The adapted model, of PEFT's class for the task."""
+    kind = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, peft.PeftModel)
+    return kind(base_model, config, adapter_name, autocast_adapter_dtype=False)
 
 
 def take_off_unheld(base_model: nn.Module) -> None:
