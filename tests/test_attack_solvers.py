@@ -101,7 +101,8 @@ class Odd:
             return found
         self.good = False
         return self.pick(
-            found.astype(complex), found > 1, found.astype(object), found.astype(str), None,
+            found.astype(complex), found > 1, np.ma.masked_less(found, 1), found.astype(object),
+            found.astype(str), None,
             found[..., None], found.ravel()[:-1], np.append(found, 1.0), found.astype("m8[s]"), "a",
         )  # fmt: skip
 
@@ -269,7 +270,8 @@ def attack_allocate(odd):
     asked = odd.pick(*[costs] * 9, costs.astype(">i8"), costs.astype(np.uint64), costs - 2**61)
     odd.good &= asked.min() >= 0
     pairs = [(j, 1) for j in range(options)]
-    found = allocate(np.ones(layers), pairs, asked, budget, odd.array(gains))
+    scale = odd.pick(1, 1, 1, 2, 10**6, 2**62)
+    found = allocate(np.ones(layers), pairs, asked, budget, odd.array(gains), scale=scale)
     sums = {
         index: sum(exact(gains[k][j]) for k, j in enumerate(index))
         for index in itertools.product(range(options), repeat=layers)
@@ -281,7 +283,8 @@ def attack_allocate(odd):
     index = tuple(found.index.tolist())
     assert index in sums
     assert found.cost == sum(int(asked[k][j]) for k, j in enumerate(index)) <= budget
-    assert sums[index] >= best - slack
+    assert sums[index] >= best - slack or not found.optimal
+    assert found.optimal or scale > 1
     rounding = sum(exact(np.abs(row).max()) for row in gains) // 10**14
     assert abs(exact(found.value) - sums[index]) <= rounding
     assert exact(found.upper_bound) >= best - slack - rounding

@@ -327,3 +327,21 @@ def test_a_dry_run_tells_and_writes_nothing(config, tmp_path, monkeypatch, capsy
     assert call("--set", "select.layers=99")[0] == 2
     assert not (tmp_path / "runs").exists()
     assert not torch.is_grad_enabled() or list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    ("settings", "what"),
+    [
+        ({"select__policy": "lamp"}, "policy 'lamp'"),
+        ({"select__tune": True}, "select.tune: true"),
+        ({"select__tune": None}, None),
+    ],
+)
+def test_what_needs_plain_weights_is_refused_on_quantised_ones(config, tmp_path, settings, what):
+    quantised = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    path = str(saved_model(tmp_path / "quantised", quantization_config=quantised))
+    if what is None:
+        looked_at(config, model__path=path, **settings)
+        return
+    with pytest.raises(ValueError, match=f"model: {what} needs plain base weights, got quantised"):
+        looked_at(config, model__path=path, **settings)

@@ -11,7 +11,9 @@ import time
 import numpy as np
 import pytest
 import torch
+from tiny import tiny_model
 from tiny_run import write_config, write_inputs
+from transformers import GraniteConfig, GraniteForCausalLM
 
 from floe.adapters import adapted_layers
 from floe.adapters.files import load_adapter
@@ -326,3 +328,23 @@ def test_a_second_process_on_one_run_is_refused(config, finished):
         _, error = process.communicate(timeout=120)
     assert process.returncode == 3
     assert "another process is working in this run folder" in error.decode()
+
+
+def test_masks_that_cannot_be_tuned_end_no_run_unless_they_must(tmp_path):
+    """A residual multiplier: the run goes on with binary masks; select.tune: true ends it early."""
+    config = write_inputs(tmp_path)
+    llama = tiny_model(layers=4)
+    sizes = {k: v for k, v in llama.config.to_dict().items() if k in GraniteConfig().to_dict()}
+    granite = GraniteForCausalLM(GraniteConfig(**sizes | {"residual_multiplier": 0.22}))
+    granite.load_state_dict(llama.state_dict())
+    granite.save_pretrained(config["model"]["path"])
+    config |= {"search": {"trials": 0}, "baselines": []}
+    must = {**config["select"], "tune": True}
+    with pytest.raises(ValueError, match=r"select\.tune: true asks for masks that .* leave it out"):
+        run(parse_config(config | {"select": must}), until="select")
+    assert not (tmp_path / "runs/tiny/search").exists()
+    with torch.random.fork_rng(), pytest.warns(RuntimeWarning, match="the masks are not tuned"):
+        run(parse_config(config), until="select")
+    selection = Selection.load(tmp_path / "runs/tiny/select")
+    assert not selection.tuned
+    assert "block model.layers.0 must output its input plus" in selection.untuned

@@ -286,11 +286,16 @@ def _check_names(work: Workspace, account: Account, problems: _Problems) -> None
 
 
 def _check_quantised(config: RunConfig, model: Any, problems: _Problems) -> None:
+    if getattr(model.config, "quantization_config", None) is None:
+        return
     policies = {config.select.policy, *(baseline.policy for baseline in config.baselines)}
-    wanting = sorted(name for name in policies if _OF_WEIGHTS & set(NEEDS.get(name, ())))
-    if wanting and getattr(model.config, "quantization_config", None) is not None:
+    wanting = [
+        f"policy {name!r}" for name in sorted(policies) if _OF_WEIGHTS & set(NEEDS.get(name, ()))
+    ]
+    wanting += ["select.tune: true"] if config.select.tune else []
+    for what in wanting:
         with problems.looking("model"):
-            raise ValueError(f"policy {wanting[0]!r} needs plain base weights, got quantised ones")
+            raise ValueError(f"{what} needs plain base weights, got quantised ones")
 
 
 def _rehearse(

@@ -43,6 +43,25 @@ def choose(work: Workspace, run: Path, progress: Any, count: int | None = None) 
         )  # fmt: skip
 
 
+def check_tuning(work: Workspace) -> None:
+    """Before hours of work for it: masks that must be tuned must be of a model that allows it.
+
+    Raises:
+        ValueError: ``select.tune`` is true, and this model's masks cannot be tuned.
+    """
+    if not work.config.select.tune:
+        return
+    from floe.selection.tuning import NotTunable, check_tunable
+
+    try:
+        check_tunable(work.base_model, work.batches(work.calibration_rows[:1], 1))
+    except NotTunable as error:
+        raise ValueError(
+            f"select.tune: true asks for masks that cannot be tuned: {error}; leave it out, and "
+            "binary masks are scored"
+        ) from error
+
+
 def placed(work: Workspace, run: Path, choice: Selection, kind: str) -> Placement:
     """Where the run's adapters go by this choice; ``kind`` is ``config.select.choose`` or an arm's.
 

@@ -188,6 +188,7 @@ class _Stages:
         With ``together``, for several workers, it must be there already.
         """
         from floe.pipeline import warmup
+        from floe.pipeline.choice import check_tuning
 
         inputs = self._common() | {
             "search": self.config.search.model_dump(mode="json", exclude={"storage"}),
@@ -200,6 +201,7 @@ class _Stages:
                     "the search stage must be finished before several workers score, it is not: "
                     "run floe search CONFIG in one process"
                 )
+            check_tuning(self.work)
             warmup.build(self.work, folder, self._learning("search"), self._announce("search"))
 
         self._stage("search", inputs, build)

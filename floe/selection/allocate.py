@@ -140,10 +140,11 @@ def allocate(
         )
     near, offset, exponent = _near(gains)
     bound = offset + math.ldexp(_native.allocate_bound(near, above, free), exponent)
-    unit = max(1, int(np.gcd.reduce(above, axis=None))) * factor
+    divisor = max(1, int(np.gcd.reduce(above, axis=None)))
+    unit = min(divisor * factor, 2**62)  # more than any cost
     steps, most = -(-above // unit), free // unit
     most = min(most, int(steps.max(axis=1).sum()))
-    _check_table(shape[0], most + 1, unit // factor, free)
+    _check_table(shape[0], most + 1, divisor, free)
     index = _native.allocate(near, steps, most, progress)
     layers = np.arange(shape[0])
     value = float(gains[layers, index].sum())

@@ -116,7 +116,7 @@ def select(
         options = replace(options, path=path_score(scores, options.preset, budget_path))
     found = determine(scores, options.preset, share)
     why = "tune is False" if tune is False else "no model and batches were given"
-    binary = _assemble(scores, options, found, why)  # also checks the rest before long work
+    binary = _assemble(scores, options, found, None, why)  # also checks the rest before long work
     if tune is False or model is None or batches is None:
         return binary
     from floe.selection.tuning import NotTunable  # the only part that needs torch
@@ -176,12 +176,15 @@ class _Options:
 
 
 def _assemble(
-    scores: Scores, options: _Options, found: Determination, tuning: TuningResult | str
+    scores: Scores,
+    options: _Options,
+    found: Determination,
+    tuning: TuningResult | None,
+    untuned: str = "",
 ) -> Selection:
     """The selection from tuned masks, or from binary ones and why they were not tuned."""
     rule = _policy(options.policy)
-    binary = isinstance(tuning, str)
-    masks = _masks(found if binary else tuning)
+    masks = _masks(found if tuning is None else tuning)
     paper = _paper(options, masks, scores)
     layer_scores, chosen = _apply(rule, options, scores, paper.layer_scores)
     return Selection(
@@ -198,9 +201,9 @@ def _assemble(
         masks=masks,
         certificate=found.certificate,
         moves=found.moves,
-        tuned=not binary,
-        untuned=tuning if binary else "",
-        tuning=[] if binary else _records(tuning),
+        tuned=tuning is not None,
+        untuned=untuned,
+        tuning=[] if tuning is None else _records(tuning),
         paper=paper,
         agreement=_agreement(layer_scores, chosen, paper),
         versions=_versions(),

@@ -200,7 +200,7 @@ def numbers(name: str, array: ArrayLike, dimensions: int = 1) -> Floats:
     Raises:
         TypeError: not an array of real numbers. ValueError: of another number of dimensions.
     """
-    found = np.asarray(array)
+    found = _plain(name, array)
     if found.dtype.kind not in "fiu":
         raise TypeError(f"{name} must be an array of real numbers, got dtype {found.dtype}")
     if found.ndim != dimensions:
@@ -215,7 +215,7 @@ def flags(name: str, mask: ArrayLike, shape: tuple[int, ...]) -> Flags:
     Raises:
         TypeError: not an array of numbers or booleans. ValueError: of another shape, or with NaN.
     """
-    found = np.asarray(mask)
+    found = _plain(name, mask)
     if found.dtype.kind not in "bfiu":
         raise TypeError(f"{name} must be an array of numbers or booleans, got dtype {found.dtype}")
     if found.shape != shape:
@@ -223,6 +223,12 @@ def flags(name: str, mask: ArrayLike, shape: tuple[int, ...]) -> Flags:
     if np.isnan(found).any():
         raise ValueError(f"{name} must be finite, got NaN")
     return np.ascontiguousarray(found != 0)
+
+
+def _plain(name: str, array: ArrayLike) -> NDArray[Any]:
+    if isinstance(array, np.ma.MaskedArray):
+        raise TypeError(f"{name} must be a plain array, got a masked one, whose mask would be lost")
+    return np.asarray(array)
 
 
 def number(name: str, value: Any) -> float:
