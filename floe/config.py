@@ -56,6 +56,18 @@ class _Section(BaseModel):
         extra="forbid", frozen=True, protected_namespaces=(), hide_input_in_errors=True
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _no_flag_for_a_number(cls, data: Any) -> Any:
+        """YAML's yes and on are true, and pydantic would take true for 1."""
+        for name, value in data.items() if isinstance(data, dict) else ():
+            field = cls.model_fields.get(name)
+            values = value if isinstance(value, list) else [value]
+            flags = any(isinstance(one, bool) for one in values[:100])
+            if flags and field is not None and field.annotation is not bool:
+                raise ValueError(f"{name} must not be true or false, got {shown(value)}")
+        return data
+
 
 class ModelConfig(_Section):
     """The base model."""

@@ -17,6 +17,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -138,6 +139,8 @@ class RunFolder:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file, of values that any of its readers can hold.
 
+    Taking a key that is not there is a FileError, too, in any object of the file.
+
     Raises:
         FileError: it is missing, damaged or something else; or a value in it is a whole number
             beyond 63 bits, beyond 1e200, text above 100,000 characters, or nested above 64 deep:
@@ -145,7 +148,9 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         value = json.loads(
-            path.read_text(encoding="utf-8"), object_pairs_hook=_distinct, parse_int=_whole
+            path.read_text(encoding="utf-8"),
+            object_pairs_hook=partial(_Object, path),
+            parse_int=_whole,
         )
     except FileNotFoundError:
         raise FileError(path, "is missing") from None
@@ -164,11 +169,17 @@ def check_values(path: str | os.PathLike[str], value: Any) -> None:
         raise FileError(path, f"{flaw[0].removeprefix('.')[:200]} must be {flaw[1]}")
 
 
-def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("a key occurs twice")
-    return found
+class _Object(dict[str, Any]):
+    """An object in a file: the file is at fault where a key is taken that is not there."""
+
+    def __init__(self, path: Path, pairs: list[tuple[str, Any]]) -> None:
+        super().__init__(pairs)
+        self.path = path
+        if len(self) != len(pairs):
+            raise ValueError("a key occurs twice")
+
+    def __missing__(self, key: str) -> Any:
+        raise FileError(self.path, f"{key} is missing")
 
 
 def _whole(digits: str) -> int:

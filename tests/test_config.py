@@ -89,6 +89,11 @@ BAD = {
         change(adapter={"r": 0}),
         "adapter.r: Input should be greater than or equal to 1, got 0",
     ),
+    "yes for a number": (
+        change(adapter={"r": True}),
+        "adapter: .*r must not be true or false, got True",
+    ),
+    "yes in a range": (change(search={"rank": [True, 4, 1]}), "search: .*rank must not be true"),
     "rank text": (change(adapter={"r": "many"}), "adapter.r: Input should be a valid integer"),
     "nan alpha": (change(adapter={"alpha": float("nan")}), "adapter.alpha: .*, got nan"),
     "dropout 1": (

@@ -214,6 +214,16 @@ def test_a_bad_json_file_is_named(tmp_path, content, text):
         read_json(tmp_path / "none.json")
 
 
+def test_a_missing_key_is_the_file_s_fault(tmp_path):
+    (tmp_path / "x.json").write_text('{"a": [{"b": 1}]}')
+    found = read_json(tmp_path / "x.json")
+    assert found == {"a": [{"b": 1}]}
+    assert found.get("c") is None
+    for take in (lambda: found["c"], lambda: found["a"][0]["c"]):
+        with pytest.raises(FileError, match=r"x\.json: c is missing"):
+            take()
+
+
 def test_the_environment_names_versions_without_loading_them():
     script = (
         "import json, sys; from floe.runs import environment; found = environment()\n"
