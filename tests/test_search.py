@@ -203,7 +203,10 @@ def test_other_arguments_are_refused_by_name(tmp_path):
 def test_settings_that_change_no_result_may_change(tmp_path):
     first = run(tmp_path, trials=1)
     changed = dataclasses.replace(FAST, eval_batch_size=2, save_steps=1, validation_points=())
+    with contextlib.closing(sqlite3.connect(tmp_path / "study.db")) as database:
+        database.execute("pragma journal_mode = wal")  # another program's choice
     assert run(tmp_path, trials=2, settings=changed).trials[:1] == first.trials
+    assert list(tmp_path.glob("study.db-*")) == []  # all is in the file that a run keeps
 
 
 def test_failed_trials_are_counted_and_the_search_goes_on(tmp_path, monkeypatch):
