@@ -122,11 +122,11 @@ class FloeConfig(peft.PeftConfig):
             self.layers = _checked_layers(self.layers)
         if self.layer_modules:
             self._spread_modules()
-        names = self.modules_to_save
-        if names is not None and (
-            not isinstance(names, (list, tuple, set)) or not all(isinstance(n, str) for n in names)
+        whole = self.modules_to_save
+        if whole is not None and (
+            not isinstance(whole, (list, tuple, set)) or not all(isinstance(n, str) for n in whole)
         ):
-            raise ValueError(f"modules_to_save must be a list of module names, got {names!r}")
+            raise ValueError(f"modules_to_save must be a list of module names, got {whole!r}")
         for name in ("rank_pattern", "expert_pattern"):
             pattern = getattr(self, name)
             if not isinstance(pattern, dict):

@@ -26,7 +26,7 @@ def fingerprint(model: nn.Module) -> str | None:
     blocks = find_blocks(base)
     paths = [path for block in blocks for path in block.linears.values()]
     projections = [getattr(linear_at(base, path), "weight", None) for path in paths]
-    others = [
+    others: list[Any] = [
         parameter
         for block in blocks
         for module in block.module.modules()
@@ -56,7 +56,7 @@ def _embedding(base: nn.Module) -> list[Any]:
     get = getattr(base, "get_input_embeddings", None)
     module = get() if callable(get) else None
     module = getattr(module, "original_module", module)  # what PEFT may have put around it
-    weight = getattr(module, "weight", None)
+    weight: Any = getattr(module, "weight", None)
     return [] if module is None else [weight[:_FIRST] if _readable(weight) else None]
 
 

@@ -148,8 +148,7 @@ class MoELoRALinear(nn.Module, BaseTunerLayer):
         """Follow the base layer's device; the adapter keeps its own dtype."""
         if device is None:
             device = next((p.device for p in self.base_layer.parameters()), _CPU)
-        for leaves in (self.floe_shrink, self.floe_expand):
-            weight = leaves[adapter_name].weight
+        for weight in self.weights(adapter_name):
             if "meta" not in (weight.device.type, device.type):
                 weight.data = weight.data.to(device)
 
@@ -157,6 +156,11 @@ class MoELoRALinear(nn.Module, BaseTunerLayer):
         """The values of ``floe_shrink`` and ``floe_expand`` of an adapter."""
         modules: dict[str, Any] = self._modules
         return _value(modules["floe_shrink"], name), _value(modules["floe_expand"], name)
+
+    def weights(self, name: str) -> tuple[nn.Parameter, nn.Parameter]:
+        """The parameters ``floe_shrink`` and ``floe_expand`` of an adapter."""
+        leaves: Any = (self.floe_shrink[name], self.floe_expand[name])
+        return leaves[0].weight, leaves[1].weight
 
     def readable_adapter(self, name: str) -> tuple[Tensor, Tensor] | None:
         """:meth:`adapter`, where its parameters themselves may be read: nothing wraps them."""

@@ -146,9 +146,9 @@ class FloeModel(BaseTuner):
         """Nothing: ``adapter_dtype`` says what the adapter is stored in."""
 
     def _enable_adapter_layers(self, enabled: bool = True) -> None:
-        for module in self.model.modules():
-            if isinstance(module, _WRAPPERS):
-                module.enable_adapters(enabled)
+        wrappers: list[Any] = [m for m in self.model.modules() if isinstance(m, _WRAPPERS)]
+        for wrapper in wrappers:
+            wrapper.enable_adapters(enabled)
 
     def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kw: Any) -> nn.Module:
         if merge:
@@ -323,7 +323,8 @@ def embeddings_resized(model: nn.Module) -> bool:
     Asks files of this machine alone; False where the checkpoint is not among them.
     """
     base: Any = base_of(model)
-    config, path = getattr(base, "config", None), getattr(base, "name_or_path", "")
+    config: Any = getattr(base, "config", None)
+    path = getattr(base, "name_or_path", "")
     if not path or not hasattr(config, "get_text_config"):
         return False
     try:

@@ -68,7 +68,7 @@ def adapter_gradients(
     dtype = x.dtype if x.dtype == torch.bfloat16 else _wide(x)
     squared, gate = torch.zeros(2, samples, dtype=torch.float64, device=x.device)
     for name in active_adapters(module):
-        features, experts, rank = module.floe_expand[name].weight.shape
+        features, experts, rank = module.weights(name)[1].shape
         inner = rank * experts
         size = tokens * (x.shape[2] + features) + features * inner + (rank + experts) * x.shape[2]
         step = max(1, _CHUNK_ELEMENTS // size)
@@ -119,7 +119,7 @@ def _wide(values: Tensor) -> torch.dtype:
 def _forward(module: MoELoRALinear, name: str, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """hidden [..., r], gate [..., M] and the scaled routed hidden [..., M r], float32 at least."""
     rank = module.r[name]
-    products = x @ module.floe_shrink[name].weight.detach().to(x.dtype).T
+    products = x @ module.weights(name)[0].detach().to(x.dtype).T
     products = products.to(_wide(x))
     hidden, gate = products[..., :rank], torch.softmax(products[..., rank:], dim=-1)
     routed = module.scaling[name] * gate[..., :, None] * hidden[..., None, :]
@@ -127,5 +127,4 @@ def _forward(module: MoELoRALinear, name: str, x: Tensor) -> tuple[Tensor, Tenso
 
 
 def _expand(module: MoELoRALinear, name: str, dtype: torch.dtype) -> Tensor:
-    expand: Tensor = module.floe_expand[name].weight
-    return expand.detach().flatten(1).to(dtype)  # [N, M r]
+    return module.weights(name)[1].detach().flatten(1).to(dtype)  # [N, M r]

@@ -128,11 +128,7 @@ def fresh_adapters(model: nn.Module, seed: int) -> Iterator[None]:
         with torch.no_grad():
             for path, module in adapted_modules(model).items():
                 for name in active_adapters(module):
-                    for parameter in (
-                        module.floe_shrink[name].weight,
-                        module.floe_expand[name].weight,
-                    ):
-                        saved.append((parameter, parameter.detach().clone()))
+                    saved += [(weight, weight.detach().clone()) for weight in module.weights(name)]
                     _draw(module, name, module_generator(seed, path))
         yield
     finally:
@@ -142,10 +138,10 @@ def fresh_adapters(model: nn.Module, seed: int) -> Iterator[None]:
 
 
 def _draw(module: MoELoRALinear, name: str, generator: torch.Generator) -> None:
-    shrink = module.floe_shrink[name].weight
+    shrink, expand = module.weights(name)
     bound = 1.0 / math.sqrt(shrink.shape[1])
     shrink.copy_(torch.empty(shrink.shape).uniform_(-bound, bound, generator=generator))
-    module.floe_expand[name].weight.zero_()
+    expand.zero_()
 
 
 def _assemble(
@@ -186,10 +182,7 @@ def _describe(model: nn.Module, fisher: Fisher, taylor: Taylor) -> dict[str, Any
     for layer, modules in adapted_layers(model).items():
         for module in modules.values():
             for name in active_adapters(module):
-                counts[layer] += (
-                    module.floe_shrink[name].weight.numel()
-                    + module.floe_expand[name].weight.numel()
-                )
+                counts[layer] += sum(weight.numel() for weight in module.weights(name))
     return {
         "model": getattr(config, "name_or_path", "") or getattr(config, "model_type", ""),
         "rows": fisher.rows,

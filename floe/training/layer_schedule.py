@@ -280,10 +280,10 @@ SCHEDULES: dict[str, type[LayerSchedule]] = {"lisa": Lisa, "alast": Alast}
 
 def _active_parameters(modules: Iterable[MoELoRALinear]) -> list[nn.Parameter]:
     return [
-        leaves[name].weight
+        weight
         for module in modules
         for name in module.active_names()
-        for leaves in (module.floe_shrink, module.floe_expand)
+        for weight in module.weights(name)
     ]
 
 

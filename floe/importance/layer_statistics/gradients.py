@@ -74,7 +74,7 @@ def _experts(model: nn.Module) -> list[tuple[int, nn.Parameter]]:
     if not layers:
         raise ValueError("model must carry floe adapters to measure their gradients, got none")
     return [
-        (layer, module.floe_expand[name].weight)
+        (layer, module.weights(name)[1])
         for layer, modules in layers.items()
         for module in modules.values()
         for name in active_adapters(module)
