@@ -51,13 +51,6 @@ def results(folder):
 
 
 @pytest.fixture(scope="module")
-def finished(build, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("finished")
-    build(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def searched(build, tmp_path_factory):
     """A work folder whose trials are all trained, and nothing of which is published."""
     folder = tmp_path_factory.mktemp("searched")
@@ -65,6 +58,14 @@ def searched(build, tmp_path_factory):
         kill_at(patch, 0, ("copy_folder",), warmup)
         with pytest.raises(KeyboardInterrupt):
             build(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished(build, searched, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("parent") / "finished"
+    shutil.copytree(searched, folder)
+    build(folder)
     return folder
 
 
