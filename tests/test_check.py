@@ -212,6 +212,15 @@ def test_rows_that_are_lost_are_told_on_the_terminal_and_in_the_run(config, tmp_
     assert capsys.readouterr().err.rstrip().endswith(said.lines[0])
 
 
+def test_answers_that_cannot_be_given_are_a_note(config, tmp_path):
+    rows = [{"prompt": f"p{i}", "completion": "four" if i else "a longer one"} for i in range(3)]
+    settings = {"data__test": rows_file(tmp_path / "test.jsonl", rows),
+                "data__columns": {"prompt": "prompt", "completion": "completion"}}  # fmt: skip
+    (note,) = looked_at(config, **settings, eval__max_new_tokens=4).notes
+    assert note.startswith("1 right answers are longer than eval.max_new_tokens = 4")
+    assert looked_at(config, **settings, eval__max_new_tokens=12).notes == []
+
+
 def test_a_run_that_loses_most_of_its_rows_stops(config, tmp_path):
     train = rows_file(tmp_path / "t.jsonl", [ROW] * 9 + [ROW | {"completion": ""}] * 11)
     columns = {"prompt": "prompt", "completion": "completion"}

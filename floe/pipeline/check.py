@@ -150,6 +150,7 @@ def check(work: Workspace) -> Account:
                 account.data[part] = _check_part(work, part)
     _check_use(work, problems)
     problems.tell()
+    account.notes += _long_answers(work)
     account.memory, account.disk = _memory(work), _disk(work, account)
     with problems.looking():
         _refuse_too_large(work, account.memory)
@@ -252,6 +253,15 @@ def _check_use(work: Workspace, problems: _Problems) -> None:
             )
     with problems.looking():
         _check_tokens(work, [*work.test_rows, *work.answer_rows], "test")
+
+
+def _long_answers(work: Workspace) -> list[str]:
+    """A note where right answers are longer than what a model is let write."""
+    most = work.config.eval.max_new_tokens
+    long = sum(len(row.response) - 1 > most for row in work.test_rows)  # the last ends the answer
+    if work.accuracy != "generation" or not long:
+        return []
+    return [f"{long} right answers are longer than eval.max_new_tokens = {most}: none can be given"]
 
 
 def _check_names(work: Workspace, account: Account, problems: _Problems) -> None:
