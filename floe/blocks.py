@@ -88,13 +88,14 @@ def find_blocks(model: nn.Module) -> list[Block]:
     a :class:`BlockNames`, where it has one: everything that asks for blocks asks here.
 
     Raises:
-        ValueError: when no list of blocks has the projections looked for, or several have, as those
-            of an encoder and a decoder; the text names them.
+        ValueError: when no list of blocks has the projections looked for, or several have, or one
+            of an encoder-decoder and ``blocks`` does not say that it is meant; the text names them.
     """
     base = base_of(model)
     names = getattr(base, "floe_block_names", None) or BlockNames()
-    # An encoder-decoder's count is of one of its two lists: it must not choose between them.
-    expected = None if _is_encoder_decoder(base) else _text_config(base).get("num_hidden_layers")
+    # An encoder-decoder's count is of one of its two stacks: it must not choose between them.
+    two_stacks = bool(getattr(getattr(base, "config", None), "is_encoder_decoder", False))
+    expected = None if two_stacks else _text_config(base).get("num_hidden_layers")
     fitting: dict[str, list[Block]] = {}
     for path, module in base.named_modules():
         if not isinstance(module, nn.ModuleList) or len(module) == 0:
@@ -104,13 +105,13 @@ def find_blocks(model: nn.Module) -> list[Block]:
         found = [_describe(path, index, block, names) for index, block in enumerate(module)]
         if all(found):
             fitting[path] = [block for block in found if block is not None]
-    if len(fitting) == 1:
+    if len(fitting) == 1 and (names.blocks or not two_stacks):
         return fitting.popitem()[1]
     if fitting:
         raise ValueError(
-            f"model {type(base).__name__} must have one list of blocks to adapt, got "
-            f"{', '.join(fitting)}: name one, "
-            "model.floe_block_names = floe.blocks.BlockNames(blocks=...)"
+            f"model {type(base).__name__} must have one stack of blocks, or say which is to be "
+            f"adapted, got {', '.join(fitting)}{' of an encoder-decoder' if two_stacks else ''}: "
+            "set model.floe_block_names = floe.blocks.BlockNames(blocks=...)"
         )
     raise ValueError(
         f"model {type(base).__name__} has no decoder blocks floe knows: looked for a list of "
@@ -185,10 +186,6 @@ def _has(module: nn.Module, path: str) -> bool:
             return False
         module = child
     return True
-
-
-def _is_encoder_decoder(model: nn.Module) -> bool:
-    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
 
 def _text_config(model: nn.Module) -> dict[str, Any]:

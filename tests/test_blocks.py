@@ -228,7 +228,7 @@ def encoder_decoder(layers=(2, 2)):
 @pytest.mark.parametrize("layers", [(2, 2), (2, 3), (3, 2)])
 def test_of_an_encoder_and_a_decoder_one_must_be_named(layers):
     model = encoder_decoder(layers)
-    match = r"must have one list of blocks to adapt, got model\.encoder\.layers, .*decoder\.layers:"
+    match = r"say which is to be adapted, got model\.encoder\.layers, model\.decoder\.layers of an"
     with pytest.raises(ValueError, match=match):
         get_model(model, FloeConfig(r=2, task_type="SEQ_2_SEQ_LM"))
     for part, count in zip(("encoder", "decoder"), layers, strict=True):
@@ -241,6 +241,11 @@ def test_of_an_encoder_and_a_decoder_one_must_be_named(layers):
     assert trained
     assert all(".decoder.layers." in name for name in trained)
     assert geometry(adapted).neurons == 48
+    # One stack of the two that fits is not taken for the one that is meant.
+    model.floe_block_names = None
+    model.get_submodule("model.decoder.layers.1").mlp = nn.Identity()
+    with pytest.raises(ValueError, match=r"got model\.encoder\.layers of an encoder-decoder"):
+        find_blocks(model)
     model.floe_block_names = BlockNames(blocks="model.layers")
     with pytest.raises(ValueError, match=r"list of .* blocks at model\.layers holding one"):
         find_blocks(model)
@@ -252,7 +257,7 @@ def test_another_stack_that_looks_like_the_decoder_is_not_taken_for_it():
     model.draft = nn.ModuleList(other.model.layers[:1])
     assert [b.path for b in find_blocks(model)] == [f"model.layers.{i}" for i in range(3)]
     model.vision = other.model.layers
-    with pytest.raises(ValueError, match=r"got model\.layers, vision: name one, "):
+    with pytest.raises(ValueError, match=r"got model\.layers, vision: set model"):
         find_blocks(model)
     model.floe_block_names = BlockNames(blocks="model.layers")
     assert find_blocks(model)[2].path == "model.layers.2"
