@@ -62,7 +62,7 @@ def publish(new: Path, final: Path) -> None:
 
     Where ``final`` is a folder already, the files go into it in the order of their names. They
     replace those of their names, but a README.md stays, which may be the user's; so does all else.
-    An OSError puts back what was there; a kill between two files leaves some old, some new.
+    An error puts back what was there; a kill between two files leaves some old, some new.
     """
     _flush_all(new)
     if not final.is_dir():
@@ -70,8 +70,8 @@ def publish(new: Path, final: Path) -> None:
         flush(final.parent)
         return
     files = sorted(p.relative_to(new) for p in new.rglob("*") if p.is_file())
-    files = [f for f in files if str(f) != CARD or not (final / f).exists()]
-    kept = new.with_name("old")
+    files = [f for f in files if str(f) != CARD or not os.path.lexists(final / f)]
+    kept = Path(tempfile.mkdtemp(dir=new.parent))
     for name in files:
         (final / name).parent.mkdir(parents=True, exist_ok=True)
         (kept / name).parent.mkdir(parents=True, exist_ok=True)
@@ -82,7 +82,7 @@ def publish(new: Path, final: Path) -> None:
         for name in files:
             (new / name).replace(final / name)
             done.append(name)
-    except OSError:
+    except BaseException:
         for name in done:
             if os.path.lexists(kept / name):
                 (kept / name).replace(final / name)

@@ -59,11 +59,13 @@ def test_random_configs_survive_the_round_trip(seed, tmp_path):
     ]
 
 
-def test_an_adapter_of_another_name_is_saved_in_the_same_form(tmp_path):
+@pytest.mark.parametrize("name", ["second", "old", "new"])
+def test_an_adapter_of_another_name_is_saved_in_the_same_form(name, tmp_path):
     model = adapted(layers=[0])
-    model.add_adapter("second", FloeConfig(r=2, num_experts=3, layers=[1]))
-    trained(model, "second").set_adapter("second")
-    save_adapter(model, tmp_path / "out", adapter_name="second")
+    save_adapter(model, tmp_path / "out")
+    model.add_adapter(name, FloeConfig(r=2, num_experts=3, layers=[1]))
+    trained(model, name).set_adapter(name)
+    save_adapter(model, tmp_path / "out", adapter_name=name)
     assert sorted(f.name for f in (tmp_path / "out").iterdir()) == ["README.md", CONFIG, TENSORS]
     assert sorted(f.name for f in tmp_path.iterdir()) == ["out"]
     assert torch.equal(logits(load_adapter(plain(), tmp_path / "out").eval()), logits(model))
