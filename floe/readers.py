@@ -115,7 +115,7 @@ def _decode(source: str, data: bytes) -> str:
 def _jsonl(source: str, text: str) -> Iterator[Row]:
     row = 0
     for number, line in enumerate(text.split("\n"), 1):  # not splitlines: U+2028 is text
-        if line.strip():
+        if line.strip(" \t\r"):
             where = f"line {number}"
             yield _object(_parse(source, line, row, where), source, row, where)
             row += 1

@@ -6,6 +6,7 @@ import torch
 from tiny import tiny_model, tiny_rows, tiny_tokenizer
 from transformers import GenerationConfig
 
+from floe.adapters import FloeConfig, get_model, remove_adapters
 from floe.data import Collator, TokenRow, encode, make_batches
 from floe.errors import DataError
 from floe.evaluate import (
@@ -269,6 +270,11 @@ def test_an_answer_ends_at_every_stop_token(taught):
             answers = evaluate_generation(model, tokenizer, rows, max_new_tokens=6)
             assert answers.given == ["A", "xyz", "q"]  # greedy: no penalty, no least length
             assert model.generation_config is own
+        adapted = get_model(model, FloeConfig(r=2, num_experts=2))  # it changes nothing yet
+        answers = evaluate_generation(adapted, tokenizer, rows, max_new_tokens=6)
+        assert answers.given == ["A", "xyz", "q"]
+        remove_adapters(adapted)
+        assert model.generation_config is own
     finally:
         model.generation_config = base_config
     ending = tiny_tokenizer()

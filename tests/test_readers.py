@@ -253,6 +253,7 @@ def test_damaged_parquet(tmp_path):
         (lines({**ROW, "choices": ["a", "b"], "answer": "c"}), "got 'c'"),
         (lines({**ROW, "choices": ["a", "b"], "answer": True}), "got True"),
         ("[" * 100_000, "must be valid JSON"),
+        (lines(ROW) + "\x1c\n", "row 1: line 2 must be valid JSON"),
         ("", "must hold at least one row, got none"),
         ("\n \n", "must hold at least one row, got none"),
     ],
