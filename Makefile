@@ -7,7 +7,7 @@ SOURCES := $(shell find csrc -type f) CMakeLists.txt pyproject.toml constraints.
 FORMATTED := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 DEMO := runs/demo-inputs
 
-.PHONY: demo test test-slow attack test-gpu cuda-check cuda-check-window kernel-sanitize lint format bench wheel native browser clean help
+.PHONY: demo test test-slow attack sanitize test-gpu cuda-check cuda-check-window kernel-sanitize lint format bench wheel native browser clean help
 
 help: ## list these commands
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile
@@ -52,6 +52,26 @@ kernel-sanitize: $(VENV)/ready ## every address of every GPU kernel proved to be
 	$(BIN)/python -c "import site; print(site.getsitepackages()[0])" > \
 	  "$$($(SANITIZE)/bin/python -c 'import site; print(site.getsitepackages()[0])')/dependencies.pth"
 	TRITON_INTERPRET=1 PYTHONPATH=triton_kernels $(SANITIZE)/bin/python -m pytest -m static tests/test_sanitizer.py
+
+# Both modules beside a copy of the Python sources. A sanitizer must be in the process before Python is; -S and
+# PYTHONSAFEPATH keep the sources of this folder, and an editable installation of them, out of it.
+ASAN := build/sanitize
+SANITIZED := $(wildcard tests/test_attack_solvers.py tests/test_attack_ops.py tests/test_solvers.py tests/test_allocate.py \
+  tests/test_refinement.py tests/test_two_class.py tests/test_block.py tests/test_coupled.py \
+  tests/test_moe_lora_native.py tests/test_dropout_native.py tests/test_fisher.py)
+
+sanitize: $(VENV)/ready ## the native code's tests and attacks under AddressSanitizer and UBSan, a quarter of an hour
+	PATH="$(CURDIR)/$(BIN):$$PATH" CXX=g++ cmake -S . -B $(ASAN) -G Ninja -DCMAKE_BUILD_TYPE=Release \
+	  -DFLOE_SANITIZE=ON -DFLOE_CUDA=OFF -DSKBUILD_PROJECT_VERSION=0.1.0 \
+	  -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python -Dpybind11_DIR="$$($(BIN)/python -m pybind11 --cmakedir)"
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build $(ASAN)
+	rm -rf $(ASAN)/site && mkdir $(ASAN)/site && cp -r floe triton_kernels/floe_triton $(ASAN)/site
+	rm -f $(ASAN)/site/floe/*.so && PATH="$(CURDIR)/$(BIN):$$PATH" cmake --install $(ASAN) --prefix $(ASAN)/site
+	LD_PRELOAD="$$(for l in asan ubsan stdc++; do g++ -print-file-name=lib$$l.so; done | tr '\n' ' ')" \
+	  ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1 \
+	  PYTHONSAFEPATH=1 FLOE_ATTACK=full \
+	  PYTHONPATH="$(CURDIR)/$(ASAN)/site:$$($(BIN)/python -c 'import site; print(site.getsitepackages()[0])')" \
+	  $(BIN)/python -S -m pytest --timeout 3600 $(SANITIZED)
 
 lint: $(VENV)/ready ## ruff, mypy --strict, clang-format, codespell
 	$(BIN)/ruff check .
