@@ -122,12 +122,15 @@ def test_what_can_be_known_is_found_before_any_stage(case, config, tmp_path):
 def test_every_problem_is_named_at_once(config, tmp_path):
     with pytest.raises(CheckError) as caught:
         looked_at(
-            config, data__test={"path": "/none"}, select__layers=99, output_dir=__file__,
+            config, data__test={"path": "/none.csv"}, select__layers=99, output_dir=__file__,
             adapter__target_modules=["gate"], baselines=[baseline(policy="masks", preset="block")],
         )  # fmt: skip
     text = str(caught.value)
     assert text.startswith(f"{len(caught.value.problems)} problems were found before")
-    for part in ("/none", "got ['gate']", "test_check.py: must be a folder"):
+    for part in (
+        "/none.csv: ", "got ['gate']", "test_check.py: must be a folder", "layers must be in [1, 4]",
+        "baselines.one: refine 'block' needs",
+    ):  # fmt: skip
         assert text.count(part) == 1, text
 
 
@@ -326,7 +329,7 @@ def test_a_dry_run_tells_and_writes_nothing(config, tmp_path, monkeypatch, capsy
     code, said = call()
     assert code == 0
     for part in (
-        "data.train: 48 of 48 rows kept", "main: 2 layers", "all: 4 layers", "base model 0.00",
+        "data.train: 48 of 48 rows kept", "main: 2 layers", "all: 4 layers", "base model 0.2 MiB, ",
     ):  # fmt: skip
         assert part in said.out, said.out
     code, said = call("--json")

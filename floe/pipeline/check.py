@@ -82,9 +82,9 @@ class Account:
             lines.append(("adapters", f"{arm}: {own['layers']} layers, {size} parameters"))
         for name, own in (("memory", self.memory), ("disk", self.disk)):
             if own:
-                *parts, (_, there) = ((key, f"{size / 2**30:.2f}") for key, size in own.items())
-                used = ", ".join(f"{key} {size}" for key, size in parts)
-                lines.append((name, f"{used} GiB, estimated; {there} GiB are there"))
+                *parts, (_, there) = own.items()
+                used = ", ".join(f"{key} {_bytes(size)}" for key, size in parts)
+                lines.append((name, f"{used}, estimated; {_bytes(there)} are there"))
         lines += [("note", note) for note in self.notes]
         return "\n".join(f"{name:>10}  {line}" for name, line in lines)
 
@@ -94,6 +94,7 @@ class _Problems:
 
     def __init__(self) -> None:
         self.found: list[Exception] = []
+        self._texts: set[str] = set()
 
     @contextmanager
     def looking(self, place: str = "") -> Iterator[None]:
@@ -103,15 +104,13 @@ class _Problems:
         """
         try:
             yield
-        except (FileError, DataError, OSError) as error:
-            self._keep(error)
-        except (ValueError, TypeError) as error:
-            if place:
-                error.args = (f"{place}: {error}",)
-            self._keep(error)
-
-    def _keep(self, error: Exception) -> None:
-        if str(error) not in map(str, self.found):
+        except (ValueError, TypeError, OSError) as error:
+            text = str(error)
+            if text in self._texts:
+                return
+            self._texts.add(text)
+            if place and not isinstance(error, (FileError, DataError, OSError)):
+                error.args = (f"{place}: {text}",)
             self.found.append(error)
 
     def tell(self) -> None:
@@ -167,6 +166,11 @@ def check(work: Workspace) -> Account:
             f"model that config.json describes, and left out (first: {work.unused_weights[0]})"
         )
     return account
+
+
+def _bytes(size: int) -> str:
+    unit, power = ("GiB", 30) if size >= 2**29 else ("MiB", 20)
+    return f"{size / 2**power:,.1f} {unit}"
 
 
 def _summary(own: dict[str, Any]) -> str:
@@ -268,18 +272,23 @@ def _check_names(work: Workspace, account: Account, problems: _Problems) -> None
     """Projections, layers, policies and sizes, against the model's own."""
     config, search, adapter = work.config, work.config.search, work.config.adapter
     pairs = [(adapter.r, adapter.num_experts)]
-    before = len(problems.found)
     with problems.looking("search"):
         if search.trials:
             SearchSpace(search.rank, search.num_experts)
             pairs = size_options(search)
-    with problems.looking("model"):
-        geometry(work.structure, find_blocks(work.structure))
-        with problems.looking("adapter"):
-            adapter_shapes(work.structure, work.adapter_config(*pairs[0]))
-    _check_quantised(config, work.structure, problems)
-    if len(problems.found) > before:  # the choice of layers rests on these
+    try:
+        blocks = find_blocks(work.structure)
+        geometry(work.structure, blocks)
+    except ValueError as error:  # there are no layers to choose from
+        problems.found.append(error)
         return
+    _check_quantised(config, work.structure, problems)
+    try:
+        adapter_shapes(work.structure, work.adapter_config(*pairs[0]))
+    except ValueError as error:
+        with problems.looking("adapter"):
+            raise error
+        work = _with_all_targets(work, sorted(blocks[0].linears))
     sizes = {min(pairs), max(pairs)}
     found = [_rehearse(work, size, problems) for size in sorted(sizes)[:1]]
     for size in sorted(sizes)[1:]:
@@ -293,6 +302,14 @@ def _check_names(work: Workspace, account: Account, problems: _Problems) -> None
     for arm, (layers, _) in found[0].items():
         parameters = [own[arm][1] for own in found if arm in own]
         account.adapters[arm] = {"layers": layers, "parameters": [parameters[0], parameters[-1]]}
+
+
+def _with_all_targets(work: Workspace, names: list[str]) -> Workspace:
+    """The same with known projections: the other settings can still be looked at."""
+    adapter = work.config.adapter.model_copy(update={"target_modules": names})
+    found = Workspace(work.config.model_copy(update={"adapter": adapter}))
+    found.structure = work.structure
+    return found
 
 
 def _check_quantised(config: RunConfig, model: Any, problems: _Problems) -> None:
@@ -320,8 +337,10 @@ def _rehearse(
         run = Path(folder)
         with problems.looking("select"):
             _make_up(stage, run, size)
-            counts = swept_counts(stage)
-            chosen = choose(stage, run, None, max(counts, default=None))
+            chosen = choose(stage, run, None, 1)  # for the arms, should the number be wrong
+            with problems.looking("select"):
+                counts = swept_counts(stage)
+                chosen = choose(stage, run, None, max(counts, default=None))
             with problems.looking("select"):
                 found["main"] = placed(stage, run, chosen, binary.choose)
             for baseline in config.baselines:
