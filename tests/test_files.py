@@ -45,11 +45,15 @@ def base():
 
 
 def unchanged(model):
-    """(name -> bytes and trainability, module types): equal before and after a refusal."""
+    """Values, trainability, modules, attributes and hooks: equal before and after a refusal."""
     tensors = {
         n: (p.detach().numpy().tobytes(), p.requires_grad) for n, p in model.named_parameters()
     }
-    return tensors, [type(m) for m in model.modules()], hasattr(model, "peft_config")
+    modules = [
+        (type(m), sorted(vars(m)), len(m._forward_hooks), len(m._forward_pre_hooks))
+        for m in model.modules()
+    ]
+    return tensors, modules
 
 
 def refused(base, folder, text, **arguments):
@@ -138,6 +142,19 @@ def test_peft_s_own_loader_refuses_them_too(name, copy, base):
     with pytest.raises(ValueError, match=text):
         peft.PeftModel.from_pretrained(base, copy)
     assert unchanged(base) == before
+
+
+def test_a_base_that_checkpoints_gradients_is_left_as_it_was(copy):
+    """PEFT puts a hook on its embeddings, beside the one that is there."""
+    base = plain(num_hidden_layers=1)
+    getattr(base, "activation_checkpointing_enable", base.gradient_checkpointing_enable)()
+    before = unchanged(base)
+    remove_adapters(load_adapter(base, copy))
+    assert unchanged(base) == before
+    rewrite(copy, foreign)
+    refused(base, copy, "none of its own")
+    base.disable_input_require_grads()
+    assert not base.get_input_embeddings()._forward_hooks
 
 
 @pytest.mark.parametrize("name", TENSOR_FAULTS)

@@ -41,6 +41,8 @@ from floe.adapters.targets import (
 )
 from floe.blocks import base_of, find_blocks
 
+# Where transformers keeps what PEFT has it put on the embeddings of a checkpointed base.
+_INPUT_HOOKS = ("_require_grads_hooks", "_require_grads_hook")
 _WRAPPERS = (MoELoRALinear, AuxiliaryTrainingWrapper)
 # Base model -> its tuner: whether somebody still holds the adapted model.
 _TUNERS: weakref.WeakKeyDictionary[nn.Module, weakref.ref[FloeModel]] = weakref.WeakKeyDictionary()
@@ -66,6 +68,7 @@ class FloeModel(BaseTuner):
             model._floe_base = {  # type: ignore[assignment]
                 "trainable": [n for n, p in model.named_parameters() if p.requires_grad],
                 "peft_config": model.__dict__.pop("peft_config", None),
+                "hooks": {name: vars(model)[name] for name in _INPUT_HOOKS if name in vars(model)},
             }
         try:
             super().__init__(model, peft_config, adapter_name, *args, **kwargs)
@@ -496,6 +499,13 @@ def _restore(base: nn.Module) -> None:
         base.__dict__.pop("_hf_peft_config_loaded", None)
     for name in before["trainable"]:
         base.get_parameter(name).requires_grad_(True)
+    hooks = before["hooks"].get(_INPUT_HOOKS[0], [])
+    for hook in vars(base).get(_INPUT_HOOKS[0], []):
+        if hook not in hooks:
+            hook.remove()
+    for name in _INPUT_HOOKS:
+        vars(base).pop(name, None)
+    vars(base).update(before["hooks"])
 
 
 _READ = "_read_tensors"  # attribute of a configuration whose tensors are yet to be loaded
