@@ -64,7 +64,7 @@ class _Section(BaseModel):
             field = cls.model_fields.get(name)
             values = value if isinstance(value, list) else [value]
             flags = any(isinstance(one, bool) for one in values[:100])
-            if flags and field is not None and field.annotation is not bool:
+            if flags and field is not None and field.annotation not in (bool, bool | None):
                 raise ValueError(f"{name} must not be true or false, got {shown(value)}")
         return data
 
