@@ -13,11 +13,11 @@ _URL = re.compile(r"(\w://)(\S*)")
 _WHOLE_URL = re.compile(r"(\w://)(.*)", re.DOTALL)
 _VARIABLE = re.compile(r"\$\{\w+\}")  # says where a password is, not what
 _KEYED = re.compile(
-    r"([?&;][\w.-]*(?:pass|pwd|token|secret|key|sig)[\w.-]*=|\b(?:password|passwd|pwd)\s*[=:]\s*"
-    r"|\bbearer\s+)[^\s&;'\",]+",
+    r"([?&;][\w.-]{0,40}(?:pass|pwd|token|secret|key|sig)[\w.-]{0,40}="
+    r"|\b(?:password|passwd|pwd)\s*[=:]\s*|\bbearer\s+)[^\s&;'\",]+",
     re.IGNORECASE,
 )
-_TOKEN = re.compile(r"\b(?:hf_|gh[pousr]_|github_pat_|glpat-|sk-)[\w-]{8,}")
+_TOKEN = re.compile(r"\b(?:(?:hf_|gh[pousr]_|glpat-|sk-)[A-Za-z0-9]{20,}|github_pat_\w{20,})")
 
 
 class FileError(ValueError):

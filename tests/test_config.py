@@ -1,6 +1,7 @@
 """The YAML of a run: every mistake is found before anything starts, and named with its place."""
 
 import json
+import time
 import traceback
 
 import pytest
@@ -8,6 +9,7 @@ import yaml
 
 from floe import FileError, RunConfig, load_config
 from floe.config import TEMPLATE, SearchConfig, dump_config, parse_config, storage_url
+from floe.errors import hide_secrets
 
 MINIMAL = {"model": {"path": "some/model"}, "data": {"train": {"hub": "some/data"}}}
 
@@ -408,7 +410,7 @@ LEAKS = {  # where a password can come into a message
     "as a key": {URL: 1, "search": {URL: 1}},
     "a far @": {"name": f"postgresql://u:{'x' * 5000}{SECRET}@h/db"},
     "two sources": {
-        "data": {"train": {"path": f"https://u:{SECRET}@h/x", "hub": f"hf_xyz{SECRET}"}}
+        "data": {"train": {"path": f"https://u:{SECRET}@h/x", "hub": f"hf_{SECRET}{'a1' * 14}"}}
     },
     "a token": {"select": {"policy": f"https://h/x?access_token={SECRET}"}},
 }
@@ -459,3 +461,31 @@ def test_the_storage_is_read_from_the_environment_when_it_is_used(monkeypatch):
     assert storage_url(SearchConfig(storage="${FLOE_DB}")) == URL
     assert storage_url(SearchConfig(storage=URL)) == URL
     assert storage_url(SearchConfig()) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "hidden"),
+    [
+        ("see https://u:p@h/x and a@b", "see https://u:***@h/x and a@b"),
+        ("https://u:a@b:c@h", "https://u:***@h"),
+        ("postgresql://u@h/db", "postgresql://u@h/db"),
+        ("https://0123456789abcdef@h/x", "https://***@h/x"),
+        ("https://h/x?a=1&api_key=zz&b=2", "https://h/x?a=1&api_key=***&b=2"),
+        ("host=h password=zz dbname=d", "host=h password=*** dbname=d"),
+        ("Authorization: Bearer abc.def", "Authorization: Bearer ***"),
+        (f"token hf_{'aB3' * 12} refused", "token *** refused"),
+        ("/data/hf_models_of_mine/sk-learn", "/data/hf_models_of_mine/sk-learn"),
+        ("postgresql://u:${PW}@h/db", "postgresql://u:${PW}@h/db"),
+        ("C:\\x 12:30 a:b@c", "C:\\x 12:30 a:b@c"),
+    ],
+)
+def test_what_is_hidden_and_what_is_not(text, hidden):
+    assert hide_secrets(text) == hidden
+    assert str(FileError("f", text)) == f"f: {hidden}"
+
+
+def test_hiding_takes_linear_time():
+    began = time.perf_counter()
+    for piece in ("://", "a://:", "@", "?token", "pass", "password=", "bearer "):
+        hide_secrets(f"?{piece * 50_000}")
+    assert time.perf_counter() - began < 5

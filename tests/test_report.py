@@ -20,7 +20,7 @@ from report_fixture import LAYERS, PARTS, STAGES, TASKS, write_json, write_run
 
 from floe.errors import FileError
 from floe.importance.scores import Scores
-from floe.report import build_report
+from floe.report import build, build_report
 from floe.report.arms import arm_names, curves, looks, outcomes, smooth, tasks
 from floe.report.artifacts import Interval, Router, Trial
 from floe.report.build import sections
@@ -251,6 +251,12 @@ def test_every_picture_is_there_as_svg_png_and_csv(run_dir):
     assert links == written | {"report/"}
 
 
+def test_every_name_a_report_can_write_is_known():
+    sources = "".join(path.read_text() for path in Path(build.__file__).parent.glob("*.py"))
+    found = re.findall(r'\bkey="(\w+)"|\bTable\(\s*"(\w+)"', sources)
+    assert {name for pair in found for name in pair if name} == build._NAMES
+
+
 def test_arms_that_chose_by_projection_or_size_are_drawn(fresh):
     metrics = artifact(fresh, "train", "main", "metrics.json")
     first, second = metrics["layers"][:2]
@@ -401,11 +407,12 @@ def test_selection_alone_gives_a_report_and_drops_stale_files(run_dir, tmp_path)
     for stage in ("search", "train", "eval", "profile"):
         shutil.rmtree(folder / stage)
     edit(folder, lambda data: data.update(cpu="broken \ud800"), "env.json")
-    (folder / "report" / "notes.txt").write_text("mine")
+    for name in ("notes.txt", "mine.png", "table.csv"):
+        (folder / "report" / name).write_text("mine")
     build_report(folder)
     left = {path.name for path in (folder / "report").iterdir()}
     assert not {"curves.png", "curves.csv", "router.png", "outcomes.csv"} & left
-    assert {"notes.txt", "saliency.png", "rankings.csv"} <= left
+    assert {"notes.txt", "mine.png", "table.csv", "saliency.png", "rankings.csv"} <= left
     text = (folder / "report.html").read_text(encoding="utf-8")
     assert "Neither training nor evaluation was run" in text
 

@@ -29,6 +29,13 @@ from floe.report.tables import Picture, duration, plain, significant
 from floe.report.theme import DARK, LIGHT, render_both, render_svg
 
 _SHOWN_ROWS = 40
+# Every picture and table there can be: what an earlier report left goes, and nobody else's file.
+_NAMES = frozenset({
+    "arms", "audit_agreement", "audit_bootstrap", "audit_budgets", "audit_halves",
+    "audit_rows", "audit_stability", "cost", "curves", "layers", "outcomes", "overlap",
+    "placements", "rankings", "router", "saliency", "search", "stages", "tasks", "tuning", "units",
+    "units_heads", "units_neurons",
+})  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -289,5 +296,6 @@ def _cell(value: object) -> str:
 def _drop_stale(folder: Path, keep: set[str]) -> None:
     """Remove an earlier report's pictures and tables that this one no longer has."""
     for path in folder.iterdir():
-        if path.suffix in (".png", ".csv") and path.name not in keep:
+        own = path.stem in _NAMES and path.suffix in (".png", ".csv")
+        if own and path.name not in keep:
             path.unlink()
