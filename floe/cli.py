@@ -78,8 +78,9 @@ def _exit_codes() -> Iterator[None]:
         if hasattr(error, "show") and hasattr(error, "exit_code"):  # a usage error of typer's click
             from floe.errors import hide_secrets
 
-            error.message = hide_secrets(str(getattr(error, "message", "")))  # it repeats arguments
-            error.show()
+            usage: Any = error
+            usage.message = hide_secrets(str(usage.message))  # it repeats arguments
+            usage.show()
             sys.exit(USAGE)
         code = _code_of(error)
         if code is None or os.environ.get("FLOE_TRACEBACK"):

@@ -47,7 +47,7 @@ def read_yaml(text: str) -> Any:
     except yaml.reader.ReaderError as error:
         problem = f"character {error.position + 1} is not allowed ({error.reason})"
     except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark
+        mark: Any = error.problem_mark
         problem = f"{f'line {mark.line + 1}: ' if mark else ''}{error.problem}"
     raise ValueError(problem)
 
@@ -99,6 +99,7 @@ class _Reading:
         lines: dict[str, int] = {}
         while not self.loader.check_event(yaml.MappingEndEvent):
             key = self.loader.get_event()
+            line = key.start_mark.line + 1
             self._count(key, depth)
             if not isinstance(key, yaml.ScalarEvent):
                 raise _wrong(key, "a setting's name must be text")
@@ -107,7 +108,7 @@ class _Reading:
                 raise _wrong(key, "a setting's name must be text; quote it")
             if name in lines:
                 raise _wrong(key, f"{name[:60]!r} occurs twice, first in line {lines[name]}")
-            lines[name] = key.start_mark.line + 1
+            lines[name] = line
             value = self._value(depth + 1)
             if not is_merge:
                 own[name] = value

@@ -331,7 +331,7 @@ def embeddings_resized(model: nn.Module) -> bool:
     if not path or not hasattr(config, "get_text_config"):
         return False
     try:
-        before = type(config).from_pretrained(path, local_files_only=True)
+        before = type(config).from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError):
         return False
     return bool(before.get_text_config().vocab_size != config.get_text_config().vocab_size)
