@@ -20,10 +20,21 @@ from floe_triton import (
     moe_lora_group,
     moe_lora_group_add,
 )
-from floe_triton.checks import BACKENDS
+from floe_triton.checks import (
+    BACKENDS,
+    FLOATS,
+    check_backward,
+    check_dense,
+    check_op,
+    refuse_tangents,
+    transformed,
+)
 from floe_triton.devices import obstacle as kernel_obstacle
 from floe_triton.dropout import check_dropout
+from floe_triton.group import Group, Needs, Routed
+from floe_triton.registration import count_gradients, count_products
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 __all__ = [
     "BACKENDS",
@@ -37,8 +48,6 @@ __all__ = [
     "moe_lora_group",
     "moe_lora_group_add",
 ]
-
-_FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 def _load() -> None:
@@ -82,6 +91,7 @@ def mask_gradients(
         ValueError: shapes or devices do not match, or ``group_size`` does not divide D.
     """
     _check_site(activation, gradient, group_size, token_mask)
+    _refuse_transforms("mask_gradients")
     out: Tensor = torch.ops.floe.mask_gradients(
         activation.detach(), gradient.detach(), group_size, token_mask
     )
@@ -123,6 +133,7 @@ def accumulate_fisher_(
     """
     _check_site(activation, gradient, group_size, token_mask)
     _check_accumulate(fisher, activation, group_size, sample_scale)
+    _refuse_transforms("accumulate_fisher_")
     scale = None if sample_scale is None else sample_scale.detach().to(torch.float64)
     torch.ops.floe.accumulate_fisher_(
         fisher, activation.detach(), gradient.detach(), group_size, token_mask, scale
@@ -130,11 +141,19 @@ def accumulate_fisher_(
     return fisher
 
 
+def _refuse_transforms(op: str) -> None:
+    if transformed():
+        raise RuntimeError(
+            f"{op} has no derivatives and no batching rule: call it outside torch.func's "
+            "transforms and forward-mode differentiation"
+        )
+
+
 def _check_site(
     activation: Tensor, gradient: Tensor, group_size: int, token_mask: Tensor | None
 ) -> None:
     _check_float("activation", activation)
-    _check_tensor("gradient", gradient)
+    check_dense("gradient", gradient)
     if gradient.dtype != activation.dtype:
         raise TypeError(
             f"gradient must have activation's dtype {activation.dtype}, got {gradient.dtype}"
@@ -155,7 +174,7 @@ def _check_site(
         )
     if token_mask is None:
         return
-    _check_tensor("token_mask", token_mask)
+    check_dense("token_mask", token_mask)
     if token_mask.dtype != torch.bool:
         raise TypeError(f"token_mask must be bool, got {token_mask.dtype}")
     if token_mask.shape != activation.shape[:2]:
@@ -169,7 +188,7 @@ def _check_site(
 def _check_accumulate(
     fisher: Tensor, activation: Tensor, group_size: int, sample_scale: Tensor | None
 ) -> None:
-    _check_tensor("fisher", fisher)
+    check_dense("fisher", fisher)
     if fisher.dtype != torch.float64:
         raise TypeError(f"fisher must be float64, got {fisher.dtype}")
     units = activation.shape[2] // group_size
@@ -179,6 +198,7 @@ def _check_accumulate(
         )
     if not fisher.is_contiguous():
         raise ValueError(f"fisher must be contiguous, got stride {fisher.stride()}")
+    _check_memory(fisher)
     if fisher.requires_grad:
         raise ValueError("fisher must not require a gradient: it is written in place")
     _check_device("fisher", fisher, activation)
@@ -192,14 +212,17 @@ def _check_accumulate(
     _check_device("sample_scale", sample_scale, activation)
 
 
-def _check_tensor(name: str, value: Any) -> None:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+def _check_memory(fisher: Tensor) -> None:
+    if fisher.is_neg() or fisher._is_zerotensor():
+        raise ValueError(
+            "fisher must be plain memory that can be written: clone a lazily negated view or "
+            "torch's zeros without memory"
+        )
 
 
 def _check_float(name: str, value: Any) -> None:
-    _check_tensor(name, value)
-    if value.dtype not in _FLOATS:
+    check_dense(name, value)
+    if value.dtype not in FLOATS:
         raise TypeError(f"{name} must be bfloat16, float16, float32 or float64, got {value.dtype}")
 
 
@@ -241,30 +264,55 @@ def _fake_dropout(x: Tensor, p: float, seed: Tensor) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-def _dropout_context(ctx: Any, inputs: tuple[Tensor, float, Tensor], output: Tensor) -> None:
-    _, ctx.p, seed = inputs
-    ctx.save_for_backward(seed)
+_library = torch.library.Library("floe", "FRAGMENT")
 
 
-def _dropout_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-    (seed,) = ctx.saved_tensors
-    return torch.ops.floe.dropout(grad, ctx.p, seed), None, None
+def _refuse_derivatives(name: str) -> None:
+    """Make a direct call of an operator without a derivative an error where one is due.
+
+    Not of those that every adapted linear calls: torch itself warns when it misses theirs.
+    """
+    op = getattr(torch.ops.floe, name).default
+
+    def call(keys: torch._C.DispatchKeySet, *arguments: Any) -> Any:
+        tensors = [one for one in arguments if isinstance(one, Tensor)]
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+            raise RuntimeError(f"floe::{name} has no derivative: detach its arguments")
+        refuse_tangents(name, *tensors)
+        if name == "accumulate_fisher_" and isinstance(arguments[0], Tensor):
+            _check_memory(arguments[0])
+        result = op.redispatch(keys & torch._C._after_autograd_keyset, *arguments)
+        if name == "accumulate_fisher_":  # autograd may have saved what it wrote
+            torch.autograd.graph.increment_version(arguments[0])
+        return result
+
+    _library.impl(name, call, "Autograd", with_keyset=True)
 
 
-torch.library.register_autograd("floe::dropout", _dropout_backward, setup_context=_dropout_context)
+for _name in ("mask_gradients", "accumulate_fisher_", "dropout"):
+    _refuse_derivatives(_name)
 
 
 @torch.library.register_fake("floe::moe_lora_experts")
 def _fake_experts(
-    x: Tensor, shrink_weights: list[Tensor], expand_weights: list[Tensor], *arguments: Any
+    x: Tensor,
+    shrink_weights: list[Tensor],
+    expand_weights: list[Tensor],
+    router_biases: list[Tensor | None],
+    biases: list[Tensor | None],
+    base_outputs: list[Tensor],
+    *settings: Any,
 ) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
-    tokens, wide = x.shape[0], _wide(x.dtype)
-    linears, (_, experts, rank) = len(expand_weights), expand_weights[0].shape
+    group = Group(
+        [], biases, base_outputs, shrink_weights, expand_weights, router_biases, *settings
+    )
+    _check_experts(x, group)
+    tokens, wide, linears = x.shape[0], _wide(x.dtype), len(group)
     return (
         [x.new_empty((tokens, expand.shape[0])) for expand in expand_weights],
-        x.new_empty((linears, tokens, rank), dtype=wide),
-        x.new_empty((linears, tokens, experts), dtype=wide),
-        x.new_empty((linears, tokens, experts * rank)),
+        x.new_empty((linears, tokens, group.rank), dtype=wide),
+        x.new_empty((linears, tokens, group.experts), dtype=wide),
+        x.new_empty((linears, tokens, group.experts * group.rank)),
     )
 
 
@@ -274,9 +322,15 @@ def _fake_experts_backward(
     x: Tensor,
     shrink_weights: list[Tensor],
     expand_weights: list[Tensor],
+    hidden: Tensor,
+    gate: Tensor,
+    z: Tensor,
     *arguments: Any,
 ) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor]:
-    *_, needs_x, needs_shrink, needs_expand = arguments
+    *settings, needs_x, needs_shrink, needs_expand = arguments
+    group = Group([], [], [], shrink_weights, expand_weights, [], *settings)
+    _check_experts(x, group)
+    check_backward(grad_ys, x, group, Routed(hidden, gate, z))
     rows = sum(shrink.shape[0] for shrink in shrink_weights)
     return (
         x.new_empty(x.shape if needs_x else (0,)),
@@ -284,6 +338,28 @@ def _fake_experts_backward(
         [one.new_empty(one.shape) for one in expand_weights if needs_expand],
         x.new_empty((x.shape[0], rows), dtype=_wide(x.dtype)),
     )
+
+
+@register_flop_formula(torch.ops.floe.moe_lora_experts)  # type: ignore[untyped-decorator]
+def _experts_flops(x: Any, shrink_weights: Any, expand_weights: Any, *rest: Any, **out: Any) -> int:
+    return count_products(x, [*shrink_weights, *expand_weights])
+
+
+@register_flop_formula(torch.ops.floe.moe_lora_experts_backward)  # type: ignore[untyped-decorator]
+def _experts_backward_flops(
+    grad_ys: Any, x: Any, shrink_weights: Any, expand_weights: Any, *rest: Any, **out: Any
+) -> int:
+    return count_gradients(x, [], shrink_weights, expand_weights, Needs(*rest[-3:], True))
+
+
+def _check_experts(x: Tensor, group: Group) -> None:
+    check_op(x, group)
+    for tensor in (*group.shrink_weights, *group.expand_weights):
+        if tensor.dtype not in (x.dtype, _wide(x.dtype)):
+            raise TypeError(
+                f"shrink_weights and expand_weights must be {x.dtype} or {_wide(x.dtype)}, "
+                f"got {tensor.dtype}"
+            )
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

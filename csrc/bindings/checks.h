@@ -77,12 +77,14 @@ struct FisherArguments {
 inline FisherArguments check_fisher(const Tensor& activation, const Tensor& gradient,
                                     std::int64_t group_size,
                                     const std::optional<Tensor>& token_mask) {
-  STD_TORCH_CHECK(activation.dim() == 3 && gradient.dim() == 3,
+  STD_TORCH_CHECK(activation.defined() && gradient.defined() &&  // None comes as undefined
+                      activation.dim() == 3 && gradient.dim() == 3,
                   "floe: activation and gradient must be [S, T, D]");
   for (std::int64_t d = 0; d < 3; ++d) {
     STD_TORCH_CHECK(activation.size(d) == gradient.size(d),
                     "floe: activation and gradient must have one shape");
   }
+  with_float_type(activation.scalar_type(), [](auto) {});  // refuses other dtypes
   STD_TORCH_CHECK(activation.scalar_type() == gradient.scalar_type(),
                   "floe: activation and gradient must have one dtype");
   STD_TORCH_CHECK(same_device(activation, gradient),
@@ -105,11 +107,13 @@ inline FisherArguments check_fisher(const Tensor& activation, const Tensor& grad
   return arguments;
 }
 
-// `fisher` is written in place, hence contiguous; the scale is made contiguous and returned.
+// `fisher` is written in place, hence contiguous; the scale, which may lie in its memory, is
+// copied.
 inline std::optional<Tensor> check_accumulate(const Tensor& fisher,
                                               const std::optional<Tensor>& sample_scale,
                                               const FisherArguments& arguments) {
-  STD_TORCH_CHECK(fisher.dim() == 1 && fisher.size(0) == arguments.extent.units &&
+  STD_TORCH_CHECK(fisher.defined() && fisher.dim() == 1 &&
+                      fisher.size(0) == arguments.extent.units &&
                       fisher.scalar_type() == ScalarType::Double && fisher.is_contiguous() &&
                       same_device(fisher, arguments.activation),
                   "floe: fisher must be contiguous float64 [D / group_size] on the activation's "
@@ -119,7 +123,7 @@ inline std::optional<Tensor> check_accumulate(const Tensor& fisher,
                       sample_scale->scalar_type() == ScalarType::Double &&
                       same_device(*sample_scale, arguments.activation),
                   "floe: sample_scale must be float64 [S] on the activation's device");
-  return torch::stable::contiguous(*sample_scale);
+  return torch::stable::contiguous(torch::stable::clone(*sample_scale));
 }
 
 }  // namespace floe::bindings

@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <functional>
@@ -43,12 +44,18 @@ inline Tensor as_contiguous(const Tensor& tensor) {
   return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
 }
 
+// Of an element of a Tensor?[]: torch resolves lazily negated views and zeros without memory in all
+// other arguments. A copy does.
+inline Tensor resolved(const Tensor& tensor) { return as_contiguous(torch::stable::clone(tensor)); }
+
 inline Tensor new_tensor(Sizes sizes, ScalarType type) {
   std::vector<std::int64_t> strides(sizes.size());
   std::int64_t stride = 1;
   for (std::size_t d = sizes.size(); d-- > 0;) {
     strides[d] = stride;
-    stride *= std::max<std::int64_t>(1, std::data(sizes)[d]);
+    STD_TORCH_CHECK(
+        !__builtin_mul_overflow(stride, std::max<std::int64_t>(1, std::data(sizes)[d]), &stride),
+        "floe: a result would have more than 2^63 elements");
   }
   const auto dtype = torch::stable::detail::to<std::int32_t>(torch::stable::detail::from(type));
   AtenTensorHandle made;
@@ -59,7 +66,8 @@ inline Tensor new_tensor(Sizes sizes, ScalarType type) {
 }
 
 inline void check_shape(const char* name, const Tensor& tensor, Sizes sizes) {
-  bool matches = tensor.is_cpu() && tensor.dim() == static_cast<std::int64_t>(sizes.size());
+  bool matches = tensor.defined() && tensor.is_cpu() &&  // None comes as undefined
+                 tensor.dim() == static_cast<std::int64_t>(sizes.size());
   std::int64_t d = 0;
   for (const std::int64_t size : sizes) {
     matches = matches && tensor.size(d++) == size;
@@ -72,8 +80,9 @@ inline void check_type(const char* name, const Tensor& tensor, ScalarType type) 
 }
 
 inline std::int64_t value_of_seed(const Tensor& seed) {
-  STD_TORCH_CHECK(seed.dim() == 0 && seed.scalar_type() == ScalarType::Long && seed.is_cpu(),
-                  "floe: seed must be a 0-dimensional int64 tensor on x's device");
+  STD_TORCH_CHECK(
+      seed.defined() && seed.dim() == 0 && seed.scalar_type() == ScalarType::Long && seed.is_cpu(),
+      "floe: seed must be a 0-dimensional int64 tensor on x's device");
   return *data<std::int64_t>(seed);
 }
 
@@ -131,13 +140,16 @@ inline GroupArguments check_group(const Tensor& x, const std::vector<Tensor>& sh
                                   const std::vector<Tensor>& expand, double scaling,
                                   double temperature, double dropout_p,
                                   const std::optional<Tensor>& seed) {
-  STD_TORCH_CHECK(x.is_cpu() && x.dim() == 2, "floe: x must be [T, K]");
+  STD_TORCH_CHECK(x.defined() && x.is_cpu() && x.dim() == 2, "floe: x must be [T, K]");
   with_float_type(x.scalar_type(), [](auto) {});  // refuses other dtypes
   STD_TORCH_CHECK(!expand.empty() && expand.size() == shrink.size(),
                   "floe: shrink_weights and expand_weights must have one entry per linear");
-  STD_TORCH_CHECK(expand[0].dim() == 3 && expand[0].size(1) >= 1 && expand[0].size(2) >= 1,
+  STD_TORCH_CHECK(expand[0].defined() && expand[0].dim() == 3 && expand[0].size(1) >= 1 &&
+                      expand[0].size(2) >= 1,
                   "floe: expand_weights must be [N, M, r] with M, r >= 1");
-  STD_TORCH_CHECK(temperature > 0.0, "floe: temperature must be > 0, got ", temperature);
+  STD_TORCH_CHECK(std::isfinite(scaling), "floe: scaling must be finite, got ", scaling);
+  STD_TORCH_CHECK(temperature > 0.0 && std::isfinite(temperature),
+                  "floe: temperature must be finite and > 0, got ", temperature);
   const std::int64_t experts = expand[0].size(1), rank = expand[0].size(2);
   GroupArguments arguments{as_contiguous(x),
                            {},
@@ -147,11 +159,16 @@ inline GroupArguments check_group(const Tensor& x, const std::vector<Tensor>& sh
                            temperature,
                            check_dropout(dropout_p, seed)};
   for (std::size_t g = 0; g < expand.size(); ++g) {
-    STD_TORCH_CHECK(expand[g].dim() == 3, "floe: expand_weights must be [N, M, r]");
+    STD_TORCH_CHECK(expand[g].defined() && expand[g].dim() == 3,
+                    "floe: expand_weights must be [N, M, r]");
     arguments.shrink.push_back(
         check_parameter("shrink_weights", shrink[g], {rank + experts, x.size(1)}, x));
     arguments.expand.push_back(
         check_parameter("expand_weights", expand[g], {expand[g].size(0), experts, rank}, x));
+    STD_TORCH_CHECK(shrink[g].scalar_type() == shrink[0].scalar_type(),
+                    "floe: shrink_weights must have one dtype");
+    STD_TORCH_CHECK(expand[g].scalar_type() == expand[0].scalar_type(),
+                    "floe: expand_weights must have one dtype");
   }
   return arguments;
 }

@@ -22,7 +22,8 @@ namespace {
 using torch::stable::parallel_for;
 
 Tensor dropout_cpu(const Tensor& x, double p, const Tensor& seed) {
-  STD_TORCH_CHECK(x.dim() >= 1, "floe: x must be [..., K]");
+  STD_TORCH_CHECK(x.defined() && x.dim() >= 1, "floe: x must be [..., K]");
+  with_float_type(x.scalar_type(), [](auto) {});  // refuses other dtypes
   STD_TORCH_CHECK(p >= 0.0 && p < 1.0, "floe: p must be in [0, 1), got ", p);
   const std::int64_t value = value_of_seed(seed);
   const Tensor input = as_contiguous(x);
@@ -70,8 +71,9 @@ std::optional<Tensor> stack_router_biases(const OptionalTensors& biases, const G
   for (const std::optional<Tensor>& bias : biases) {
     STD_TORCH_CHECK(bias.has_value(), "floe: router_biases must be all given or all None");
     check_shape("router_biases", *bias, {experts});
-    const Tensor wide = as_contiguous(
-        bias->scalar_type() == in.wide() ? *bias : torch::stable::to(*bias, in.wide()));
+    with_float_type(bias->scalar_type(), [](auto) {});  // refuses other dtypes
+    const Tensor copy = resolved(*bias);
+    const Tensor wide = copy.scalar_type() == in.wide() ? copy : torch::stable::to(copy, in.wide());
     const auto bytes = static_cast<std::size_t>(experts) * wide.element_size();
     std::memcpy(target, wide.const_data_ptr(), bytes);
     target += bytes;
@@ -101,7 +103,7 @@ Added check_added(const OptionalTensors& biases, const std::vector<Tensor>& base
     if (!biases[g]) continue;
     check_shape("biases", *biases[g], {in.features(g)});
     check_type("biases", *biases[g], in.type());
-    added.biases[g] = as_contiguous(*biases[g]);
+    added.biases[g] = resolved(*biases[g]);
   }
   for (std::size_t g = 0; g < bases.size(); ++g) {
     check_shape("base_outputs", bases[g], {in.tokens(), in.features(g)});

@@ -120,6 +120,59 @@ def test_float16_is_within_twice_torch_s_error(tokens, backend, dropout_p, adapt
     check(moe_lora_group, halves, torch.float16, adapter, backend, dropout_p=dropout_p)
 
 
+LAZY = {
+    "negated": lambda t: torch._neg_view(-t),
+    "zeros without memory": lambda t: torch._efficientzerotensor(t.shape, dtype=t.dtype),
+}
+APART = {
+    "strided": lambda t: t.repeat_interleave(2, -1)[..., ::2],
+    "expanded": lambda t: t[:1].expand(t.shape),
+}
+
+
+@pytest.mark.parametrize("backend", ["gemm", "fused"])
+@pytest.mark.parametrize("tokens", [2, 20])
+@pytest.mark.parametrize("odd", [*LAZY, *APART])
+def test_tensors_whose_memory_is_not_as_they_look(odd, tokens, backend):
+    def outputs(x, weight, bias, shrink, expand, router, above):
+        x = x.detach().requires_grad_()
+        (y,) = moe_lora_group(
+            x, [weight], [bias], [shrink], [expand], router_biases=[router], scaling=1.7,
+            backend=backend,
+        )  # fmt: skip
+        return y.detach(), *torch.autograd.grad(y, x, above)
+
+    x, *lists = group(tokens, 12, 2, 3, 1, 1)
+    plain = [x.float(), *(values[0].float() for values in lists)]
+    every = range(len(plain))
+    for places in [[i] for i in every] if odd in LAZY else [every]:
+        given = [{**LAZY, **APART}[odd](t) if i in places else t for i, t in enumerate(plain)]
+        copies = [torch.zeros(t.shape).copy_(t) for t in given]
+        torch.testing.assert_close(outputs(*given), outputs(*copies), msg=f"arguments {places}")
+
+
+@pytest.mark.parametrize("function", [moe_lora_group, on_base])
+@pytest.mark.parametrize("tokens", [2, 20])
+def test_no_columns_and_no_features(tokens, function):
+    x, weights, biases, shrinks, expands, routers, grads = group(tokens, 12, 2, 3, 2, 1)
+    none = (
+        x[:, :0], [w[:, :0] for w in weights], biases, [s[:, :0] for s in shrinks], expands,
+        routers, grads,
+    )  # fmt: skip
+    check(function, none, torch.float32, torch.float32, "gemm")
+    first = [[values[0][:0], values[1]] for values in (weights, expands)]
+    few = (
+        x,
+        first[0],
+        [biases[0][:0], None],
+        shrinks,
+        first[1],
+        routers,
+        [grads[0][:, :0], grads[1]],
+    )
+    check(function, few, torch.float32, torch.float32, "gemm")
+
+
 @pytest.mark.parametrize("rank", [40, 128])
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 def test_ranks_beyond_the_kernels_take_the_library_s_products(rank, dropout_p):

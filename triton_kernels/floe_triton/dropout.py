@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from floe_triton import devices, reference
+from floe_triton.checks import FLOATS, check_dense, refuse_tangents, transformed
 
 _library = torch.library.Library("floe", "FRAGMENT")
 _library.define(
@@ -19,7 +20,6 @@ _library.define(
 )
 
 _ELEMENTS_AT_ONCE = 1 << 23
-_FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 def keyed_dropout(x: Tensor, p: float, seed: Tensor) -> Tensor:
@@ -47,24 +47,29 @@ def keyed_dropout(x: Tensor, p: float, seed: Tensor) -> Tensor:
             another device.
     """
     check_dropout(x, p, seed)
+    if transformed():
+        return reference.dropout(x, p, seed)
     dropped: Tensor = torch.ops.floe.keyed_dropout(x, float(p), seed)
     return dropped
 
 
 @torch.library.impl(_library, "keyed_dropout", "CompositeExplicitAutograd")
 def _keyed_dropout(x: Tensor, p: float, seed: Tensor) -> Tensor:
+    check_dropout(x, p, seed)
+    refuse_tangents("keyed_dropout", x)
     if x.device.type == "cpu" and hasattr(torch.ops.floe, "dropout"):
         dropped: Tensor = torch.ops.floe.dropout(x, p, seed)
         return dropped
     if devices.runs_triton(x.device):
         from floe_triton.masked import masked
 
-        return masked(x.reshape(-1, x.shape[-1]), p, seed).view(x.shape)
+        return masked(_rows(x), p, seed).view(x.shape)
     return _in_parts(x, p, seed)
 
 
 @torch.library.register_fake("floe::keyed_dropout", lib=_library)
 def _fake(x: Tensor, p: float, seed: Tensor) -> Tensor:
+    check_dropout(x, p, seed)
     return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
@@ -84,13 +89,17 @@ torch.library.register_autograd(
 
 def _in_parts(x: Tensor, p: float, seed: Tensor) -> Tensor:
     """The definition, some rows at a time: its int64 words take eight times x's elements."""
-    rows = x.reshape(-1, x.shape[-1])
+    rows = _rows(x)
     step = max(1, _ELEMENTS_AT_ONCE // max(1, x.shape[-1]))
     parts = [
         reference.dropout(rows[first : first + step], p, seed, first)
         for first in range(0, len(rows), step)
     ]
     return torch.cat(parts).view(x.shape) if parts else torch.empty_like(x)
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.flatten(0, -2) if x.dim() > 1 else x[None]
 
 
 def draw_seed(device: torch.device) -> Tensor:
@@ -104,9 +113,8 @@ def draw_seed(device: torch.device) -> Tensor:
 
 def check_dropout(x: Any, p: Any, seed: Any) -> None:
     """Raise TypeError or ValueError unless the arguments are what :func:`keyed_dropout` takes."""
-    if not isinstance(x, Tensor):
-        raise TypeError(f"x must be a tensor, got {type(x).__name__}")
-    if x.dtype not in _FLOATS:
+    check_dense("x", x)
+    if x.dtype not in FLOATS:
         raise TypeError(f"x must be bfloat16, float16, float32 or float64, got {x.dtype}")
     if x.dim() < 1:
         raise ValueError("x must be [..., K], got a 0-dimensional tensor")
@@ -114,8 +122,7 @@ def check_dropout(x: Any, p: Any, seed: Any) -> None:
         raise TypeError(f"p must be a number, got {type(p).__name__}")
     if not 0.0 <= p < 1.0:
         raise ValueError(f"p must be in [0, 1), got {p}")
-    if not isinstance(seed, Tensor):
-        raise TypeError(f"seed must be a tensor, got {type(seed).__name__}")
+    check_dense("seed", seed)
     if seed.dtype != torch.int64:
         raise TypeError(f"seed must be int64, got {seed.dtype}")
     if seed.dim():

@@ -146,4 +146,4 @@ def adapter_grad_x(grads: Tensor, x: Tensor, group: Group) -> Tensor:
 
 def flat(expand_weight: Tensor) -> Tensor:
     """Bcat [N, M r]: all experts of a linear side by side."""
-    return expand_weight.reshape(expand_weight.shape[0], -1)
+    return expand_weight.flatten(1)

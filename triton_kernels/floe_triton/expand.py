@@ -173,7 +173,7 @@ def expand(z: Tensor, expand_weight: Tensor, bias: Tensor | None, base: Tensor |
     arguments = {
         "z": z.contiguous(),
         "weight": expand_weight.contiguous(),
-        "bias": bias,
+        "bias": None if bias is None else bias.contiguous(),
         "base": base,
         "y": y,
         "tokens": tokens,
@@ -211,7 +211,7 @@ def fused_linear(
     arguments = {
         "x": x,
         "weight": weight,
-        "bias": bias,
+        "bias": None if bias is None else bias.contiguous(),
         "z": z.contiguous(),
         "expand": expand_weight.contiguous(),
         "y": y,

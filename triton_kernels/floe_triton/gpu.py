@@ -29,7 +29,7 @@ from floe_triton.group import Gradients, Group, Needs, Routed
 
 def forward(x: Tensor, group: Group, path: str) -> tuple[list[Tensor], Routed]:
     """As :func:`floe_triton.eager.forward`; ``path`` is "gemm", "fused" or "triton" (either)."""
-    if x.shape[0] == 0:
+    if _is_for_torch(x, group):
         return eager.forward(x, group)
     x = _inner_contiguous(x)
     served = _served(group)
@@ -60,7 +60,7 @@ def backward(
     grad_ys: list[Tensor], x: Tensor, group: Group, routed: Routed, needs: Needs, path: str
 ) -> Gradients:
     """As :func:`floe_triton.eager.backward`."""
-    if x.shape[0] == 0:
+    if _is_for_torch(x, group, *grad_ys):
         return eager.backward(grad_ys, x, group, routed, needs)
     x, grad_ys = _inner_contiguous(x), [_inner_contiguous(grad_y) for grad_y in grad_ys]
     rows = needs.x or needs.shrink or needs.router_bias
@@ -150,6 +150,19 @@ def _grad_x(
         else:
             grad_x.addmm_(grad_y, weight)
     return grad_x, grad_rows
+
+
+def _is_for_torch(x: Tensor, group: Group, *others: Tensor) -> bool:
+    """Whether kernels have nothing to read, or memory that does not hold what a tensor says.
+
+    The latter are torch's lazily negated views and its zeros without memory.
+    """
+    if 0 in x.shape or any(weight.shape[0] == 0 for weight in group.expand_weights):
+        return True
+    for tensor in (x, *group.tensors(), group.seed, *others):
+        if tensor is not None and (tensor.is_neg() or tensor._is_zerotensor()):
+            return True
+    return False
 
 
 def _served(group: Group) -> bool:

@@ -3,6 +3,9 @@
 Autograd is one ``autograd.Function`` around the two registered ops, or around what they run where
 nobody watches ops: cheaper per call than an autograd registration, and ``torch.compile`` traces
 through it. Without gradients to come there is no Function.
+
+Derivatives of the gradients themselves, forward-mode derivatives and what else torch.func does are
+those of the plain-torch definition, which then runs in place of the ops.
 """
 
 from __future__ import annotations
@@ -12,10 +15,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch.nn.functional import linear
 
 from floe_triton import reference, registration
-from floe_triton.checks import autocasts, check_group, check_settings
+from floe_triton.checks import autocasts, check_group, check_settings, transformed
 from floe_triton.group import Group, Needs, Routed
 
 __all__ = ["moe_lora", "moe_lora_add", "moe_lora_group", "moe_lora_group_add"]
@@ -118,25 +121,15 @@ def moe_lora_group(
     Lists have one entry per linear; all share rank, number of experts and settings, and one
     dropout mask. Returns one [..., N_g] per linear.
     """
-    biases = list(biases)
-    router_biases = _given(router_biases, len(expand_weights))
-    check_group(x, weights, biases, [], shrink_weights, expand_weights, router_biases)
+    router_biases = _given(router_biases, expand_weights)
+    given = [] if weights is None else weights
+    check_group(x, given, biases, None, shrink_weights, expand_weights, router_biases)
     check_settings(x, scaling, temperature, dropout_p, seed, dropout_mode, backend)
-    if dropout_mode == "per_expert":
-        return [
-            reference.moe_lora(
-                x, weight, bias, shrink, expand, scaling=scaling, dropout_p=dropout_p, seed=seed,
-                router_bias=router_bias, temperature=temperature, dropout_mode=dropout_mode,
-            )
-            for weight, bias, shrink, expand, router_bias in zip(
-                weights, biases, shrink_weights, expand_weights, router_biases, strict=True
-            )
-        ]  # fmt: skip
     x, weights, biases = _autocast(x, weights, biases)
     return _apply(x, Group(
         weights, biases, [], shrink_weights, expand_weights, router_biases, float(scaling),
         float(temperature), float(dropout_p), seed if dropout_p > 0.0 else None,
-    ), backend)  # fmt: skip
+    ), backend, dropout_mode)  # fmt: skip
 
 
 def moe_lora_group_add(
@@ -154,27 +147,16 @@ def moe_lora_group_add(
     backend: str = "auto",
 ) -> list[Tensor]:
     """:func:`moe_lora_group` on top of given base outputs [..., N_g]."""
-    count = len(expand_weights)
-    router_biases = _given(router_biases, count)
-    none: list[Tensor | None] = [None] * count
-    check_group(x, [], none, base_outputs, shrink_weights, expand_weights, router_biases)
+    router_biases = _given(router_biases, expand_weights)
+    none = _given(None, expand_weights)
+    bases = [] if base_outputs is None else base_outputs
+    check_group(x, None, none, bases, shrink_weights, expand_weights, router_biases)
     check_settings(x, scaling, temperature, dropout_p, seed, dropout_mode, backend)
-    if dropout_mode == "per_expert":
-        return [
-            base + reference.moe_lora_delta(
-                x, shrink, expand, scaling=scaling, dropout_p=dropout_p, seed=seed,
-                router_bias=router_bias, temperature=temperature, dropout_mode=dropout_mode,
-            )
-            for base, shrink, expand, router_bias in zip(
-                base_outputs, shrink_weights, expand_weights, router_biases, strict=True
-            )
-        ]  # fmt: skip
     x, base_outputs = _autocast(x, base_outputs)
-    flat = [base.reshape(-1, base.shape[-1]) for base in base_outputs]
     return _apply(x, Group(
-        [], [], flat, shrink_weights, expand_weights, router_biases, float(scaling),
+        [], [], base_outputs, shrink_weights, expand_weights, router_biases, float(scaling),
         float(temperature), float(dropout_p), seed if dropout_p > 0.0 else None,
-    ), backend)  # fmt: skip
+    ), backend, dropout_mode)  # fmt: skip
 
 
 class _Call(NamedTuple):
@@ -204,19 +186,23 @@ class _MoELoRA(torch.autograd.Function):
         return tuple(ys)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grad_ys: Tensor) -> tuple[Tensor | None, ...]:
         call: _Call = ctx.call
         x, seed, hidden, gate, z, *kept = ctx.saved_tensors
         needs_x, needed = ctx.needs_input_grad[1], ctx.needs_input_grad[3:]
         base, adapters = needed[: -3 * call.linears], needed[-3 * call.linears :]
+        on_base = grad_ys if call.on_base else [None] * len(base)
+        of_base = [grad if need else None for grad, need in zip(on_base, base, strict=True)]
+        if torch.is_grad_enabled() or transformed() or _batched(grad_ys):
+            grad_x, *of_adapters = _backward_defined(
+                call, grad_ys, x, seed, kept, (needs_x, *adapters)
+            )
+            return (None, grad_x, None, *of_base, *of_adapters)
         by_kind = [adapters[i * call.linears : (i + 1) * call.linears] for i in range(3)]
         found = registration.backward(
             list(grad_ys), x, _group(call, seed, kept), Routed(hidden, gate, z),
             Needs(needs_x, *map(any, by_kind)), call.backend,
         )  # fmt: skip
-        on_base = grad_ys if call.on_base else [None] * len(base)
-        of_base = [grad if need else None for grad, need in zip(on_base, base, strict=True)]
         of_adapters = [
             grads[g] if need else None
             for grads, needs in zip(
@@ -225,6 +211,55 @@ class _MoELoRA(torch.autograd.Function):
             for g, need in enumerate(needs)
         ]
         return (None, found.x, None, *of_base, *of_adapters)
+
+
+def _batched(grads: Sequence[Tensor]) -> bool:
+    """Whether autograd.grad batches its gradients, by a vmap that torch.func does not show."""
+    is_batched = torch._C._functorch.is_legacy_batchedtensor
+    return not torch.compiler.is_compiling() and any(map(is_batched, grads))
+
+
+def _backward_defined(
+    call: _Call,
+    grad_ys: Sequence[Tensor],
+    x: Tensor,
+    seed: Tensor | None,
+    kept: Sequence[Tensor | None],
+    needed: Sequence[bool],
+) -> list[Tensor | None]:
+    """The gradients of x and the adapters by torch's own operators, for what differentiates them.
+
+    ``needed`` has one entry for x and each of the adapters' tensors.
+    """
+    with torch.enable_grad():
+        # as copies: one argument may be a function of another, whose gradient is not meant
+        x, *kept = (t if t is None else t.view_as(t) for t in (x, *kept))
+        ys = _define(x, _group(call, seed, kept))
+    inputs = [x, *kept[-3 * call.linears :]]
+    wanted = [t for t, need in zip(inputs, needed, strict=True) if need and t is not None]
+    grads = iter(
+        torch.autograd.grad(
+            ys, wanted, grad_ys, create_graph=torch.is_grad_enabled(), allow_unused=True
+        )
+    )
+    return [next(grads) if need else None for need in needed]
+
+
+def _define(x: Tensor, group: Group, dropout_mode: str = "shared") -> list[Tensor]:
+    """The outputs by the plain-torch definition; without weights the adapters' part of them."""
+    ys = [
+        reference.moe_lora_delta(
+            x, shrink, expand, scaling=group.scaling, dropout_p=group.dropout_p, seed=group.seed,
+            router_bias=bias, temperature=group.temperature, dropout_mode=dropout_mode,
+        )
+        for shrink, expand, bias in zip(
+            group.shrink_weights, group.expand_weights, group.router_biases, strict=True
+        )
+    ]  # fmt: skip
+    biases = group.biases or [None] * len(group.weights)
+    frozen = zip(group.weights, biases, strict=True)
+    bases = group.base_outputs or [linear(x, weight, bias) for weight, bias in frozen]
+    return [base + y for base, y in zip(bases, ys, strict=True)] if bases else ys
 
 
 def _group(call: _Call, seed: Tensor | None, tensors: Sequence[Tensor | None]) -> Group:
@@ -242,8 +277,11 @@ def _group(call: _Call, seed: Tensor | None, tensors: Sequence[Tensor | None]) -
     )  # fmt: skip
 
 
-def _apply(x: Tensor, group: Group, backend: str) -> list[Tensor]:
-    rows = x.reshape(-1, x.shape[-1])
+def _apply(x: Tensor, group: Group, backend: str, dropout_mode: str) -> list[Tensor]:
+    if dropout_mode == "per_expert" or transformed():
+        return _define(x, group, dropout_mode)
+    rows = _rows(x)
+    group.base_outputs = [_rows(base) for base in group.base_outputs]
     tensors = group.tensors()
     if _differentiable(x, *tensors):
         call = _Call(backend, group.scaling, group.temperature, group.dropout_p, len(group),
@@ -254,12 +292,21 @@ def _apply(x: Tensor, group: Group, backend: str) -> list[Tensor]:
     return [y.view(*x.shape[:-1], y.shape[-1]) for y in ys]
 
 
+def _rows(tensor: Tensor) -> Tensor:
+    """[..., K] as [T, K], also where K is 0."""
+    return tensor.flatten(0, -2) if tensor.dim() > 1 else tensor[None]
+
+
 def _differentiable(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-def _given(router_biases: Sequence[Tensor | None] | None, count: int) -> Sequence[Tensor | None]:
-    return [None] * count if router_biases is None else router_biases
+def _given(
+    router_biases: Sequence[Tensor | None] | None, expand_weights: Sequence[Tensor]
+) -> Sequence[Tensor | None]:
+    if router_biases is not None:
+        return router_biases
+    return [None] * len(expand_weights) if isinstance(expand_weights, (list, tuple)) else []
 
 
 def _autocast(x: Tensor, *lists: Sequence[Tensor | None]) -> tuple[Any, ...]:

@@ -6,14 +6,17 @@ The schemas live here, not in C++, because this package also stands alone, witho
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+from torch.utils.flop_counter import register_flop_formula
 
 from floe_triton import paths
+from floe_triton.checks import check_backward, check_forward, check_op, refuse_tangents
 from floe_triton.group import Gradients, Group, Needs, Routed
 
 _GROUP = (
@@ -29,6 +32,8 @@ _SCHEMAS = (
 )
 
 Tensors = list[Tensor]
+Shape = Sequence[int]
+Shapes = Sequence[Shape]
 
 library = torch.library.Library("floe", "FRAGMENT")
 for _schema in _SCHEMAS:
@@ -42,7 +47,10 @@ for _schema in _SCHEMAS:
 @torch.library.impl(library, "moe_lora_forward", "CompositeExplicitAutograd")
 def _forward(x: Tensor, *arguments: Any) -> tuple[Tensors, Tensor, Tensor, Tensor]:
     *described, backend = arguments
-    ys, routed = paths.forward(x, Group(*described), backend)
+    group = Group(*described)
+    check_forward(x, group, backend)
+    refuse_tangents("moe_lora_forward", x, *group.tensors())
+    ys, routed = paths.forward(x, group, backend)
     return ys, routed.hidden, routed.gate, routed.z
 
 
@@ -51,8 +59,12 @@ def _backward(
     grad_ys: Tensors, x: Tensor, *arguments: Any
 ) -> tuple[Tensor, Tensors, Tensors, Tensors]:
     *described, backend = arguments[:-7]
-    routed, needs = Routed(*arguments[-7:-4]), Needs(*arguments[-4:])
-    found = paths.backward(grad_ys, x, Group(*described), routed, needs, backend)
+    group, needs = Group(*described), Needs(*arguments[-4:])
+    check_op(x, group, backend)
+    check_backward(grad_ys, x, group, Routed(*arguments[-7:-4]))
+    refuse_tangents("moe_lora_backward", x, *grad_ys, *group.tensors(), *arguments[-7:-4])
+    routed = Routed(*(saved.contiguous() for saved in arguments[-7:-4]))
+    found = paths.backward(grad_ys, x, group, routed, needs, backend)
     grad_x = x.new_empty(0) if found.x is None else found.x
     return grad_x, list(found.shrink), list(found.expand), list(found.router_bias)
 
@@ -60,6 +72,7 @@ def _backward(
 @torch.library.register_fake("floe::moe_lora_forward", lib=library)
 def _forward_fake(x: Tensor, *arguments: Any) -> tuple[Tensors, Tensor, Tensor, Tensor]:
     group = Group(*arguments[:-1])
+    check_forward(x, group, arguments[-1])
     size, experts, rank = len(group), group.experts, group.rank
     wide = torch.promote_types(x.dtype, torch.float32)
     tokens = x.shape[0]
@@ -76,6 +89,8 @@ def _backward_fake(
     grad_ys: Tensors, x: Tensor, *arguments: Any
 ) -> tuple[Tensor, Tensors, Tensors, Tensors]:
     group, needs = Group(*arguments[:-8]), Needs(*arguments[-4:])
+    check_op(x, group, arguments[-8])
+    check_backward(grad_ys, x, group, Routed(*arguments[-7:-4]))
 
     def like(tensors: Sequence[Tensor | None], needed: bool) -> Tensors:
         return [t.new_empty(t.shape) for t in tensors if needed and t is not None]
@@ -86,6 +101,47 @@ def _backward_fake(
         like(group.expand_weights, needs.expand),
         like(group.router_biases, needs.router_bias),
     )
+
+
+def _no_derivative(ctx: Any, *grads: Any) -> None:
+    raise RuntimeError(
+        "floe::moe_lora_forward and floe::moe_lora_backward have no derivatives of their own; "
+        "floe_triton.moe_lora has"
+    )
+
+
+for _name in ("floe::moe_lora_forward", "floe::moe_lora_backward"):
+    torch.library.register_autograd(_name, _no_derivative, lib=library)
+
+
+def count_products(x: Shape, matrices: Sequence[Shape]) -> int:
+    """FLOPs of every row of x with each of the matrices."""
+    return 2 * x[0] * sum(map(prod, matrices))
+
+
+@register_flop_formula(torch.ops.floe.moe_lora_forward)  # type: ignore[untyped-decorator]
+def _forward_flops(
+    x: Shape, weights: Shapes, biases: Any, base_outputs: Any, shrink_weights: Shapes,
+    expand_weights: Shapes, *settings: Any, **out: Any,
+) -> int:  # fmt: skip
+    return count_products(x, [*weights, *shrink_weights, *expand_weights])
+
+
+@register_flop_formula(torch.ops.floe.moe_lora_backward)  # type: ignore[untyped-decorator]
+def _backward_flops(
+    grad_ys: Any, x: Shape, weights: Shapes, biases: Any, base_outputs: Any,
+    shrink_weights: Shapes, expand_weights: Shapes, *settings: Any, **out: Any,
+) -> int:  # fmt: skip
+    return count_gradients(x, weights, shrink_weights, expand_weights, Needs(*settings[-4:]))
+
+
+def count_gradients(
+    x: Shape, weights: Shapes, shrink_weights: Shapes, expand_weights: Shapes, needs: Needs
+) -> int:
+    """FLOPs of the backward's products."""
+    of_rows = needs.x or needs.shrink or needs.router_bias
+    products = [*expand_weights] * (of_rows + needs.expand) + [*shrink_weights] * needs.shrink
+    return count_products(x, products + [*shrink_weights, *weights] * needs.x)
 
 
 def forward(x: Tensor, group: Group, backend: str) -> tuple[Tensors, Routed]:
