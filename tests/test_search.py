@@ -209,6 +209,27 @@ def test_settings_that_change_no_result_may_change(tmp_path):
     assert list(tmp_path.glob("study.db-*")) == []  # all is in the file that a run keeps
 
 
+def test_points_that_ran_out_of_memory_are_tried_again_with_less(tmp_path, monkeypatch):
+    real = floe.rank_search.search.train
+
+    def exhausted(model, rows, **keywords):
+        if keywords["settings"].batch_size > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return real(model, rows, **keywords)
+
+    monkeypatch.setattr(floe.rank_search.search, "train", exhausted)
+    large, small = (
+        dataclasses.replace(FAST, batch_size=n, grad_accum=FAST.batch_size * FAST.grad_accum // n)
+        for n in (2, 1)
+    )
+    for _ in range(2):  # again with the same settings: they failed, and stay so
+        with pytest.raises(RuntimeError, match="none of 2: failed: out of memory"):
+            run(tmp_path, trials=2, settings=large)
+    result = run(tmp_path, trials=2, settings=small)
+    assert [(t.number, t.state) for t in result.trials] == [(0, "complete"), (1, "complete")]
+    assert run(tmp_path, trials=2, settings=large).trials == result.trials
+
+
 def test_failed_trials_are_counted_and_the_search_goes_on(tmp_path, monkeypatch):
     real = floe.rank_search.search.train
 

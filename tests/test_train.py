@@ -1,6 +1,8 @@
 import dataclasses
+import os
 import random
 import sys
+import time
 
 import killing
 import numpy as np
@@ -229,7 +231,15 @@ def test_out_of_memory_says_what_to_change(tmp_path, monkeypatch):
     monkeypatch.setattr(trainer.Trainer, "compute_loss", exhausted)
     with pytest.raises(torch.OutOfMemoryError) as caught:
         train(model_of(), tiny_rows(16), settings=FAST, output_dir=tmp_path)
-    assert "out of memory in step 1: lower batch_size (now 1)" in caught.value.__notes__[0]
+    assert caught.value.__notes__ == [
+        "out of memory in step 1: set gradient_checkpointing, and the training continues from its "
+        "checkpoints; a lower max_length makes other rows, so the training begins anew"
+    ]
+    large = settings(batch_size=6, grad_accum=1, gradient_checkpointing=True)
+    with pytest.raises(torch.OutOfMemoryError) as caught:
+        train(model_of(), tiny_rows(16), settings=large, output_dir=tmp_path)
+    advice = "set batch_size to 3 and grad_accum to 2 (now 6 and 1), and the training continues"
+    assert advice in caught.value.__notes__[0]
 
 
 def test_an_adapter_that_does_not_move_is_an_error(tmp_path):
@@ -414,7 +424,67 @@ def test_checkpoints_of_another_run_are_refused(tmp_path):
     with pytest.raises(FileError, match="must hold no checkpoints with resume=False"):
         train(model_of(), rows, settings=TRAINING, output_dir=folder, resume=False)
     checkpoints.remove_checkpoints(folder)
-    assert list(folder.iterdir()) == []
+    assert not folder.exists()
+
+
+def stop_at(step):
+    def progress(done, *_):
+        if done == step:
+            raise KeyboardInterrupt
+
+    return progress
+
+
+def stopped(folder, step, rows=20):
+    with pytest.raises(KeyboardInterrupt):
+        train(model_of(dropout=0.25), tiny_rows(rows), settings=TRAINING, output_dir=folder,
+              on_progress=stop_at(step))  # fmt: skip
+
+
+@pytest.mark.parametrize("hours", [1, -1])
+def test_checkpoints_from_another_time_are_gone_on_from(tmp_path, hours):
+    """The clock was set back, or the folder comes from another machine."""
+    stopped(tmp_path, 6)
+    other = time.time() + hours * 3600
+    for folder in tmp_path.glob("checkpoint-*"):
+        os.utime(folder, (other, other))
+    (tmp_path / "checkpoint-notes").mkdir()
+    result = train(model_of(dropout=0.25), tiny_rows(20), settings=TRAINING, output_dir=tmp_path)
+    assert (result.resumed_from, result.steps) == (5, 14)
+    names = ["checkpoint-13", "checkpoint-14", "checkpoint-notes"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+
+
+@pytest.mark.parametrize(
+    "advice",
+    [{"gradient_checkpointing": True}, {"batch_size": 1, "grad_accum": 4}, {"save_steps": 3},
+     {"validation_points": ()}, {"eval_batch_size": 1}],
+)  # fmt: skip
+def test_what_out_of_memory_advises_goes_on_from_the_checkpoints(tmp_path, advice):
+    rows, plain = tiny_rows(40), settings(batch_size=2, grad_accum=2, max_steps=8, save_steps=1)
+    unbroken, model = model_of(), model_of()
+    train(unbroken, rows, settings=plain, output_dir=tmp_path / "unbroken")
+    with pytest.raises(KeyboardInterrupt):
+        train(model, rows, settings=plain, output_dir=tmp_path / "run", on_progress=stop_at(5))
+    model = model_of()
+    changed = dataclasses.replace(plain, **advice)
+    result = train(model, rows, settings=changed, output_dir=tmp_path / "run")
+    assert (result.resumed_from, result.steps) == (4, 8)
+    assert distance(model, unbroken) < 1e-3
+
+
+def test_the_identity_is_what_decides_the_adapter():
+    same = {"batch_size": 4, "grad_accum": 2, "gradient_checkpointing": True, "save_steps": 3,
+            "save_total_limit": 7, "validation_points": (), "eval_batch_size": 3}  # fmt: skip
+    other = {"learning_rate": 1.0, "batch_size": 2, "grad_accum": 3, "epochs": 2.0, "max_steps": 3,
+             "warmup_ratio": 0.5, "schedule": "linear", "weight_decay": 1.0, "max_grad_norm": 9.0,
+             "group_by_length": True, "seed": 1}  # fmt: skip
+    assert same.keys() | other.keys() == vars(FAST).keys()
+    assert settings(**same).identity() == FAST.identity()
+    for name, value in other.items():
+        assert settings(**{name: value}).identity() != FAST.identity(), name
+    steps = {"max_steps": 5}
+    assert settings(**steps, epochs=2.0).identity() == settings(**steps).identity()
 
 
 def test_works_while_the_base_is_called_separately(tmp_path):

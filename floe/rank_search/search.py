@@ -27,6 +27,8 @@ from floe.importance.identity import model_fingerprint
 from floe.rank_search.proposals import Point, SearchSpace, propose, sampler_settings
 from floe.rank_search.storage import mask
 from floe.rank_search.studies import (
+    MEMORY,
+    OUT_OF_MEMORY,
     Outcome,
     Owner,
     Trial,
@@ -42,7 +44,6 @@ from floe.rank_search.studies import (
     should_stop,
 )
 from floe.training.checkpoints import remove_checkpoints
-from floe.training.schedule import NOT_IDENTITY
 from floe.training.train import TrainSettings, train
 
 __all__ = ["SearchResult", "SearchSpace", "Trial", "search"]
@@ -173,6 +174,8 @@ class _Search:
         self.wanted = min(trials, len(self.space.points()))
         self.place = self.directory / "study.db" if storage is None else storage
         self.study = open_study(self.place, self._identity(), self.prune, self._say)
+        memory = {n: getattr(self.settings, n) for n in ("batch_size", "gradient_checkpointing")}
+        self.study.set_user_attr(MEMORY, memory)
         fail_orphans(self.study, self.owner, alone=storage is None)
         self._keep_best_only()
 
@@ -185,11 +188,7 @@ class _Search:
             "space": dataclasses.asdict(self.space),
             "sampler": self.sampler,
             "seed": self.seed,
-            "settings": {
-                name: value
-                for name, value in dataclasses.asdict(self.settings).items()
-                if name not in NOT_IDENTITY
-            },
+            "settings": self.settings.identity(),
             "adapter": {k: v for k, v in self.adapter.items() if k != "backend"},  # all are equal
             "prune": self.prune,
             "train_rows": fingerprint(self.train_rows),
@@ -213,7 +212,8 @@ class _Search:
 
     def trial(self) -> str:
         """Choose, train and record the next point; what happened, in words."""
-        index = len(finished(self.study))
+        numbers = {trial.number for trial in finished(self.study)}
+        index = min(set(range(len(numbers) + 1)) - numbers)
         point, redraws = propose(self.study, self.space, self.sampler, self.seed, index)
         handle = begin_trial(self.study, self.space, point, self.owner, index, redraws)
 
@@ -240,7 +240,7 @@ class _Search:
         except FloatingPointError as error:
             outcome.reason = f"failed: {error}"
         except torch.OutOfMemoryError as error:
-            outcome.reason = f"failed: out of memory ({str(error).splitlines()[0]})"
+            outcome.reason = f"{OUT_OF_MEMORY} ({str(error).splitlines()[0]})"
         finally:
             remove_adapters(model)
             if model_fingerprint(self.base) != self.fingerprint:

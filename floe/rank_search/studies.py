@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from floe.rank_search.proposals import Point, SearchSpace
 
 STUDY = "floe"
+MEMORY = "memory"  # attribute of study and trials: the settings that decide how much a trial takes
+OUT_OF_MEMORY = "failed: out of memory"
 _ENDED = (TrialState.COMPLETE, TrialState.PRUNED)
 
 
@@ -98,6 +100,7 @@ def begin_trial(
         ValueError: if a trial of another program has other kinds of parameters of these names.
     """
     mine = {"owner": dataclasses.asdict(owner), "index": index, "redraws": redraws}
+    mine |= {MEMORY: study.user_attrs.get(MEMORY)}
     _add(
         study,
         state=TrialState.RUNNING,
@@ -234,9 +237,13 @@ def tried_points(study: optuna.Study) -> set[Point]:
 
 
 def _ended(study: optuna.Study) -> list[FrozenTrial]:
+    """Those that ran out of memory under other settings of memory count as never begun."""
     found: dict[int, FrozenTrial] = {}
-    for trial in study.get_trials(deepcopy=False, states=_ENDED):
-        if _is_own(trial) and _is_recorded(trial):
+    memory = study.user_attrs.get(MEMORY)
+    trials = study.get_trials(deepcopy=False, states=_ENDED)
+    for trial in sorted(trials, key=_ran_out_of_memory):
+        other = trial.user_attrs.get(MEMORY) != memory and _ran_out_of_memory(trial)
+        if _is_own(trial) and _is_recorded(trial) and not other:
             found.setdefault(trial.user_attrs["index"], trial)
     return [found[index] for index in sorted(found)]
 
@@ -250,6 +257,10 @@ def _is_own(trial: FrozenTrial) -> bool:
         and owner.keys() == Owner.__dataclass_fields__.keys()
         and trial.params.keys() == {"rank", "num_experts"}
     )
+
+
+def _ran_out_of_memory(trial: FrozenTrial) -> bool:
+    return str(trial.user_attrs.get("reason", "")).startswith(OUT_OF_MEMORY)
 
 
 def _is_recorded(trial: FrozenTrial) -> bool:

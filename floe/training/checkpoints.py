@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import re
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,8 @@ from floe.errors import FileError
 
 DONE = "floe_done.json"
 _FORMAT = 1
+_WRITTEN = ("adapter_*", "README.md", "trainer_state.json", "training_args.bin", "optimizer.*",
+            "scheduler.*", "scaler.*", "rng_state*", f".{DONE}*", DONE)  # fmt: skip
 
 
 def seal(folder: str | os.PathLike[str], identity: dict[str, Any]) -> None:
@@ -26,7 +27,8 @@ def seal(folder: str | os.PathLike[str], identity: dict[str, Any]) -> None:
     """
     root = Path(folder)
     names = sorted(p.relative_to(root).as_posix() for p in root.rglob("*") if p.is_file())
-    files = {name: _stamp(root / name) for name in names if name != DONE}
+    hidden = {n for n in names if any(part.startswith(".") for part in n.split("/"))}
+    files = {name: _stamp(root / name) for name in names if name != DONE and name not in hidden}
     write_json(root / DONE, {"format": _FORMAT, "identity": identity, "files": files})
 
 
@@ -47,10 +49,9 @@ def verify(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
 
 
 def newest(folder: str | os.PathLike[str], identity: dict[str, Any]) -> Path | None:
-    """The newest whole checkpoint of a run; every damaged one is moved to ``broken/``.
+    """The whole checkpoint of most steps, whatever the files' times say.
 
-    All are checked, not only the newest: one that was being deleted when the process died has a
-    fresh time stamp, and the Trainer, which deletes by time, would spare it and delete a whole one.
+    Every damaged one is moved to ``broken/``: the Trainer would write into its folder.
 
     Raises:
         FileError: if the newest whole one belongs to a run with other settings or data.
@@ -83,15 +84,49 @@ def checkpoints(folder: str | os.PathLike[str]) -> list[tuple[int, Path]]:
     root = Path(folder)
     if not root.is_dir():
         return []
-    found = [(re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in root.iterdir()]
+    found = [(re.fullmatch(r"checkpoint-(0|[1-9]\d*)", path.name), path) for path in root.iterdir()]
     return sorted((int(match[1]), path) for match, path in found if match and path.is_dir())
 
 
+def rotate(folder: str | os.PathLike[str], keep: int) -> None:
+    """Delete the sealed checkpoints but the ``keep`` of most steps."""
+    sealed = [path for _, path in checkpoints(folder) if (path / DONE).is_file()]
+    for path in sealed[:-keep]:
+        _remove(path)
+
+
 def remove_checkpoints(folder: str | os.PathLike[str]) -> None:
-    """Delete a finished run's checkpoints, and those set aside."""
-    for _, path in checkpoints(folder):
-        shutil.rmtree(path)
-    shutil.rmtree(Path(folder) / "broken", ignore_errors=True)
+    """Delete a finished run's checkpoints and those set aside; files of others stay."""
+    root = Path(folder)
+    for _, path in checkpoints(root):
+        _remove(path)
+    for path in (root / "broken").glob("checkpoint-*"):
+        _remove(path)
+    for place in (root / "broken", root):
+        _remove_if_empty(place)
+
+
+def _remove(path: Path) -> None:
+    """Delete a checkpoint file by file, so that what somebody put there stays."""
+    try:
+        listed = list(json.loads((path / DONE).read_text(encoding="utf-8"))["files"])
+    except (OSError, ValueError, KeyError, TypeError):  # never sealed
+        listed = []
+    inside = [name for name in listed if ".." not in Path(name).parts]
+    files = [path / name for name in inside]
+    for pattern in _WRITTEN:
+        files += path.glob(pattern)
+    for file in files:
+        if file.is_file():
+            file.unlink()
+    for file in files:
+        _remove_if_empty(file.parent)
+    _remove_if_empty(path)
+
+
+def _remove_if_empty(folder: Path) -> None:
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
 
 
 def _set_aside(root: Path, path: Path) -> None:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 _SCHEDULES = ("cosine", "linear", "constant_with_warmup", "constant")
-NOT_IDENTITY = {"save_steps", "save_total_limit", "validation_points", "eval_batch_size"}
 
 
 @dataclass(frozen=True)
@@ -63,8 +63,21 @@ class TrainSettings:
         if not all(0 <= point <= 1 for point in self.validation_points):
             raise ValueError(f"validation_points must be in [0, 1], got {self.validation_points}")
 
+    def identity(self) -> dict[str, Any]:
+        """What decides the trained adapter, as JSON values.
 
-# The Trainer deletes old checkpoints before the new one is sealed: one must be left beside it.
+        Not how a step's rows are cut into batches, whether activations are kept, nor when to save
+        or validate: they change a step's sums in the last digits, and which dropout masks are
+        drawn, but not what is estimated. Whoever runs out of memory may change them and go on.
+        """
+        kept = {name: getattr(self, name) for name in _DECISIVE}
+        length = {"epochs": self.epochs} if self.max_steps is None else {"steps": self.max_steps}
+        return kept | {"rows_per_step": self.batch_size * self.grad_accum, **length}
+
+
+_DECISIVE = ("learning_rate", "warmup_ratio", "schedule", "weight_decay", "max_grad_norm",
+             "group_by_length", "seed")  # fmt: skip
+# One checkpoint is left to go on from if the newest is damaged.
 _COUNTS = {"batch_size": 1, "grad_accum": 1, "max_steps": 1, "save_steps": 1, "save_total_limit": 2,
            "eval_batch_size": 1, "seed": 0}  # fmt: skip
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import math
 import statistics
@@ -21,7 +20,7 @@ from floe.errors import FileError
 from floe.training import checkpoints
 from floe.training.layer_schedule import LayerSchedule
 from floe.training.memory import PeakMemory
-from floe.training.schedule import NOT_IDENTITY, TrainSettings, training_order
+from floe.training.schedule import TrainSettings, training_order
 from floe.training.trainer import (
     SECONDS,
     VALIDATION,
@@ -218,9 +217,9 @@ def _identity(
     settings: TrainSettings, rows: Sequence[TokenRow], parameters: dict[str, nn.Parameter]
 ) -> dict[str, Any]:
     shapes = [f"{name} {tuple(p.shape)} {p.dtype}" for name, p in sorted(parameters.items())]
-    kept = {k: v for k, v in dataclasses.asdict(settings).items() if k not in NOT_IDENTITY}
     adapter = hashlib.sha256("\n".join(shapes).encode()).hexdigest()
-    return {**kept, "rows": fingerprint(rows), "adapter": adapter, "world_size": _world_size()}
+    found = settings.identity() | {"rows": fingerprint(rows), "adapter": adapter}
+    return found | {"world_size": _world_size()}
 
 
 def _find_checkpoint(folder: Path, identity: dict[str, Any], resume: bool) -> Path | None:
@@ -268,7 +267,18 @@ def _memory_advice(step: int, settings: TrainSettings, device: torch.device) -> 
     if device.type == "cuda":
         left, total = torch.cuda.mem_get_info(device)
         free = f" ({left / 2**30:.1f} of {total / 2**30:.1f} GiB free)"
+    ways = [] if settings.gradient_checkpointing else ["set gradient_checkpointing"]
+    rows = settings.batch_size * settings.grad_accum
+    if settings.batch_size > 1:
+        less = max(n for n in range(1, settings.batch_size) if rows % n == 0)
+        ways.append(
+            f"set batch_size to {less} and grad_accum to {rows // less} (now {settings.batch_size} "
+            f"and {settings.grad_accum})"
+        )
+    going_on = f"{' or '.join(ways)}, and the training continues from its checkpoints; " * bool(
+        ways
+    )
     return (
-        f"out of memory in step {step}{free}: lower batch_size (now {settings.batch_size}), lower "
-        "max_length, or set gradient_checkpointing; checkpoints are kept and the run can be resumed"
+        f"out of memory in step {step}{free}: {going_on}"
+        "a lower max_length makes other rows, so the training begins anew"
     )

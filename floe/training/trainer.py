@@ -136,10 +136,11 @@ class Watch(TrainerCallback):  # type: ignore[misc]
             self.on_progress(state.global_step, state.max_steps, logs["loss"], left)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Seal the checkpoint the Trainer has just written."""
+        """Seal the checkpoint the Trainer has just written; then the oldest may go."""
         if state.is_world_process_zero:
-            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            checkpoints.seal(folder, self.identity)
+            folder = Path(args.output_dir)
+            checkpoints.seal(folder / f"checkpoint-{state.global_step}", self.identity)
+            checkpoints.rotate(folder, self.settings.save_total_limit)
 
 
 def training_arguments(
@@ -170,7 +171,7 @@ def training_arguments(
         report_to="none",
         save_strategy="steps" if settings.save_steps else "no",
         save_steps=settings.save_steps or 500,
-        save_total_limit=settings.save_total_limit,
+        save_total_limit=None,  # it would go by file times; ours go by step, see Watch.on_save
         seed=settings.seed,
         data_seed=settings.seed,
         use_cpu=device.type == "cpu",
