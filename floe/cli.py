@@ -41,6 +41,9 @@ AsJson = Annotated[
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Check all that the run will read; write nothing.")
 ]
+Redo = Annotated[
+    bool, typer.Option("--redo", help="Make stages of other settings again, in their place.")
+]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
 
 
@@ -156,6 +159,7 @@ def _run_until(last: str) -> Callable[..., None]:
         as_json: AsJson = False,
         quiet: Quiet = False,
         dry_run: DryRun = False,
+        redo: Redo = False,
     ) -> None:
         from floe.config import load_config
         from floe.pipeline import run
@@ -166,7 +170,7 @@ def _run_until(last: str) -> Callable[..., None]:
         calm_libraries()
         helper = os.environ.get("RANK", "0") != "0"  # torchrun's first worker speaks for all
         with open_progress(quiet or helper) as progress:
-            result = run(settings, until=last, progress=progress, dry_run=dry_run)
+            result = run(settings, until=last, progress=progress, dry_run=dry_run, redo=redo)
         if helper:
             return
         if dry_run and result.account is not None:

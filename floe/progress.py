@@ -13,7 +13,7 @@ class Progress:
     """What a pipeline tells while it works. This one is silent; subclasses show it."""
 
     def stage(self, name: str, what: str) -> None:
-        """A stage ``started``, ``finished`` or was ``unchanged``."""
+        """A stage ``started``, ``finished`` or was ``unchanged``; or a remark about it."""
 
     def say(self, text: str) -> None:
         """A line the user should read."""
@@ -51,7 +51,7 @@ class TerminalProgress(Progress):
             return
         self._drop(name)
         seconds = time.monotonic() - self._began.get(name, time.monotonic())
-        mark = "unchanged" if what == "unchanged" else f"{seconds:7.1f} s"
+        mark = f"{seconds:7.1f} s" if what == "finished" else what
         self._bar.console.print(f"{name:>22}  {mark}")
 
     def say(self, text: str) -> None:

@@ -11,6 +11,7 @@ import time
 import numpy as np
 import pytest
 import torch
+import yaml
 from tiny import tiny_model
 from tiny_run import write_config, write_inputs
 from transformers import GraniteConfig, GraniteForCausalLM
@@ -18,24 +19,31 @@ from transformers import GraniteConfig, GraniteForCausalLM
 from floe.adapters import adapted_layers
 from floe.adapters.files import load_adapter
 from floe.config import parse_config
+from floe.errors import FileError
 from floe.importance.scores import Scores
 from floe.importance.statistics import LayerStatistics
-from floe.pipeline import run
+from floe.pipeline import inputs, run
 from floe.progress import Progress
+from floe.report.read import read_run
 from floe.runs import sha256
 from floe.selection.selection import Selection
+from floe.training.schedule import TrainSettings
 
 KEPT = ("search/adapter", "score/scores.npz", "select/selection.json", "adapter")
 
 
 class Log(Progress):
-    """Remembers what each stage said."""
+    """Remembers what each stage said; may stop the run at a step of a stage."""
 
-    def __init__(self):
-        self.said = {}
+    def __init__(self, stop=None):
+        self.said, self.stop = {}, stop
 
     def stage(self, name, what):
         self.said[name] = what
+
+    def step(self, name, done, total, note=""):
+        if (name, done) == self.stop:
+            raise KeyboardInterrupt
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +95,7 @@ def test_a_run_writes_every_artifact_and_only_the_chosen_layers_carry_adapters(f
     assert results["main"]["loss"]["value"] < results["base"]["loss"]["value"]
     assert (finished / "report.html").stat().st_size > 10_000
     assert not list(finished.rglob("*.work"))
-    assert not list(finished.rglob("checkpoint-*"))
+    assert not list(finished.rglob("checkpoint*"))
 
 
 def test_scores_hold_every_unit(finished):
@@ -166,7 +174,8 @@ def test_schedules_statistics_and_other_ways_to_choose(config, finished, folder)
         else:
             assert set(map(tuple, placed.values())) <= {(r, m) for r in (2, 4) for m in (2, 3)}
     assert selection.budget_path == (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
-    assert sorted(LayerStatistics.load(target / "score/statistics.npz").values) == ["signal_share"]
+    found = LayerStatistics.load(target / "statistics/signal_share/statistics.npz")
+    assert sorted(found.values) == ["signal_share"]
 
 
 def test_a_sweep_chooses_the_number_of_layers_on_validation_rows(config, finished):
@@ -213,12 +222,252 @@ def test_a_changed_setting_reruns_what_depends_on_it_alone(config, finished):
     fewer = [b for b in config["baselines"] if b["name"] != "random"]
     select = {**config["select"], "layers": 3}
     changed = {**config, "select": select, "baselines": fewer}
-    run(parse_config(changed), progress=log)
+    with pytest.raises(
+        FileError, match=r"select: is finished with select\.layers 2 -> 3; only --redo"
+    ):
+        run(parse_config(changed))
+    assert yaml.safe_load((finished / "config.yaml").read_text())["select"]["layers"] == 2
+    run(parse_config(changed), progress=log, redo=True)
     stale = {name for name, what in log.said.items() if what == "finished"}
-    assert not (finished / "train/random").exists()  # no longer configured
     assert {"search", "score", "train/all", "profile"}.isdisjoint(stale)
     assert {"select", "train/main", "eval"} <= stale
-    run(parse_config(config))  # as the other tests expect it
+    assert (finished / "train/random/metrics.json").is_file()  # no longer configured, and kept
+    assert set(run(parse_config(changed), until="eval").training()) == {"main", "all", "paper"}
+    assert "train/random" not in {stage.name for stage in read_run(finished).stages}
+    assert set(read_run(finished).training) == {"main", "all", "paper"}
+    log = Log()
+    run(parse_config(config), progress=log, redo=True)  # as the other tests expect it
+    assert log.said["train/random"] == "unchanged"
+
+
+SAME = {
+    "train": {"gradient_checkpointing": True, "validations": 1, "save_steps": 3, "batch_size": 2,
+              "grad_accum": 2, "epochs": 3.0},
+    "eval": {"batch_size": 3},
+    "score": {"batch_size": 2},
+    "search": {"storage": "sqlite:///elsewhere.db"},
+    "adapter": {"backend": "eager", "r": 3, "num_experts": 9},
+}  # fmt: skip
+
+
+def with_settings(config, changes):
+    both = config.keys() | changes.keys()
+    return {k: {**config.get(k, {}), **changes[k]} if k in changes else config[k] for k in both}
+
+
+def test_what_changes_no_result_makes_nothing_anew(config, finished):
+    """How much memory a stage takes, how often it saves or looks, and what is not in force."""
+    log, before = Log(), digests(finished)
+    same = with_settings(config, SAME) | {"profile": {"steps": 0}}
+    run(parse_config(same), until="eval", progress=log)
+    assert set(log.said.values()) == {"unchanged"}
+    assert digests(finished) == before
+
+
+def test_every_setting_is_sorted_and_those_that_count_are_asked_about(config, finished):
+    """One by one: a setting that decides a result by its value is refused, by its name."""
+    sorted_ones = inputs.BY_VALUE.keys() | inputs.BY_CONTENT.keys()
+    assert inputs.flat(parse_config(config)).keys() == sorted_ones | inputs.NOTHING.keys()
+    assert not sorted_ones & inputs.NOTHING.keys()
+    stages = {s for names in (inputs.BY_VALUE | inputs.BY_CONTENT).values() for s in names.split()}
+    assert stages == set(inputs.ORDER)
+    deciding = {n.removeprefix("train.") for n in inputs.BY_VALUE if n.startswith("train.")}
+    length = {"rows_per_step", "steps", "epochs"}
+    assert TrainSettings().identity().keys() - length == deciding - {"batch_size", "grad_accum"}
+    for name, value in OTHER.items():
+        section, _, key = name.partition(".")
+        changed = parse_config(with_settings(config, {section: {key: value}}))
+        with pytest.raises(FileError, match=rf"(?s)is finished with .*{name} .* -> "):
+            run(changed, until="eval")
+
+
+OTHER = {
+    "train.learning_rate": 0.02, "train.max_grad_norm": 2.0, "train.seed": 1,
+    "adapter.alpha": 8.0, "adapter.target_modules": ["up_proj"], "search.rank": [2, 6, 2],
+    "search.sampler": "grid", "warmup.max_steps": 4, "warmup.fraction": 0.25,
+    "score.reduction": "batch", "score.rows": 8, "score.taylor_rows": 4, "select.budget": 0.25,
+    "select.tune_tokens": 128, "select.policy": "masks", "train.max_steps": 7,
+    "train.grad_accum": 3, "eval.max_new_tokens": 3, "data.max_length": 48, "eval.limit": 3,
+}  # fmt: skip
+
+
+def test_more_and_fewer_arms_make_only_these_anew(config, finished):
+    log = Log()
+    more = [*config["baselines"], {"name": "first", "policy": "first"}]
+    run(parse_config({**config, "baselines": more}), until="eval", progress=log)
+    made = {name for name, what in log.said.items() if what == "finished"}
+    assert made == {"arms", "train/first", "eval"}
+    results = json.loads((finished / "eval/results.json").read_text())["arms"]
+    assert set(results) == {"base", "main", "all", "paper", "random", "first"}
+    before = digests(finished)
+    run(parse_config(config), until="eval")
+    assert digests(finished) == before
+    assert set(json.loads((finished / "eval/losses.json").read_text())["nll"]) == set(results) - {
+        "first"
+    }
+
+
+def test_a_policy_that_needs_statistics_leaves_the_scores(config, finished):
+    log = Log()
+    spectrum = [{"name": "spectrum", "policy": "spectrum"}]
+    run(parse_config({**config, "baselines": spectrum}), until="select", progress=log)
+    assert log.said["statistics/signal_share"] == "finished"
+    assert {log.said[name] for name in ("search", "score", "select")} == {"unchanged"}
+    run(parse_config(config), until="select")
+
+
+@pytest.mark.parametrize("file", ["note.txt", ".DS_Store"])
+def test_files_of_others_in_a_run_folder_change_nothing_and_stay(config, finished, file):
+    places = ["", "train", "train/main", "train/mine", "search", "eval/arms", "adapter", "other"]
+    mine = [finished / place / file for place in places]
+    for path in mine:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("mine")
+    log = Log()
+    run(parse_config(config), progress=log)
+    assert {what for name, what in log.said.items() if name != "report"} == {"unchanged"}
+    assert [path.read_text() for path in mine] == ["mine"] * len(mine)
+    for path in mine:
+        path.unlink()
+
+
+def small(config, name, **changes):
+    """A run of few steps: one warm-up, two layers' adapters."""
+    few = {"search": {"trials": 0}, "profile": {"steps": 0}, "baselines": []}
+    return {**renamed(config, name), **few, **changes}
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "bin", "symlink", "shards"])
+def test_weights_that_changed_anywhere_are_seen(config, folder, kind):
+    from transformers import AutoModelForCausalLM
+
+    model, target = folder / "model", folder / f"model-{kind}"
+    if kind == "symlink":  # as in the hub's cache
+        shutil.copytree(model, folder / "blobs")
+        target.mkdir()
+        for file in (folder / "blobs").iterdir():
+            (target / file.name).symlink_to(file)
+    else:
+        shutil.copytree(model, target)
+    weights = target / "model.safetensors"
+    if kind == "bin":
+        state = AutoModelForCausalLM.from_pretrained(model).state_dict()
+        weights.unlink()
+        weights = target / "pytorch_model.bin"
+        torch.save(state, weights)
+    if kind == "shards":
+        weights.unlink()
+        loaded = AutoModelForCausalLM.from_pretrained(model)
+        loaded.save_pretrained(target, max_shard_size="40KB")
+        weights = sorted(target.glob("model-*.safetensors"))[1]
+    settings = small(config, f"weights-{kind}")
+    settings["model"] = {**config["model"], "path": str(target)}
+    run(parse_config(settings), until="search")
+    if kind == "bin":
+        state["model.layers.2.mlp.up_proj.weight"][0, 0] += 1
+        torch.save(state, weights)
+    else:
+        with weights.open("r+b") as file:  # one byte deep inside
+            file.seek(weights.stat().st_size * 2 // 3)
+            byte = file.read(1)[0]
+            file.seek(-1, os.SEEK_CUR)
+            file.write(bytes([byte ^ 1]))
+    log = Log()
+    run(parse_config(settings), until="search", progress=log)
+    assert log.said == {"search": "finished"}
+
+
+def test_another_model_is_asked_about(config, folder, finished):
+    shutil.copytree(folder / "model", folder / "model-other")
+    with (folder / "model-other/model.safetensors").open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b"x")
+    other = {**config, "model": {**config["model"], "path": str(folder / "model-other")}}
+    with pytest.raises(FileError, match=r"weights\.model\.safetensors \w+ -> \w+ \(model\.path "):
+        run(parse_config(other), until="search")
+    shutil.rmtree(folder / "model-other")
+    shutil.copytree(folder / "model", folder / "model-other")  # moved: the same files elsewhere
+    log = Log()
+    run(parse_config(other), until="score", progress=log)
+    assert set(log.said.values()) == {"unchanged"}
+
+
+def test_files_of_the_model_that_no_stage_reads_change_nothing(config, folder, finished):
+    for name in ("README.md", ".gitattributes", "notes.txt", "training_args.bin"):
+        (folder / "model" / name).write_text("x")
+    log = Log()
+    run(parse_config(config), until="eval", progress=log)
+    assert set(log.said.values()) == {"unchanged"}
+
+
+def test_a_tokenizer_file_counts_for_the_evaluation(config, folder):
+    target = folder / "model-words"
+    shutil.copytree(folder / "model", target)
+    settings = small(config, "words")
+    settings["model"] = {**config["model"], "path": str(target)}
+    run(parse_config(settings), until="eval")
+    (target / "generation_config.json").write_text('{"eos_token_id": [0, 2]}')
+    with pytest.raises(
+        FileError, match=r"eval: is finished with tokenizer\.generation_config\.json"
+    ):
+        run(parse_config(settings), until="eval")
+
+
+def test_a_hub_model_is_known_by_its_commit(monkeypatch, tmp_path, config):
+    from floe.pipeline.workspace import Workspace
+
+    cache = tmp_path / "hub/models--some--model"
+    for commit in ("a" * 40, "b" * 40):
+        (cache / "snapshots" / commit).mkdir(parents=True)
+        (cache / "snapshots" / commit / "config.json").write_text("{}")
+        (cache / "refs").mkdir(exist_ok=True)
+        (cache / "refs/main").write_text(commit)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+        named = {**config, "model": {"path": "some/model"}}
+        assert Workspace(parse_config(named)).commit == commit
+
+
+def test_a_search_goes_on_with_more_trials_and_keeps_the_rest_where_the_best_is_the_same(
+    config, finished
+):
+    target = finished.parent / "trials"
+    shutil.copytree(finished / "search", target / "search")
+    log = Log()
+    more = renamed(config, "trials", search={**config["search"], "trials": 3})
+    run(parse_config(more), until="search", progress=log)
+    assert log.said == {"search": "finished"}
+    found = json.loads((target / "search/result.json").read_text())["trials"]
+    first = json.loads((finished / "search/result.json").read_text())["trials"]
+    assert found[: len(first)] == first
+    assert len(found) == 3
+
+
+def test_following_the_advice_after_out_of_memory_keeps_what_was_done(config, folder):
+    settings = small(config, "advice")
+    with pytest.raises(KeyboardInterrupt):
+        run(parse_config(settings), progress=Log(stop=("train/main", 5)))
+    work = folder / "runs/advice/train/main.work/checkpoints"
+    assert (work / "checkpoint-4/floe_done.json").is_file()
+    advised = {**config["train"], "batch_size": 2, "grad_accum": 2, "gradient_checkpointing": True}
+    log, steps = Log(), []
+    log.step = lambda name, done, total, note="": steps.append((name, done))
+    run(parse_config({**settings, "train": advised}), until="train", progress=log)
+    assert {log.said[name] for name in ("search", "score", "select")} == {"unchanged"}
+    assert [done for name, done in steps if name == "train/main"] == [5, 6]
+
+
+def test_begun_training_of_other_settings_is_not_discarded_unasked(config, folder):
+    settings = small(config, "begun")
+    with pytest.raises(KeyboardInterrupt):
+        run(parse_config(settings), progress=Log(stop=("train/main", 3)))
+    other = parse_config({**settings, "train": {**config["train"], "max_steps": 9}})
+    work = folder / "runs/begun/train/main.work"
+    with pytest.raises(FileError, match=r"holds unfinished work with steps 6 -> 9 \(.*train\.max_"):
+        run(other, until="train")
+    assert (work / "checkpoints/checkpoint-2").is_dir()
+    run(other, until="train", redo=True)
+    metrics = json.loads((folder / "runs/begun/train/main/metrics.json").read_text())
+    assert (metrics["steps"], metrics["resumed_from"]) == (9, None)
 
 
 def test_one_seed_gives_the_same_scores_selection_and_adapter(config, finished):
@@ -314,7 +563,7 @@ def test_losses_by_row_are_those_of_the_results(finished):
 def test_a_run_killed_in_every_stage_continues_to_the_same_bytes(config, finished, tmp_path):
     patterns = [
         "search.work/study.db", "search.work/trials/0001*", "score.work", "select.work",
-        "train/main.work/checkpoints/checkpoint-4", "profile.work", "eval.work",
+        "train/main.work/checkpoints/checkpoint-4", "profile.work", "eval.work/arms/main.json",
     ]  # fmt: skip
     check_killed(config, finished, tmp_path, "killed-often", patterns)
 

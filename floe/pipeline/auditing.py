@@ -14,8 +14,9 @@ from floe.config import RunConfig
 from floe.errors import FileError
 from floe.importance.scores import Scores
 from floe.importance.statistics import LayerStatistics
+from floe.pipeline import inputs as deciding
 from floe.progress import Progress
-from floe.runs import RunFolder, read_json
+from floe.runs import FORMAT, RunFolder, read_json
 from floe.selection.artifact import Selection
 from floe.selection.audit import Audit, audit
 from floe.selection.policies import NEEDS
@@ -132,8 +133,10 @@ def check_stages(config: RunConfig, folder: RunFolder) -> None:
             raise FileError(folder.path / stage, f"the {stage} stage is not finished; {command}")
         if stage == "search":
             continue
-        wanted = getattr(config, stage).model_dump(mode="json")
-        if done.get("inputs", {}).get(stage) != wanted:
+        made_with, wanted = done.get("inputs", {}), deciding.values(config, stage)
+        if done.get("format") != FORMAT or any(
+            made_with[name] != wanted[name] for name in wanted.keys() & made_with.keys()
+        ):
             raise FileError(
                 folder.path / stage, f"was made with other settings than the config's; {command}"
             )
@@ -245,13 +248,15 @@ class _Measurements:
         return found
 
     def _part(self, name: str, build: Any) -> None:
-        done = self.folder.done("search")
-        inputs = {"search": done and done["inputs_hash"], "rows": self.rows, "seed": self.seed}
+        adapter = self.folder.path / "search/adapter"
+        inputs = {"adapter": deciding.adapter_digest(adapter, self.folder.digest)}
+        inputs |= {"rows": self.rows, "seed": self.seed}
         score = read_json(self.folder.path / "score/DONE.json")["inputs"]
         inputs |= {"calibration": score["rows"], "name": name}
         if name == "audit/forward_selection":
             inputs["steps"] = self.count
-        self.folder.stage(name, inputs, build, self.progress.stage)
+        tell = self.progress.stage
+        self.folder.stage(name, inputs, build, tell, may_discard=lambda changed: True)
 
     def _measure(self, policy: str, part: str, folder: Path) -> None:
         from floe.importance.layer_statistics import measure_statistics

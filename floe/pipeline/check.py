@@ -29,6 +29,7 @@ from floe.importance.scores import Scores
 from floe.importance.statistics import STATISTICS, LayerStatistics
 from floe.pipeline.choice import choose, place_baseline, placed
 from floe.pipeline.placing import size_options
+from floe.pipeline.scoring import statistics_of
 from floe.pipeline.sweep import swept_counts
 from floe.pipeline.workspace import PARTS, Workspace
 from floe.rank_search.proposals import SearchSpace
@@ -358,7 +359,7 @@ def _parameters(work: Workspace, size: tuple[int, int], place: Placement | None 
 
 def _make_up(work: Workspace, run: Path, size: tuple[int, int]) -> None:
     """What search and score would leave, with numbers drawn at random."""
-    settings, draw = work.config.score, np.random.default_rng(0)
+    config, settings, draw = work.config, work.config.score, np.random.default_rng(0)
     shapes = projection_shapes(work.base_model, work.adapter_config(*size))
     names, layers = sorted(shapes[0]), len(shapes)
 
@@ -378,12 +379,15 @@ def _make_up(work: Workspace, run: Path, size: tuple[int, int]) -> None:
         gate_gradient=drawn(2, layers, len(names)).astype(np.float32),
         **(kept if settings.keep_samples else {}), **(means if settings.first_order else {}),
     )  # fmt: skip
-    for stage in ("search", "score"):
-        (run / stage).mkdir()
+    policies = {config.select.policy, *(baseline.policy for baseline in config.baselines)}
+    measured = [f"statistics/{name}" for name in statistics_of(policies)]
+    for stage in ("search", "score", *measured):
+        (run / stage).mkdir(parents=True)
     scores.save(run / "score/scores.npz")
     numbers = {"L": layers, "L + 1": layers + 1, "P": len(names)}
     values = {n: drawn(*(numbers[letter] for letter in s)) for n, s in STATISTICS.items()}
-    LayerStatistics(layers, values).save(run / "score/statistics.npz")
+    for stage in measured:
+        LayerStatistics(layers, values).save(run / stage / "statistics.npz")
     pairs = size_options(work.config.search)
     knee = float(np.median([r * math.sqrt(m) for r, m in pairs]))
     trials = [

@@ -9,8 +9,8 @@ from typing import Any, get_args
 from floe.adapters.targets import input_widths, parameter_counts
 from floe.config import Baseline, Schedule
 from floe.importance.scores import Scores
-from floe.importance.statistics import LayerStatistics
 from floe.pipeline.placing import capacity_gain, place, size_options
+from floe.pipeline.scoring import load_statistics
 from floe.pipeline.workspace import Workspace
 from floe.runs import read_json
 from floe.selection.counts import layer_memory, saved_bytes_per_token
@@ -31,7 +31,8 @@ def choose(work: Workspace, run: Path, progress: Any, count: int | None = None) 
         "budget": settings.budget, "layers": count or settings.layers, "score": settings.score,
         "seed": settings.seed,
         "pick": settings.pick, "budget_path": settings.budget_path,
-        "statistics": _statistics(run), "layer_memory": _layer_memory(work, run),
+        "statistics": load_statistics(run, {settings.policy}),
+        "layer_memory": _layer_memory(work, run),
     }  # fmt: skip
     if settings.tune is False:
         return select(scores, tune=False, **arguments)
@@ -106,18 +107,13 @@ def _baseline_choice(work: Workspace, run: Path, baseline: Baseline, count: int)
         Scores.load(run / "score/scores.npz"),
         policy=baseline.policy, preset=_preset(baseline.preset, settings.first_order),
         budget=settings.budget, layers=count, score=settings.score, seed=baseline.seed,
-        pick=baseline.pick, budget_path=settings.budget_path, statistics=_statistics(run),
+        pick=baseline.pick, budget_path=settings.budget_path,
+        statistics=load_statistics(run, {baseline.policy}),
     )  # fmt: skip
 
 
 def _preset(name: str, first_order: bool) -> Preset:
     return replace(PRESETS[name], first_order=first_order)
-
-
-def _statistics(run: Path) -> LayerStatistics | None:
-    """The layer statistics of the score stage, if a policy of this run needs any."""
-    file = run / "score/statistics.npz"
-    return LayerStatistics.load(file) if file.is_file() else None
 
 
 def _layer_memory(work: Workspace, run: Path) -> list[int] | None:

@@ -27,16 +27,20 @@ from floe.runs import read_json
 INTERVALS = "95 %: bootstrap over rows for loss, Wilson for accuracy"
 
 
-def build(work: Workspace, adapters: dict[str, Path], folder: Path, progress: Any) -> None:
-    """Write ``results.json``, ``losses.json`` (by row) and ``router.json``.
+def build(
+    work: Workspace, adapters: dict[str, Path], digests: dict[str, str], folder: Path, progress: Any
+) -> None:
+    """Write ``results.json``, ``losses.json`` (by row), ``router.json`` and ``arms/``.
 
-    Arms done before an interruption are kept.
+    What ``arms/`` has of an adapter of the same digest, from before an interruption or from when
+    there were fewer arms, is not measured again.
     """
+    (folder / "arms").mkdir(exist_ok=True)
     arms = ["base", *adapters]
     measured: dict[str, tuple[Losses, Answers | None]] = {}
     for done, arm in enumerate(arms):
         progress(done, len(arms), arm)
-        measured[arm] = _measure_arm(work, arm, adapters.get(arm), folder)
+        measured[arm] = _measure_arm(work, arm, adapters.get(arm), digests.get(arm), folder)
     tasks = group_by_task(work.test_rows)
     results = {arm: _results(*measured[arm], tasks, work.config.eval.seed) for arm in arms}
     for arm in arms:
@@ -54,21 +58,19 @@ def build(work: Workspace, adapters: dict[str, Path], folder: Path, progress: An
             "rows": [row.index for row in work.test_rows],
         },
     )
-    for part in folder.glob("part-*.json"):
-        part.unlink()
     progress(len(arms), len(arms), "done")
 
 
 def _measure_arm(
-    work: Workspace, arm: str, adapter: Path | None, folder: Path
+    work: Workspace, arm: str, adapter: Path | None, digest: str | None, folder: Path
 ) -> tuple[Losses, Answers | None]:
-    part = folder / f"part-{arm}.json"
-    if not part.is_file():
+    part = folder / f"arms/{arm}.json"
+    if not part.is_file() or read_json(part)["adapter"] != digest:
         with nullcontext(work.base_model) if adapter is None else work.adapted(adapter) as model:
             losses, answers = _losses(work, model), _answers(work, model)
             if arm == "main":
                 _write_routers(work, model, folder)
-        write_json(part, _pack(losses, answers))
+        write_json(part, _pack(losses, answers) | {"adapter": digest})
     return _unpack(read_json(part), [row.index for row in work.test_rows])
 
 

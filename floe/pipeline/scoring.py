@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from floe.data import sample
 from floe.importance.layer_statistics import measure_statistics
 from floe.importance.score import score
 from floe.importance.scores import Scores
@@ -43,27 +41,26 @@ def workers() -> Iterator[None]:
         distributed.destroy_process_group()
 
 
-def build(
-    work: Workspace, run: Path, folder: Path, policies: Collection[str], progress: Any
-) -> None:
-    """Write ``folder/scores.npz``, with the help of the other workers if there are any.
-
-    And ``folder/statistics.npz``, by this process, if one of the policies needs layer statistics.
-    """
+def build(work: Workspace, run: Path, folder: Path, probe: bool, progress: Any) -> None:
+    """Write ``folder/scores.npz``, with the help of the other workers if there are any."""
     announce(folder)
-    scores = _measure(work, run, folder, "probe" in policies, progress)
-    scores.save(folder / "scores.npz")
-    shutil.rmtree(folder / "pieces")
-    needed = sorted(name for name in policies if name in NEEDS)
-    if needed:
-        _measure_statistics(work, run, needed, progress).save(folder / "statistics.npz")
+    _measure(work, run, folder, probe, progress).save(folder / "scores.npz")
 
 
-def help_build(work: Workspace, run: Path, policies: Collection[str], progress: Any) -> None:
+def tidy(folder: Path) -> None:
+    """Remove the pieces that the scores were put together from."""
+    pieces = folder / "pieces"
+    for file in (*pieces.glob("*.npz"), *pieces.glob(".*.tmp")):
+        file.unlink()
+    if pieces.is_dir() and not any(pieces.iterdir()):
+        pieces.rmdir()
+
+
+def help_build(work: Workspace, run: Path, probe: bool, progress: Any) -> None:
     """Do this worker's part of the stage, if worker 0 says that it has to be done."""
     folder = announce(None)
     if folder is not None:
-        _measure(work, run, folder, "probe" in policies, progress)
+        _measure(work, run, folder, probe, progress)
 
 
 def announce(folder: Path | None) -> Path | None:
@@ -77,14 +74,26 @@ def announce(folder: Path | None) -> Path | None:
     return None if said[0] is None else Path(said[0])
 
 
-def _measure_statistics(
-    work: Workspace, run: Path, policies: list[str], progress: Any
-) -> LayerStatistics:
+def statistics_of(policies: Collection[str]) -> dict[str, str]:
+    """Name of each measurement that the policies need -> one of the policies that it is for."""
+    return {"+".join(NEEDS[policy]): policy for policy in sorted(policies) if policy in NEEDS}
+
+
+def build_statistics(work: Workspace, run: Path, folder: Path, policy: str, progress: Any) -> None:
+    """Write ``folder/statistics.npz``: the layer statistics that the policy needs."""
     settings = work.config.score
     with work.adapted(run / "search/adapter") as model:
-        rows = sample(work.calibration_rows, settings.statistic_rows, settings.seed)
-        batches = work.batches(rows, settings.batch_size)
-        return measure_statistics(model, batches, policies, seed=settings.seed, progress=progress)
+        batches = work.batches(work.statistic_rows, settings.batch_size)
+        found = measure_statistics(model, batches, [policy], seed=settings.seed, progress=progress)
+    found.save(folder / "statistics.npz")
+
+
+def load_statistics(run: Path, policies: Collection[str]) -> LayerStatistics | None:
+    """The layer statistics that these policies need, put together; None if they need none."""
+    names = statistics_of(policies)
+    parts = [LayerStatistics.load(run / f"statistics/{n}/statistics.npz") for n in names]
+    values = {name: array for part in parts for name, array in part.values.items()}
+    return LayerStatistics(parts[0].layers, values) if parts else None
 
 
 def _measure(work: Workspace, run: Path, folder: Path, probe: bool, progress: Any) -> Scores:

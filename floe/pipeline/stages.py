@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from floe.atomic import copy_folder, write_json, write_text
 from floe.config import Baseline, RunConfig, Schedule, dump_config, load_config
+from floe.pipeline import inputs as deciding
 from floe.progress import Progress
 from floe.runs import RunFolder, environment, read_json
 from floe.selection.placement import Placement
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from floe.pipeline.check import Account
 
 STAGES = ("search", "score", "select", "train", "eval", "report")
+PLACEMENTS = "arms/placements.json"
 Announce = Callable[[int, int, str], None]
 
 
@@ -47,9 +48,11 @@ class RunResult:
         return found
 
     def training(self) -> dict[str, Any]:
-        """Metrics of every trained arm."""
-        files = sorted(self.folder.glob("train/*/metrics.json"))
-        return {file.parent.name: read_json(file) for file in files}
+        """Metrics of every trained arm of the configuration."""
+        placed = self.folder / PLACEMENTS
+        arms = sorted(read_json(placed)) if placed.is_file() else []
+        files = {arm: self.folder / "train" / arm / "metrics.json" for arm in arms}
+        return {arm: read_json(file) for arm, file in files.items() if file.is_file()}
 
     def table(self) -> str:
         """One line an arm: layers, loss and accuracy with intervals, size, speed, memory."""
@@ -72,6 +75,7 @@ def run(
     until: str = "report",
     progress: Progress | None = None,
     dry_run: bool = False,
+    redo: bool = False,
 ) -> RunResult:
     """Run the stages up to ``until``.
 
@@ -83,38 +87,46 @@ def run(
         until: "search", "score", "select", "train", "eval" or "report".
         progress: told about stages and steps.
         dry_run: check alone, and write nothing; the result's ``account`` says what was found.
+        redo: stages that were made from other settings or data may be made again, in place of what
+            is there. Without it they are refused, with what differs.
 
     Raises:
         CheckError: several problems were found before the first stage.
         ValueError: for a setting the model or the data do not allow.
-        FileError, DataError: for files and rows that cannot be used.
+        FileError, DataError: for files and rows that cannot be used, and for finished or begun work
+            that was made from other inputs.
     """
     if until not in STAGES:
         raise ValueError(f"until must be one of {', '.join(STAGES)}, got {until!r}")
     settings = config if isinstance(config, RunConfig) else load_config(config)
     folder = RunFolder(Path(settings.output_dir) / settings.name)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        return _score_together(settings, folder, until, progress or Progress())
-    stages, account = _checked(settings, folder, progress or Progress())
+        return _score_together(settings, folder, until, progress or Progress(), redo)
+    stages, account = _checked(settings, folder, progress or Progress(), redo)
     if dry_run:
         return RunResult(folder.path, until, account)
     with folder.locked():
-        stages.open(account)
         for name in STAGES[: STAGES.index(until) + 1]:
             getattr(stages, name)()
+        stages.describe()
     return RunResult(folder.path, until, account)
 
 
-def _checked(settings: RunConfig, folder: RunFolder, progress: Progress) -> tuple[_Stages, Account]:
+def _checked(
+    settings: RunConfig, folder: RunFolder, progress: Progress, redo: bool
+) -> tuple[_Stages, Account]:
     """The stages, and what a look at all that they will read has found."""
     from floe.pipeline.check import check
 
-    stages = _Stages(settings, folder, progress)
-    return stages, check(stages.work)
+    stages = _Stages(settings, folder, progress, redo)
+    account = stages.account = check(stages.work)
+    for line in account.remarks():
+        progress.say(line)
+    return stages, account
 
 
 def _score_together(
-    settings: RunConfig, folder: RunFolder, until: str, progress: Progress
+    settings: RunConfig, folder: RunFolder, until: str, progress: Progress, redo: bool
 ) -> RunResult:
     """The score stage by all workers that torchrun started; worker 0 owns the run folder."""
     from floe.pipeline import scoring
@@ -126,38 +138,56 @@ def _score_together(
         )
     with scoring.workers():
         if scoring.is_helper():
-            _Stages(settings, folder, Progress()).score()
+            _Stages(settings, folder, Progress(), redo).score()
             return RunResult(folder.path, until)
-        stages, account = _checked(settings, folder, progress)
+        stages, _ = _checked(settings, folder, progress, redo)
         with folder.locked():
-            stages.open(account)
             stages.search(together=True)
             stages.score()
     return RunResult(folder.path, until)
 
 
 class _Stages:
-    """Each method is one stage: its inputs' hash, and the work when that has changed."""
+    """Each method is one stage: what decides its result, and the work when that has changed."""
 
-    def __init__(self, config: RunConfig, folder: RunFolder, progress: Progress) -> None:
+    def __init__(
+        self, config: RunConfig, folder: RunFolder, progress: Progress, redo: bool
+    ) -> None:
         from floe.pipeline.workspace import Workspace
 
-        self.config, self.folder, self.progress = config, folder, progress
+        self.config, self.folder, self.progress, self.redo = config, folder, progress, redo
         self.work = Workspace(config)
         self.path = folder.path
-        self.hashes: dict[str, str] = {}
+        self.account: Account | None = None
+        self._described = False
 
-    def open(self, account: Account) -> None:
-        """Write what describes the run: settings, rows, machine and versions."""
+    def describe(self) -> None:
+        """Settings, rows, machine and versions, once the settings are those of the results."""
+        if self._described:
+            return
+        self._described = True
         write_text(self.path / "config.yaml", dump_config(self.config))
-        account.write(self.path / "data.json")
-        for line in account.remarks():
-            self.progress.say(line)
+        if self.account is not None:
+            self.account.write(self.path / "data.json")
         device, dtype = str(self.work.device), str(self.work.dtype)
         write_json(self.path / "env.json", environment() | {"device": device, "dtype": dtype})
 
-    def _stage(self, name: str, inputs: dict[str, Any], build: Callable[[Path], None]) -> None:
-        self.hashes[name] = self.folder.stage(name, inputs, build, self.progress.stage)
+    def _stage(
+        self, name: str, inputs: dict[str, Any], build: Callable[[Path], None], **options: Any
+    ) -> None:
+        """A stage of the run folder, which is asked before its results are discarded."""
+
+        def announce(stage: str, what: str) -> None:
+            if what == "started":  # nothing is refused any more
+                self.describe()
+            self.progress.stage(stage, what)
+
+        def may_discard(changed: set[str]) -> bool:
+            return self.redo or deciding.may_discard(changed)
+
+        settings = deciding.notes(self.config, name.partition("/")[0])
+        asked: dict[str, Any] = {"may_discard": may_discard, "notes": settings}
+        self.folder.stage(name, inputs, build, announce, **asked | options)
 
     def _announce(self, stage: str) -> Announce:
         def announce(done: int, total: int, note: str = "") -> None:
@@ -171,16 +201,32 @@ class _Stages:
 
         return report
 
-    def _common(self) -> dict[str, Any]:
-        adapter = self.config.adapter.model_dump(mode="json")
-        train = self.config.train.model_dump(mode="json")
-        return {
-            "model": self.work.model_identity(),
-            "data": self.work.data_identity(),
-            "adapter": adapter,
-            "train": train,
-            "eval_batch": self.config.eval.batch_size,
-        }
+    def _deciding(self, stage: str) -> dict[str, Any]:
+        """The settings that count for a stage, and the base model."""
+        model = {"model.dtype": str(self.work.dtype), "model.device": self.work.device.type}
+        found = {name: self._model_digests[name] for name in (deciding.WEIGHTS, "model")}
+        return deciding.values(self.config, stage) | model | found
+
+    @cached_property
+    def _model_digests(self) -> dict[str, dict[str, Any]]:
+        """sha256 of every file of the model's folder that counts; a hub model's commit."""
+        model = self.config.model
+        if not Path(model.path).is_dir():
+            named = {"hub": model.path, "commit": self.work.commit, "gguf_file": model.gguf_file}
+            return {deciding.WEIGHTS: {}, "model": named, "tokenizer": {}}
+        files = deciding.model_files(Path(model.path), model.gguf_file)
+        digest = self.folder.digest
+        return {k: deciding.digests(Path(model.path), f, digest) for k, f in files.items()}
+
+    def _training(self, stage: str, max_steps: int | None = None) -> dict[str, Any]:
+        """What decides how adapters are trained."""
+        length = self.work.settings(max_steps).identity()
+        inputs = self._deciding(stage)
+        inputs |= {n: length[n] for n in ("rows_per_step", "steps", "epochs") if n in length}
+        return inputs | {"validation": _fingerprint(self.work.validation_rows)}
+
+    def _adapter(self, folder: str) -> str:
+        return deciding.adapter_digest(self.path / folder / "adapter", self.folder.digest)
 
     def search(self, together: bool = False) -> None:
         """Rank, experts and the warm-up model; without trials, a warm-up at the configured size.
@@ -190,10 +236,15 @@ class _Stages:
         from floe.pipeline import warmup
         from floe.pipeline.choice import check_tuning
 
-        inputs = self._common() | {
-            "search": self.config.search.model_dump(mode="json", exclude={"storage"}),
-            "warmup": self.config.warmup.model_dump(mode="json"),
-        }
+        settings = self.config.search
+        inputs = self._training("search", self.config.warmup.max_steps)
+        inputs |= {"rows": _fingerprint(self.work.warmup_rows)}
+        idle = {"adapter.r", "adapter.num_experts"}
+        if settings.trials == 0:
+            idle = {name for name in inputs if name.startswith("search.")}
+        elif settings.sampler not in ("tpe", "paper"):
+            idle |= {"search.startup_trials"}
+        inputs = {name: value for name, value in inputs.items() if name not in idle}
 
         def build(folder: Path) -> None:
             if together:
@@ -204,7 +255,10 @@ class _Stages:
             check_tuning(self.work)
             warmup.build(self.work, folder, self._learning("search"), self._announce("search"))
 
-        self._stage("search", inputs, build)
+        self._stage(
+            "search", inputs, build, results=("result.json", "adapter", "study.db"),
+            tidy=warmup.tidy, growing=("search.trials",),
+        )  # fmt: skip
 
     @property
     def size(self) -> tuple[int, int]:
@@ -213,48 +267,75 @@ class _Stages:
         return result["rank"], result["num_experts"]
 
     def score(self) -> None:
-        """Mask Fisher, adapter Fisher and Taylor cost."""
-        from floe.data import fingerprint
+        """Mask Fisher, adapter Fisher and Taylor cost; and what else the policies look at."""
         from floe.pipeline import scoring
-        from floe.selection.policies import NEEDS
 
-        policies = self._policies()
-        progress = self._announce("score")
+        policies, progress = self._policies(), self._announce("score")
+        done = self.folder.done("score") or {}
+        probe = "probe" in policies or bool(done.get("inputs", {}).get("probe"))  # never taken away
         if scoring.is_helper():
-            scoring.help_build(self.work, self.path, policies, progress)
+            scoring.help_build(self.work, self.path, probe, progress)
             return
-        inputs = {
-            "search": self.hashes["search"],
-            "score": self.config.score.model_dump(mode="json"),
-            "rows": fingerprint(self.work.calibration_rows),
-            "taylor_rows": fingerprint(self.work.taylor_rows),
-            "measured_for": sorted(policies & {"probe", *NEEDS}),
-        }
+        common = {"adapter": self._adapter("search")}
+        inputs = self._deciding("score") | common | {
+            "rows": _fingerprint(self.work.calibration_rows),
+            "taylor_rows": _fingerprint(self.work.taylor_rows),
+            "probe": probe,
+        }  # fmt: skip
         built = []
 
         def build(folder: Path) -> None:
             built.append(folder)
-            scoring.build(self.work, self.path, folder, policies, progress)
+            scoring.build(self.work, self.path, folder, probe, progress)
 
-        self._stage("score", inputs, build)
+        self._stage("score", inputs, build, results=("scores.npz",), tidy=scoring.tidy)
         if not built:
             scoring.announce(None)
+        for name, policy in scoring.statistics_of(policies).items():
+            rows = {"rows": _fingerprint(self.work.statistic_rows)}
+            self._stage(
+                f"statistics/{name}", self._deciding("statistics") | common | rows,
+                partial(scoring.build_statistics, self.work, self.path, policy=policy,
+                        progress=progress),
+                results=("statistics.npz",),
+            )  # fmt: skip
 
     def _policies(self) -> set[str]:
         return {self.config.select.policy, *(baseline.policy for baseline in self.config.baselines)}
 
+    def _scored(self) -> dict[str, Any]:
+        """What a choice of layers is made from."""
+        from floe.pipeline import scoring
+
+        settings, (rank, experts) = self.config.select, self.size
+        inputs = self._deciding("select") | {
+            "scores": self.folder.digest(self.path / "score/scores.npz"),
+            "rank": rank,
+            "num_experts": experts,
+            "statistics": {
+                name: self.folder.digest(self.path / f"statistics/{name}/statistics.npz")
+                for name in scoring.statistics_of({settings.policy})
+            },
+        }
+        if settings.tune is not False:
+            inputs |= {"adapter": self._adapter("search"),
+                       "rows": _fingerprint(self.work.calibration_rows)}  # fmt: skip
+        else:
+            del inputs["select.tune_tokens"]
+        if settings.score != "path":
+            del inputs["select.budget_path"]
+        if isinstance(settings.layers, dict) and "memory" in settings.layers:
+            inputs["tokens"] = self.config.train.batch_size * self.config.data.max_length
+        return inputs
+
     def select(self) -> None:
-        """The layers, and the paper's masks beside them whatever decided."""
+        """The layers, and the paper's masks beside them whatever decided; then all arms' places."""
         from floe.pipeline import sweep
-        from floe.pipeline.choice import choose, place_baseline, placed
+        from floe.pipeline.choice import choose
 
         counts = self._sweep()
-        inputs = {
-            "score": self.hashes["score"],
-            "select": self.config.select.model_dump(mode="json"),
-            "baselines": [b.model_dump(mode="json") for b in self.config.baselines],
-            "sweep": {count: self.hashes[f"sweep/{count}"] for count in counts},
-        }
+        losses = {n: self.folder.digest(self.path / f"sweep/{n}" / sweep.LOSSES) for n in counts}
+        inputs = self._scored() | {"sweep": losses}
 
         def build(folder: Path) -> None:
             count = None
@@ -262,27 +343,53 @@ class _Stages:
                 found = sweep.swept_choice(self.path, counts)
                 write_json(folder / "sweep.json", sweep.describe(found))
                 count = found.count
-            selection = choose(self.work, self.path, self._announce("select"), count)
-            selection.save(folder)
+            choose(self.work, self.path, self._announce("select"), count).save(folder)
+
+        self._stage("select", inputs, build, results=("selection.json", "masks.npz", "sweep.json"))
+        self._place()
+
+    def _place(self) -> None:
+        """Where the adapters of every arm go; quickly done, so made anew without a question."""
+        from floe.pipeline import scoring
+        from floe.pipeline.choice import place_baseline, placed
+        from floe.selection.selection import Selection
+
+        inputs = self._scored() | deciding.values(self.config, "arms") | {
+            "selection": self.folder.digest(self.path / "select/selection.json"),
+            "search.rank": self.config.search.rank,
+            "search.num_experts": self.config.search.num_experts,
+            "trials": self.folder.digest(self.path / "search/result.json"),
+            "measured": {
+                name: self.folder.digest(self.path / f"statistics/{name}/statistics.npz")
+                for name in scoring.statistics_of(self._policies())
+            },
+        }  # fmt: skip
+
+        def build(folder: Path) -> None:
+            selection = Selection.load(self.path / "select")
             arms = {"main": placed(self.work, self.path, selection, self.config.select.choose)}
             for baseline in self.config.baselines:
                 arms[baseline.name] = place_baseline(self.work, self.path, selection, baseline)
-            write_json(folder / "arms.json", {name: arm.document() for name, arm in arms.items()})
+            documents = {name: arm.document() for name, arm in arms.items()}
+            write_json(folder / Path(PLACEMENTS).name, documents)
 
-        self._stage("select", inputs, build)
+        self._stage("arms", inputs, build, results=("placements.json",), may_discard=_always)
 
     def _sweep(self) -> list[int]:
         """Train and validate one arm for every number of layers that is to be tried."""
         from floe.pipeline import sweep
         from floe.pipeline.choice import choose, placed
 
-        rank, experts = self.size
         counts = sweep.swept_counts(self.work)
         for count in counts:
             chosen = choose(self.work, self.path, self._announce("select"), count)
             where = placed(self.work, self.path, chosen, self.config.select.choose)
-            inputs = self._common() | {"rank": rank, "num_experts": experts, **where.document()}
-            self._stage(f"sweep/{count}", inputs, partial(self._swept, f"sweep/{count}", where))
+            name = f"sweep/{count}"
+            build = partial(self._swept, name, where)
+            self._stage(
+                name, self._arm_inputs("sweep", where), build,
+                results=("adapter", "metrics.json", sweep.LOSSES), tidy=_remove_checkpoints,
+            )  # fmt: skip
         return counts
 
     def _swept(self, name: str, placement: Placement, folder: Path) -> None:
@@ -291,9 +398,15 @@ class _Stages:
         self._train(name, self.config.select.policy, placement, folder)
         sweep.validate(self.work, folder)
 
+    def _arm_inputs(self, stage: str, placement: Placement) -> dict[str, Any]:
+        """What decides the adapter that is trained in these places."""
+        rank, experts = self.size
+        rows = {"rows": _fingerprint(self.work.train_rows), "rank": rank, "num_experts": experts}
+        return self._training(stage) | rows | placement.document()
+
     def _arms(self) -> dict[str, tuple[str, Placement]]:
         """Arm -> its policy and where its adapters are; the chosen one is ``main``."""
-        places = read_json(self.path / "select/arms.json")
+        places = read_json(self.path / PLACEMENTS)
         policies: dict[str, str] = {"main": self.config.select.policy}
         policies |= {baseline.name: _name_of(baseline) for baseline in self.config.baselines}
         return {arm: (name, Placement.read(places[arm])) for arm, name in policies.items()}
@@ -301,22 +414,17 @@ class _Stages:
     def train(self) -> None:
         """The chosen layers, then every baseline on the same schedule.
 
-        ``adapter/`` is the chosen one's.
+        ``adapter/`` is the chosen one's. Arms that are configured no more stay where they are.
         """
-        rank, experts = self.size
-        arms = self._arms()
-        for folder in self.path.glob("train/*"):
-            if folder.name.removesuffix(".work") not in arms:  # configured no more
-                shutil.rmtree(folder)
-        for arm, (policy, placement) in arms.items():
-            inputs = self._common() | {
-                "rank": rank,
-                "num_experts": experts,
-                **placement.document(),
+        for arm, (policy, placement) in self._arms().items():
+            inputs = self._arm_inputs("train", placement) | {
                 "policy": policy,
-                "schedule": self._schedule_settings(arm),
+                "movement": self._schedule_settings(arm),
             }
-            self._stage(f"train/{arm}", inputs, partial(self._train, arm, policy, placement))
+            self._stage(
+                f"train/{arm}", inputs, partial(self._train, arm, policy, placement),
+                results=("adapter", "metrics.json"), tidy=_remove_checkpoints,
+            )  # fmt: skip
         copy_folder(self.path / "train/main/adapter", self.path / "adapter")
 
     def _schedule_settings(self, arm: str) -> dict[str, Any] | None:
@@ -337,7 +445,6 @@ class _Stages:
         from floe.adapters import remove_adapters
         from floe.adapters.files import save_adapter
         from floe.pipeline.workspace import plain
-        from floe.training.checkpoints import remove_checkpoints
         from floe.training.train import train
 
         rank, experts = self.size
@@ -355,7 +462,6 @@ class _Stages:
             save_adapter(model, folder / "adapter")
         finally:
             remove_adapters(model)
-        remove_checkpoints(folder / "checkpoints")
         metrics = plain(result) | {
             "arm": arm, "policy": policy, **placement.document(), "rank": rank,
             "num_experts": experts, "seed": self.config.train.seed,
@@ -371,19 +477,22 @@ class _Stages:
 
         self._profile()
         arms = self._arms()
-        inputs = {
-            "arms": {arm: self.hashes[f"train/{arm}"] for arm in arms},
-            "eval": self.config.eval.model_dump(mode="json"),
+        digests = {arm: self._adapter(f"train/{arm}") for arm in arms}
+        inputs = self._deciding("eval") | {
+            "tokenizer": self._model_digests["tokenizer"],
             "test": self.work.test_identity(),
-            "template": self.config.data.template,
-            "max_length": self.config.data.max_length,
+            "validation": _fingerprint(self.work.validation_rows),  # of the router statistics
+            "arms": digests,
         }
 
         def build(folder: Path) -> None:
             adapters = {arm: self.path / "train" / arm / "adapter" for arm in arms}
-            measure.build(self.work, adapters, folder, self._announce("eval"))
+            measure.build(self.work, adapters, digests, folder, self._announce("eval"))
 
-        self._stage("eval", inputs, build)
+        self._stage(
+            "eval", inputs, build, growing=("arms",),
+            results=("results.json", "losses.json", "router.json", "arms"),
+        )  # fmt: skip
 
     def _profile(self) -> None:
         from floe.pipeline import profiling
@@ -391,24 +500,43 @@ class _Stages:
         if self.config.profile.steps == 0:
             return
         rank, experts = self.size
-        inputs = self._common() | {
+        train = self.config.train
+        rows = self.work.train_rows[: train.batch_size * train.grad_accum]
+        inputs = self._deciding("profile") | {
             "rank": rank,
             "num_experts": experts,
-            "profile": self.config.profile.model_dump(mode="json"),
+            "rows": _fingerprint(rows),
         }
 
         def build(folder: Path) -> None:
             profiling.build(self.work, rank, experts, folder, self._announce("profile"))
 
-        self._stage("profile", inputs, build)
+        self._stage("profile", inputs, build, results=("profile.json",))
 
     def report(self) -> None:
         """``report.html`` from the artifacts; cheap, so always made anew."""
         from floe.report import build_report
 
+        self.describe()
         self.progress.stage("report", "started")
         build_report(self.path)
         self.progress.stage("report", "finished")
+
+
+def _always(changed: set[str]) -> bool:
+    return True
+
+
+def _fingerprint(rows: Any) -> str:
+    from floe.data import fingerprint
+
+    return fingerprint(rows)
+
+
+def _remove_checkpoints(folder: Path) -> None:
+    from floe.training.checkpoints import remove_checkpoints
+
+    remove_checkpoints(folder / "checkpoints")
 
 
 def _name_of(baseline: Baseline) -> str:

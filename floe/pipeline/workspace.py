@@ -37,7 +37,7 @@ from floe.data import (
 from floe.doctor import auto_dtype
 from floe.errors import FileError
 from floe.readers import Row, load_rows
-from floe.runs import hash_of, read_json, sha256
+from floe.runs import hash_of, read_json
 from floe.selection.placement import Placement
 from floe.training.schedule import TrainSettings
 
@@ -154,6 +154,12 @@ class Workspace:
     def calibration_rows(self) -> list[TokenRow]:
         """Warm-up rows the Fisher information is measured on."""
         return sample(self.warmup_rows, self.config.score.rows, self.config.score.seed)
+
+    @cached_property
+    def statistic_rows(self) -> list[TokenRow]:
+        """Calibration rows the layer statistics are measured on."""
+        settings = self.config.score
+        return sample(self.calibration_rows, settings.statistic_rows, settings.seed)
 
     @cached_property
     def taylor_rows(self) -> list[TokenRow]:
@@ -301,31 +307,16 @@ class Workspace:
         """Hash of the test rows, as numbers and text."""
         return hash_of([[row.index for row in self.test_rows], self.test_examples])
 
-    def model_identity(self) -> dict[str, Any]:
-        """What tells base models apart: hashes of a folder's files, or name and revision."""
-        model, folder = self.config.model, Path(self.config.model.path)
-        numerics = {
-            "dtype": str(self.dtype),
-            "device": self.device.type,
-            "attention": model.attention,
-        }
-        if not folder.is_dir():
-            return numerics | {"path": model.path, "revision": model.revision}
-        files = [
-            f for f in sorted(folder.iterdir()) if f.suffix in (".json", ".safetensors", ".gguf")
-        ]
-        return numerics | {f.name: _file_identity(f) for f in files}
+    @cached_property
+    def commit(self) -> str:
+        """The commit of a hub model, which names all its files."""
+        from transformers.utils import cached_file
 
-
-def _file_identity(file: Path) -> str:
-    """Hash of a small file; of a large one, its size and its first and last MiB."""
-    size, piece = file.stat().st_size, 1 << 20
-    if size <= 4 * piece:
-        return sha256(file)
-    with file.open("rb") as data:
-        head = data.read(piece)
-        data.seek(size - piece)
-        return hash_of([size, head.hex(), data.read().hex()])
+        model = self.config.model
+        wanted = model.gguf_file or "config.json"
+        with _reading(model.path, "cannot be loaded as a model"):
+            file = cached_file(model.path, wanted, revision=model.revision or "main")
+        return Path(file).parents[wanted.count("/")].name
 
 
 PARTS = {

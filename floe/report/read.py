@@ -55,7 +55,7 @@ def read_run(run_dir: Path) -> Run:
         scores=scores,
         choice=_choice(read_json(run_dir / "select" / "selection.json"), layers),
         search=_search(_optional(run_dir / "search" / "result.json")),
-        training=_training(run_dir / "train", layers),
+        training=_training(run_dir, layers),
         evaluation=_evaluation(_optional(run_dir / "eval" / "results.json")),
         routers=_routers(_optional(run_dir / "eval" / "router.json"), layers),
         profile=_profile(_optional(run_dir / "profile" / "profile.json")),
@@ -154,9 +154,17 @@ def _search(data: Record | None) -> Search | None:
     )
 
 
-def _training(folder: Path, layers: int) -> dict[str, Training]:
-    runs = {}
-    for path in sorted(folder.glob("*/metrics.json")):
+def _arms(run_dir: Path) -> set[str] | None:
+    """The arms of the run's last configuration; None if it does not say."""
+    placed = _optional(run_dir / "arms" / "placements.json")
+    return None if placed is None else set(placed.data)
+
+
+def _training(run_dir: Path, layers: int) -> dict[str, Training]:
+    runs, arms = {}, _arms(run_dir)
+    for path in sorted(run_dir.glob("train/*/metrics.json")):
+        if arms is not None and path.parent.name not in arms:
+            continue
         one = _trained(read_json(path), layers)
         runs[one.arm] = one
     return runs
@@ -279,10 +287,12 @@ def _profile(data: Record | None) -> Profile | None:
 
 def _stages(run_dir: Path) -> tuple[Stage, ...]:
     """Finished stages in pipeline order; the report's own record would change what it reports."""
-    found = []
+    found, arms = [], _arms(run_dir)
     for path in (*run_dir.glob("*/DONE.json"), *run_dir.glob("*/*/DONE.json")):
         name = path.parent.relative_to(run_dir).as_posix()
-        if name.split("/")[0] in _STAGES:
+        stage, _, part = name.partition("/")
+        gone = stage == "train" and arms is not None and part not in arms
+        if stage in _STAGES and not gone and not name.endswith(".work"):
             data = read_json(path)
             seconds = data.maybe_number("seconds")
             found.append(Stage(name, seconds, data.text("finished", default="")))
