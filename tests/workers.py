@@ -4,6 +4,7 @@ import dataclasses
 import gc
 import os
 import signal
+import sys
 import warnings
 from pathlib import Path
 
@@ -100,3 +101,32 @@ def replaying(folder, options):
 
     gc.freeze()
     search.main(options)
+
+
+CHANGES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "shutil.move", "shutil.rmtree"}
+
+
+def running(folder, config, fatal=None):
+    """A whole run up to its evaluation; SIGKILL before the ``fatal``-th change of its folder.
+
+    The number of changes is written to ``folder/changes`` at the end.
+    """
+    from floe.config import parse_config
+    from floe.pipeline import run
+
+    gc.freeze()
+    torch.set_num_threads(1)
+    inside, done = str(Path(config["output_dir"]) / config["name"]), []
+
+    def count(event, values):
+        writes = event == "open" and isinstance(values[2], int) and values[2] & os.O_ACCMODE
+        if (writes or event in CHANGES) and str(values[0]).startswith(inside):
+            done.append(event)
+            if len(done) == fatal:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(count)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        run(parse_config(config), until="eval")
+    (Path(folder) / "changes").write_text(str(len(done)))
