@@ -145,6 +145,8 @@ class RunFolder:
             if not whole or self.digest(file) != facts["sha256"]:
                 say(f"made again: {name} is damaged or missing")
                 return False
+        if done["notes"] != stage.notes:  # settings that differ, and lead to the same
+            write_json(stage.final / _DONE, done | {"notes": stage.notes})
         return True
 
 

@@ -77,7 +77,8 @@ def test_other_inputs_are_refused_by_name_and_replace_the_result_only_on_demand(
 
 def test_what_stands_behind_inputs_that_differ_is_told(run):
     run.stage("score", {"rows": "a" * 64}, Build(), notes={"limit": 3, "seed": 1})
-    with pytest.raises(FileError, match=r"with rows aaaaaaaa -> bbbbbbbb \(limit 3 -> none\); "):
+    run.stage("score", {"rows": "a" * 64}, Build(), notes={"limit": 4, "seed": 1})  # unchanged
+    with pytest.raises(FileError, match=r"with rows aaaaaaaa -> bbbbbbbb \(limit 4 -> none\); "):
         run.stage("score", {"rows": "b" * 64}, Build(), notes={"seed": 1})
 
 

@@ -133,10 +133,10 @@ def check_stages(config: RunConfig, folder: RunFolder) -> None:
             raise FileError(folder.path / stage, f"the {stage} stage is not finished; {command}")
         if stage == "search":
             continue
-        made_with, wanted = done.get("inputs", {}), deciding.values(config, stage)
-        if done.get("format") != FORMAT or any(
-            made_with[name] != wanted[name] for name in wanted.keys() & made_with.keys()
-        ):
+        made_with = done.get("inputs", {}) | done.get("notes", {})
+        wanted = deciding.values(config, stage) | deciding.notes(config, stage)
+        own = {name for name in wanted.keys() & made_with.keys() if name.startswith(f"{stage}.")}
+        if done.get("format") != FORMAT or any(made_with[n] != wanted[n] for n in own):
             raise FileError(
                 folder.path / stage, f"was made with other settings than the config's; {command}"
             )
