@@ -198,7 +198,6 @@ def _check_accumulate(
         )
     if not fisher.is_contiguous():
         raise ValueError(f"fisher must be contiguous, got stride {fisher.stride()}")
-    _check_memory(fisher)
     if fisher.requires_grad:
         raise ValueError("fisher must not require a gradient: it is written in place")
     _check_device("fisher", fisher, activation)
@@ -210,14 +209,6 @@ def _check_accumulate(
             f"sample_scale must be [S] = ({activation.shape[0]},), got {tuple(sample_scale.shape)}"
         )
     _check_device("sample_scale", sample_scale, activation)
-
-
-def _check_memory(fisher: Tensor) -> None:
-    if fisher.is_neg() or fisher._is_zerotensor():
-        raise ValueError(
-            "fisher must be plain memory that can be written: clone a lazily negated view or "
-            "torch's zeros without memory"
-        )
 
 
 def _check_float(name: str, value: Any) -> None:
@@ -279,11 +270,11 @@ def _refuse_derivatives(name: str) -> None:
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
             raise RuntimeError(f"floe::{name} has no derivative: detach its arguments")
         refuse_tangents(name, *tensors)
-        if name == "accumulate_fisher_" and isinstance(arguments[0], Tensor):
-            _check_memory(arguments[0])
+        written = [t for t in tensors[:1] if name == "accumulate_fisher_"]
+        if any(t.is_neg() or t._is_zerotensor() for t in written):
+            raise ValueError("fisher must be plain memory, got a lazily negated view or zeros")
         result = op.redispatch(keys & torch._C._after_autograd_keyset, *arguments)
-        if name == "accumulate_fisher_":  # autograd may have saved what it wrote
-            torch.autograd.graph.increment_version(arguments[0])
+        torch.autograd.graph.increment_version(written)  # autograd may have saved it
         return result
 
     _library.impl(name, call, "Autograd", with_keyset=True)

@@ -4,6 +4,7 @@ import functools
 
 import pytest
 import torch
+from budget import relative_error
 from floe_triton import (
     keyed_dropout,
     moe_lora,
@@ -13,8 +14,10 @@ from floe_triton import (
     reference,
 )
 from lora_cases import SEED, case, draw
+from small_adapters import IDS, adapted
 from torch.autograd import forward_ad
 from torch.autograd import functional as classic
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from floe import ops
@@ -220,9 +223,31 @@ def test_vmap_over_adapters():
         torch.testing.assert_close(found, moe_lora(x, weight, bias, *adapter, **SETTINGS))
 
 
-def experts(x):
-    _, _, _, shrink, expand, _ = case()
-    return x, [shrink], [expand], [None], [None], [], 1.0, 1.0, 0.0, None
+def test_curvature_of_an_adapted_model():
+    """Hessian times a vector, by double backward and by torch.func, against differences."""
+    model = adapted(layers=[0], dropout=0.0).double()
+    start = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
+    vector = {n: torch.randn_like(p) for n, p in start.items()}
+
+    def loss(parameters):
+        return torch.func.functional_call(model, parameters, (IDS,)).logits.square().mean()
+
+    def gradient(step=0.0, **more):
+        at = {n: (p + step * vector[n]).requires_grad_() for n, p in start.items()}
+        values = list(at.values())
+        return values, torch.autograd.grad(loss(at), values, **more)
+
+    with sdpa_kernel(SDPBackend.MATH):
+        differences = [
+            (after - before) / 2e-3
+            for after, before in zip(gradient(1e-3)[1], gradient(-1e-3)[1], strict=True)
+        ]
+        values, grads = gradient(create_graph=True)
+        twice = torch.autograd.grad(grads, values, list(vector.values()))
+        _, forward = torch.func.jvp(torch.func.grad(loss), (start,), (vector,))
+    for by_difference, *found in zip(differences, twice, forward.values(), strict=True):
+        for one in found:
+            assert relative_error(one, by_difference) < 0.01  # the model's norms are float32
 
 
 def forward(x):
