@@ -8,9 +8,15 @@ import peft
 import pytest
 import torch
 from importance_models import SIZES, plain
+from safetensors.torch import load_file
 from small_adapters import IDS, adapted, logits, trained
 from torch import nn
-from transformers import LlamaConfig, LlamaForSequenceClassification, LlamaModel
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+    LlamaModel,
+)
 
 from floe.adapters import FloeConfig, adapted_modules, get_model, remove_adapters
 from floe.adapters.files import load_adapter, save_adapter
@@ -278,6 +284,25 @@ def test_a_fingerprint_is_of_the_weights_not_of_their_dtype():
     assert same_base(known, fingerprint(copy.deepcopy(model).half()))  # not comparable
     model.model.layers[0].mlp.gate_proj.weight.data[1, 1] += 1
     assert not same_base(known, fingerprint(model))
+
+
+def test_resized_embeddings_are_saved_and_loaded_with_the_adapter(tmp_path):
+    plain().save_pretrained(tmp_path / "base")
+
+    def resized():
+        base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+        base.resize_token_embeddings(63)  # new rows are drawn
+        return base
+
+    model = trained(get_model(resized(), FloeConfig(**SMALL, layers=[0])))
+    save_adapter(model, tmp_path / "a")
+    assert torch.equal(logits(load_adapter(resized(), tmp_path / "a")), logits(model))
+    file, digest = tmp_path / "a" / "adapter_model.safetensors", fingerprint(plain())
+    assert sum("embed_tokens" in name for name in load_file(file)) == 1
+    assert same_base(digest, fingerprint(model))
+    unresized = get_model(plain(), FloeConfig(**SMALL, layers=[0]))
+    with pytest.raises(ValueError, match=r"none of its own .*embed_tokens|lm_head"):
+        peft.set_peft_model_state_dict(unresized, load_file(file))
 
 
 def test_projections_that_cannot_be_read_are_not_compared():

@@ -12,15 +12,15 @@ from floe.blocks import base_of, find_blocks, linear_at
 
 _UNREAD = "-"
 _ROWS = 4096  # of a tensor at once
-_FIRST = 1024  # rows of an embedding, which may grow at its end
 
 
 def fingerprint(model: nn.Module) -> str | None:
     """``"dtype:P:O"``: digests of the blocks' projections, and of the norms and the embedding.
 
-    Every value counts, rounded to bfloat16, so that a model in float32 and in bfloat16 is one
-    (of the embedding the first 1,024 rows). P or O is "-" where weights cannot be read, as
-    quantised, sharded and offloaded ones cannot. None if nothing can be read.
+    Every value counts, rounded to bfloat16, so that a model in float32 and in bfloat16 is one. Of
+    the embedding, which may grow at its end, as many rows count as the largest power of two that it
+    has. P or O is "-" where weights cannot be read, as quantised, sharded and offloaded ones
+    cannot. None if nothing can be read.
     """
     base = base_of(model)
     blocks = find_blocks(base)
@@ -57,7 +57,9 @@ def _embedding(base: nn.Module) -> list[Any]:
     module = get() if callable(get) else None
     module = getattr(module, "original_module", module)  # what PEFT may have put around it
     weight: Any = getattr(module, "weight", None)
-    return [] if module is None else [weight[:_FIRST] if _readable(weight) else None]
+    if module is None:
+        return []
+    return [weight[: 1 << (len(weight).bit_length() - 1)] if _readable(weight) else None]
 
 
 def _digest(weights: list[Any]) -> str:
