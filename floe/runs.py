@@ -96,7 +96,8 @@ class RunFolder:
             results: files and folders that are the result; empty = all that ``build`` leaves.
             tidy: removes from the work folder what only ``build`` needs, when the result is sealed
                 or discarded. May be called again.
-            growing: inputs whose change lets ``build`` go on from the finished result.
+            growing: inputs whose change lets ``build`` go on from the finished result, and so does
+                another program's change of its files: ``build`` must check what it finds.
             notes: settings behind the inputs, for the sentence that says what differs.
             may_discard: told which inputs and notes differ from those of finished or begun work.
 
@@ -196,10 +197,10 @@ class _Stage:
                 check(self.work, "holds unfinished work", begun)
             self._discard()
             begun = None
-        if begun is None and done is not None and self.changed(done):
-            if self.changed(done) <= self.growing:
+        if begun is None and done is not None:
+            if self.growing and self.changed(done) <= self.growing:
                 self._begin_with(done)
-            else:
+            elif self.changed(done):
                 check(self.final, "is finished", done)
         self._mark()
 
@@ -269,16 +270,11 @@ class _Stage:
     def _begin_with(self, done: dict[str, Any]) -> None:
         """Copy a finished result; a copy that was cut short is known by its marker."""
         self._mark(copying=True)
-        for name, facts in _outputs(self.final, done).items():
+        for name in _outputs(self.final, done):
             source, target = self.final / name, self.work / name
-            if source.name == CARD:
-                continue
-            target.parent.mkdir(parents=True, exist_ok=True)
-            if source.is_file():
+            if source.name != CARD and source.is_file():
+                target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy2(source, target)
-            if not target.is_file() or sha256(target) != facts["sha256"]:
-                self._discard()  # damaged: begin from nothing
-                return
 
     def _mark(self, copying: bool = False) -> None:
         self.work.mkdir(parents=True, exist_ok=True)

@@ -102,6 +102,15 @@ def test_a_growing_input_goes_on_from_the_finished_result(run):
         run.stage("search", {"a": 2, "trials": 4}, Build(), growing=["trials"])
 
 
+def test_a_growing_stage_goes_on_from_a_result_that_others_have_touched(run):
+    run.stage("search", {"trials": 2}, Build(), growing=["trials"])
+    (run.path / "search/sub/out.txt").write_text("touched")
+    build = Build()
+    run.stage("search", {"trials": 2}, build, growing=["trials"])
+    assert build.found == [["sub"]]
+    assert (run.path / "search/sub/out.txt").read_text() == "result"
+
+
 def test_a_finished_result_that_was_copied_in_part_is_copied_again(run, monkeypatch):
     def halfway(source, target):
         raise KeyboardInterrupt
