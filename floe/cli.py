@@ -176,6 +176,8 @@ def _run_until(last: str) -> Callable[..., None]:
         if dry_run and result.account is not None:
             account = result.account
             print(json.dumps(vars(account), sort_keys=True) if as_json else account.text())
+            if account.refused:
+                raise typer.Exit(BAD_INPUT)
             return
         if as_json:
             print(json.dumps(result.summary(), sort_keys=True))

@@ -31,6 +31,7 @@ from floe.errors import FileError
 
 FORMAT = 2
 """Of ``DONE.json``. 2: the inputs by the names of their settings."""
+REFUSED = "refused without --redo"
 _DONE, _MARKER = "DONE.json", ".inputs.json"
 _SETTLED = 2 * 10**9  # ns: a file changed more recently may change again in the same clock tick
 _HUGE = 10**30
@@ -42,9 +43,9 @@ Announce = Callable[[str], None]
 class RunFolder:
     """One run's folder. Open it with :meth:`locked` before writing: one process at a time."""
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
-        self._digests = _Digests(self.path / "digests.json")
+    def __init__(self, path: str | os.PathLike[str], read_only: bool = False) -> None:
+        self.path, self.read_only = Path(path), read_only
+        self._digests = _Digests(self.path / "digests.json", not read_only)
 
     @contextmanager
     def locked(self) -> Iterator[RunFolder]:
@@ -128,6 +129,22 @@ class RunFolder:
         self.event(stage=name, what="finished", seconds=round(time.monotonic() - began, 3))
         say("finished")
 
+    def state(
+        self,
+        name: str,
+        inputs: Inputs,
+        may_discard: Callable[[set[str]], bool],
+        *,
+        growing: Collection[str] = (),
+        notes: Inputs | None = None,
+    ) -> str:
+        """What :meth:`stage` would find: "done", or in words what it would do. Writes nothing."""
+        said: list[str] = []
+        stage = _Stage(self.path / name, inputs, notes or {}, (), lambda work: None, set(growing))
+        if self._is_current(stage, said.append):
+            return "done"
+        return said[0] if said else stage.outlook(may_discard)
+
     def event(self, **fields: Any) -> None:
         """Append one line to ``events.jsonl``."""
         with (self.path / "events.jsonl").open("a", encoding="utf-8") as log:
@@ -203,6 +220,20 @@ class _Stage:
             elif self.changed(done):
                 check(self.final, "is finished", done)
         self._mark()
+
+    def outlook(self, may_discard: Callable[[set[str]], bool]) -> str:
+        """What :meth:`prepare` would do, in words."""
+        begun, done = _record(self.work / _MARKER), _record(self.final / _DONE)
+        if begun is not None and not self.changed(begun) - self.growing:
+            return "to do, from where it stopped"
+        record = begun if begun is not None and self._holds_work() else done
+        changed = set() if record is None else self.changed(record)
+        if record is None or not changed:
+            return "to do"
+        if record is done and changed <= self.growing:
+            return "to do, from what is done"
+        needs = "to do again" if may_discard(changed | self._noted(record)) else REFUSED
+        return f"{needs}: {self._difference(record)}"
 
     def is_sealed(self) -> bool:
         """Whether the work folder holds a finished result."""
@@ -319,8 +350,8 @@ class _Stage:
 class _Digests:
     """sha256 of files, remembered by what the file system says of each."""
 
-    def __init__(self, file: Path) -> None:
-        self._file = file
+    def __init__(self, file: Path, kept: bool) -> None:
+        self._file, self._kept = file, kept
         self._known: dict[str, list[Any]] | None = None
 
     def of(self, path: Path) -> str:
@@ -334,7 +365,8 @@ class _Digests:
         digest, changed = sha256(path), max(path.stat().st_mtime_ns, path.stat().st_ctime_ns)
         if began - changed > _SETTLED and _stamp(path) == before:
             self._known[name] = [before, digest]
-            write_json(self._file, self._known)
+            if self._kept:
+                write_json(self._file, self._known)
         return digest
 
     def _load(self) -> dict[str, list[Any]]:

@@ -128,8 +128,8 @@ def test_every_problem_is_named_at_once(config, tmp_path):
     text = str(caught.value)
     assert text.startswith(f"{len(caught.value.problems)} problems were found before")
     for part in (
-        "/none.csv: ", "got ['gate']", "test_check.py: must be a folder", "layers must be in [1, 4]",
-        "baselines.one: refine 'block' needs",
+        "/none.csv: ", "got ['gate']", "test_check.py: must be a folder",
+        "layers must be in [1, 4]", "baselines.one: refine 'block' needs",
     ):  # fmt: skip
         assert text.count(part) == 1, text
 
@@ -211,6 +211,17 @@ def test_rows_that_are_lost_are_told_on_the_terminal_and_in_the_run(config, tmp_
     lost = "7 rows dropped (5 without a completion, 2 too long for max_length), 1 prompts cut"
     assert [line.startswith("data.train: 13 of 20 rows kept") for line in said.lines] == [True]
     assert lost in said.lines[0]
+    before = {p: p.stat().st_mtime_ns for p in folder.rglob("*")}
+    for rate, redo, first in (
+        (0.01, False, "done"),
+        (0.5, False, "refused without --redo: train.learning_rate 0.01 -> 0.5"),
+        (0.5, True, "to do again: train.learning_rate 0.01 -> 0.5"),
+    ):
+        again = parse_config(changed(given, output_dir=str(tmp_path), train__learning_rate=rate))
+        account = run(again, dry_run=True, redo=redo).account
+        assert list(account.stages.values()) == [first, *["to do"] * 5]
+        assert account.refused == first.startswith("refused")
+    assert {p: p.stat().st_mtime_ns for p in folder.rglob("*")} == before
     LineProgress().say(said.lines[0])
     assert capsys.readouterr().err.rstrip().endswith(said.lines[0])
 

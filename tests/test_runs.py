@@ -499,3 +499,30 @@ def test_the_environment_names_versions_without_loading_them():
     assert found == json.loads(json.dumps(environment()))
     assert {"python", "platform", "cpu", "threads", "torch", "peft", "floe", "commit"} <= set(found)
     assert found["torch"]
+
+
+def test_state_says_what_a_stage_would_do_and_writes_nothing(tmp_path):
+    def work(folder, stop=False):
+        (folder / "result").write_text("x")
+        if stop:
+            raise KeyboardInterrupt
+
+    def state(**inputs):
+        before = sorted(tmp_path.rglob("*"))
+        reader = RunFolder(tmp_path, read_only=True)
+        found = reader.state("one", inputs, lambda changed: False, growing=("n",))
+        assert sorted(tmp_path.rglob("*")) == before
+        return found
+
+    folder = RunFolder(tmp_path)
+    assert state(a=1, n=1) == "to do"
+    with pytest.raises(KeyboardInterrupt):
+        folder.stage("one", {"a": 1, "n": 1}, lambda place: work(place, stop=True))
+    assert state(a=1, n=1) == "to do, from where it stopped"
+    assert state(a=2, n=1) == "refused without --redo: a 1 -> 2"
+    folder.stage("one", {"a": 1, "n": 1}, work)
+    assert state(a=1, n=1) == "done"
+    assert state(a=1, n=2) == "to do, from what is done"
+    assert state(a=2, n=2).startswith("refused without --redo: a 1 -> 2")
+    (tmp_path / "one/result").write_text("y")
+    assert state(a=1, n=1) == "made again: result is damaged or missing"

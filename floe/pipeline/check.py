@@ -33,6 +33,7 @@ from floe.pipeline.scoring import statistics_of
 from floe.pipeline.sweep import swept_counts
 from floe.pipeline.workspace import PARTS, Workspace
 from floe.rank_search.proposals import SearchSpace
+from floe.runs import REFUSED
 from floe.selection.counts import ADAM_BYTES, saved_bytes_per_token
 from floe.selection.placement import Placement
 from floe.selection.policies import NEEDS
@@ -54,7 +55,7 @@ class Account:
             the search may choose.
         memory, disk: estimates in bytes, and what there is.
         notes: what is no error but should be known.
-        stages: by stage: "done" or "to do"; filled in where the run folder is looked at.
+        stages: by stage: "done", or what is to be done; of a dry run alone.
     """
 
     data: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -67,6 +68,11 @@ class Account:
     def write(self, file: Path) -> None:
         """``data.json`` of a run: which rows it uses, and which lost something."""
         write_json(file, {"parts": {PARTS[part]: own for part, own in self.data.items()}})
+
+    @property
+    def refused(self) -> bool:
+        """Whether a stage would be refused because other work lies in its place."""
+        return any(REFUSED in what for what in self.stages.values())
 
     def remarks(self) -> list[str]:
         """A line for each part of the data that lost something, and the notes."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -99,14 +99,16 @@ def run(
     if until not in STAGES:
         raise ValueError(f"until must be one of {', '.join(STAGES)}, got {until!r}")
     settings = config if isinstance(config, RunConfig) else load_config(config)
-    folder = RunFolder(Path(settings.output_dir) / settings.name)
+    folder = RunFolder(Path(settings.output_dir) / settings.name, read_only=dry_run)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         return _score_together(settings, folder, until, progress or Progress(), redo)
     stages, account = _checked(settings, folder, progress or Progress(), redo)
+    wanted = STAGES[: STAGES.index(until) + 1]
     if dry_run:
+        account.stages = stages.outlook(wanted)
         return RunResult(folder.path, until, account)
     with folder.locked():
-        for name in STAGES[: STAGES.index(until) + 1]:
+        for name in wanted:
             getattr(stages, name)()
         stages.describe()
     return RunResult(folder.path, until, account)
@@ -145,6 +147,10 @@ def _score_together(
             stages.search(together=True)
             stages.score()
     return RunResult(folder.path, until)
+
+
+class _NotDone(Exception):
+    """What a dry run ends with: the stage that is to be done, and why."""
 
 
 class _Stages:
@@ -187,7 +193,28 @@ class _Stages:
 
         settings = deciding.notes(self.config, name.partition("/")[0])
         asked: dict[str, Any] = {"may_discard": may_discard, "notes": settings}
+        if self.folder.read_only:
+            asked |= {"growing": options.get("growing", ())}
+            state = self.folder.state(name, inputs, **asked)
+            if state != "done":
+                raise _NotDone(name, state)
+            return
         self.folder.stage(name, inputs, build, announce, **asked | options)
+
+    def outlook(self, stages: Sequence[str]) -> dict[str, str]:
+        """What each stage would do: nothing ("done"), or in words what; later ones rest on it."""
+        found = dict.fromkeys(stages, "to do")
+        for stage in stages if self.path.is_dir() else ():
+            if stage == "report":  # cheap, so always made anew
+                break
+            try:
+                getattr(self, stage)()
+            except _NotDone as reason:
+                name, state = reason.args
+                found[stage] = state if name == stage else f"{name}: {state}"
+                break
+            found[stage] = "done"
+        return found
 
     def _announce(self, stage: str) -> Announce:
         def announce(done: int, total: int, note: str = "") -> None:
@@ -425,7 +452,8 @@ class _Stages:
                 f"train/{arm}", inputs, partial(self._train, arm, policy, placement),
                 results=("adapter", "metrics.json"), tidy=_remove_checkpoints,
             )  # fmt: skip
-        copy_folder(self.path / "train/main/adapter", self.path / "adapter")
+        if not self.folder.read_only:
+            copy_folder(self.path / "train/main/adapter", self.path / "adapter")
 
     def _schedule_settings(self, arm: str) -> dict[str, Any] | None:
         """How the trained layers move in this arm; None where they stay."""
