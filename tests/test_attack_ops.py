@@ -447,6 +447,23 @@ def test_calls_are_refused_or_right(name):
     assert 0 < accepted < count  # both ends of it are tried
 
 
+def elsewhere(value):
+    if isinstance(value, list):
+        return [elsewhere(one) for one in value]
+    return value.to("meta") if isinstance(value, torch.Tensor) else value
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_no_tensor_may_be_on_another_device(name):
+    for seed in range(4):
+        op, given, _ = MAKERS[name](random.Random(seed))
+        for at in (one for one in given if flat(given[one])):
+            _, refused = call(op, {**given, at: elsewhere(given[at])})
+            is_read = at != "seed" or given.get("dropout_p") != 0.0 or not inspect.isfunction(op)
+            assert is_read <= (refused is not None), at
+            assert refused is None or is_named(refused, name, given)
+
+
 def test_every_op_is_attacked():
     """Also one that is added: its maker is missing here then."""
     registered = {

@@ -88,6 +88,23 @@ def test_a_group_equals_the_definition_of_each_linear(
     assert_close(run(function, inputs, backend=backend, **common), expected)
 
 
+@pytest.mark.parametrize("backend", ["eager", "native"])
+@pytest.mark.parametrize("function", [moe_lora_group, added])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.5])
+@pytest.mark.parametrize("sizes", [(5, 0), (0, 6), (0, 0)], ids=str)
+def test_no_columns_or_no_features(sizes, dropout_p, function, backend):
+    columns, features = sizes
+    x, weights, biases, shrinks, expands, routers, grads = group_case(leading=(2, 3))
+    inputs = (
+        x[..., :columns], [w[:features, :columns] for w in weights],
+        [b if b is None else b[:features] for b in biases], [s[:, :columns] for s in shrinks],
+        [e[:features] for e in expands], routers, [grad[..., :features] for grad in grads],
+    )  # fmt: skip
+    common = {"scaling": 1.7, "dropout_p": dropout_p, "seed": SEED}
+    expected = run(functools.partial(one_by_one, reference.moe_lora), inputs, **common)
+    assert_close(run(function, inputs, backend=backend, **common), expected)
+
+
 @pytest.mark.parametrize("dropout_p", [0.0, 0.5])
 def test_gradcheck(dropout_p):
     x, weights, biases, shrinks, expands, routers, _ = group_case(2, (4,), 2, 3, 5)
