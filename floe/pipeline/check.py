@@ -474,7 +474,7 @@ def _weight_bytes(work: Workspace) -> int:
     """Of the base model once it is loaded; of a quantised one, of its files."""
     model, folder = work.structure, Path(work.config.model.path)
     if getattr(model.config, "quantization_config", None) is None:
-        return sum(p.numel() for p in model.parameters()) * work.dtype.itemsize
+        return int(sum(p.numel() for p in model.parameters()) * work.dtype.itemsize)
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
