@@ -397,7 +397,7 @@ def _outputs(folder: Path, record: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 def _remove(root: Path, names: list[str]) -> None:
     """Delete these files, then those of their folders, and ``root``, that are empty."""
-    folders = set()
+    folders: set[Path] = set()
     for name in names:
         (root / name).unlink(missing_ok=True)
         folders.update((root / name).relative_to(root).parents)

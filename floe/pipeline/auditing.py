@@ -249,7 +249,7 @@ class _Measurements:
 
     def _part(self, name: str, build: Any) -> None:
         adapter = self.folder.path / "search/adapter"
-        inputs = {"adapter": deciding.adapter_digest(adapter, self.folder.digest)}
+        inputs: dict[str, Any] = {"adapter": deciding.adapter_digest(adapter, self.folder.digest)}
         inputs |= {"rows": self.rows, "seed": self.seed}
         score = read_json(self.folder.path / "score/DONE.json")["inputs"]
         inputs |= {"calibration": score["rows"], "name": name}
