@@ -340,7 +340,8 @@ def _experts_flops(x: Any, shrink_weights: Any, expand_weights: Any, *rest: Any,
 def _experts_backward_flops(
     grad_ys: Any, x: Any, shrink_weights: Any, expand_weights: Any, *rest: Any, **out: Any
 ) -> int:
-    return count_gradients(x, [], shrink_weights, expand_weights, Needs(*rest[-3:], True))
+    needs = Needs(rest[-3], rest[-2], rest[-1], True)
+    return count_gradients(x, [], shrink_weights, expand_weights, needs)
 
 
 def _check_experts(x: Tensor, group: Group) -> None:

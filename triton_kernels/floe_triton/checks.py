@@ -76,7 +76,7 @@ def check_backward(grad_ys: Sequence[Tensor], x: Tensor, group: Group, routed: R
     if len(grad_ys) != count:
         raise ValueError(f"grad_ys must have one entry per linear, {count}, got {len(grad_ys)}")
     experts, rank = group.experts, group.rank
-    expected = [
+    expected: list[tuple[str, Tensor, tuple[int, ...], torch.dtype]] = [
         ("hidden", routed.hidden, (count, tokens, rank), wide),
         ("gate", routed.gate, (count, tokens, experts), wide),
         ("z", routed.z, (count, tokens, experts * rank), x.dtype),
@@ -108,7 +108,7 @@ def check_group(
     ``cast``: whether dtypes are made equal afterwards; None asks autocast.
     """
     own = weights if base_outputs is None else base_outputs
-    usual = (own, biases, shrink_weights, expand_weights, router_biases)
+    usual: Any = (own, biases, shrink_weights, expand_weights, router_biases)
     if _is_group(x, usual, on_base=base_outputs is not None):
         return
     _check_float("x", x)

@@ -233,7 +233,8 @@ def _backward_defined(
     """
     with torch.enable_grad():
         # as copies: one argument may be a function of another, whose gradient is not meant
-        x, *kept = (t if t is None else t.view_as(t) for t in (x, *kept))
+        x = x.view_as(x)
+        kept = [t if t is None else t.view_as(t) for t in kept]
         ys = _define(x, _group(call, seed, kept))
     inputs = [x, *kept[-3 * call.linears :]]
     wanted = [t for t, need in zip(inputs, needed, strict=True) if need and t is not None]
