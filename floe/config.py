@@ -146,7 +146,9 @@ class AdapterConfig(_Section):
     num_experts: Count = 4
     alpha: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] = 32.0
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.05
-    target_modules: list[str] = ["gate_proj", "up_proj", "down_proj"]
+    target_modules: list[str] | None = Field(
+        None, description="Projections of a block; none named: its feed-forward (Table 6)."
+    )
     scaling: Literal["alpha/r", "alpha/sqrt(r)"] = "alpha/r"
     adapter_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     share_input: bool = Field(

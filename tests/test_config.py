@@ -31,7 +31,7 @@ def change(**sections):
 def test_defaults_are_the_paper_s(tmp_path):
     config = load_config(write(tmp_path, MINIMAL))
     assert (config.adapter.alpha, config.adapter.dropout, config.adapter.r) == (32.0, 0.05, 8)
-    assert config.adapter.target_modules == ["gate_proj", "up_proj", "down_proj"]
+    assert config.adapter.target_modules is None
     train = config.train
     assert (train.learning_rate, train.batch_size, train.grad_accum, train.seed) == (2e-4, 1, 8, 41)
     assert (train.warmup_ratio, train.schedule, train.epochs, train.weight_decay) == (

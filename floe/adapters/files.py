@@ -110,7 +110,7 @@ def _complete_card(card: Path) -> None:
     text = card.read_text(encoding="utf-8") if card.is_file() else ""
     note = (
         "\n## Loading\n\n```python\n"
-        "import floe.adapters  # registers the method with PEFT\nimport peft\n\n"
+        "import floe  # registers the method with PEFT\nimport peft\n\n"
         "model = peft.PeftModel.from_pretrained(base_model, path)\n```\n"
     )
     if "import floe" not in text:
