@@ -16,7 +16,6 @@ from floe import ops
 from floe.adapters.shared_input import SharedInput
 
 _CPU = torch.device("cpu")
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 class AdapterWeight(nn.Module):
@@ -165,10 +164,11 @@ class MoELoRALinear(nn.Module, BaseTunerLayer):
     def readable_adapter(self, name: str) -> tuple[Tensor, Tensor] | None:
         """:meth:`adapter`, where its parameters themselves may be read: nothing wraps them."""
         modules: dict[str, Any] = self._modules
-        leaves = [modules[kind]._modules[name] for kind in self.adapter_layer_names]
-        if not all(_is_plain(leaf, AdapterWeight) for leaf in leaves):
+        first = modules["floe_shrink"]._modules[name]
+        second = modules["floe_expand"]._modules[name]
+        if not (_is_plain(first, AdapterWeight) and _is_plain(second, AdapterWeight)):
             return None
-        shrink, expand = (leaf._parameters.get("weight") for leaf in leaves)
+        shrink, expand = first._parameters.get("weight"), second._parameters.get("weight")
         if type(shrink) is not nn.Parameter or type(expand) is not nn.Parameter:
             return None
         return shrink, expand
@@ -228,11 +228,15 @@ class MoELoRALinear(nn.Module, BaseTunerLayer):
 
 def _is_plain(module: Any, kind: type) -> bool:
     """Whether a call of ``module`` is ``kind``'s forward and nothing else."""
-    state = vars(module)
-    return (
-        type(module) is kind
-        and "forward" not in state  # replaced on the instance, as offloading hooks do, too
-        and not any(state[hooks] for hooks in _HOOKS)
+    if type(module) is not kind:
+        return False
+    state = module.__dict__
+    return not (
+        "forward" in state  # replaced on the instance, as offloading hooks do, too
+        or state["_forward_hooks"]
+        or state["_forward_pre_hooks"]
+        or state["_backward_hooks"]
+        or state["_backward_pre_hooks"]
     )
 
 

@@ -29,15 +29,22 @@ class _Part(NamedTuple):
     shrink: Tensor
     expand: Tensor
 
-    def unchanged(self, other: _Part) -> bool:
-        """Whether ``other`` holds the same tensors, unwritten since."""
-        return self.traits == other.traits and all(
-            a is b for a, b in zip(self[1:], other[1:], strict=True)
-        )
-
     def versions(self) -> tuple[int, ...]:
         """Of the tensors: torch counts the writes into each."""
-        return tuple(t._version for t in self[1:] if t is not None)
+        bias = -1 if self.bias is None else self.bias._version
+        return self.weight._version, bias, self.shrink._version, self.expand._version
+
+    def holds(self, member: MoELoRALinear, name: str) -> bool:
+        """Whether the member would bring the same tensors now."""
+        base, adapter = member.readable_base(), member.readable_adapter(name)
+        return (
+            base is not None
+            and adapter is not None
+            and base[0] is self.weight
+            and base[1] is self.bias
+            and adapter[0] is self.shrink
+            and adapter[1] is self.expand
+        )
 
 
 class _Ready(NamedTuple):
@@ -75,16 +82,15 @@ class SharedInput:
         """
         if not self._parent_runs or torch.compiler.is_compiling() or x.is_inference():
             return None
-        part = None if hasattr(member, "_is_replica") else _part(member, name)
-        if part is None:
+        if "_is_replica" in member.__dict__:
             return None
         situation = _situation(member, x, name)
         ready = self._ready  # another thread may put its own there meanwhile
         if ready is not None and ready.x is x and ready.situation == situation:
             mine = ready.outputs.pop(member, None)
             if mine is not None:
-                then, versions = ready.parts[member]
-                return mine if part.unchanged(then) and part.versions() == versions else None
+                part, versions = ready.parts[member]
+                return mine if part.holds(member, name) and part.versions() == versions else None
         found = self._outputs(x, name)
         if found is None or member not in found.outputs:
             return None
@@ -138,8 +144,8 @@ def _shared(parent: nn.Module) -> list[SharedInput]:
     # found anew each time, so that copies of the model get their own
     if torch.compiler.is_compiling():
         return []
-    found = (getattr(child, "shared", None) for child in parent.children())
-    return [shared for shared in found if isinstance(shared, SharedInput)]
+    found = [child.__dict__.get("shared") for child in parent._modules.values() if child]
+    return [shared for shared in found if type(shared) is SharedInput]
 
 
 def _situation(member: MoELoRALinear, x: Tensor, name: str) -> tuple[Any, ...]:
