@@ -38,7 +38,8 @@ def test_is_fisher_of_the_adapted_and_taylor_of_the_base_model():
 
 def test_meta_says_how_it_was_measured(tmp_path):
     model = adapted(layers=[0, 2])
-    scores = score(model, batches(size=2), taylor_batches=batches(size=3)[:1], seed=7)
+    with pytest.warns(RuntimeWarning, match=r"adapter_fisher of layers \[1\] is zero"):
+        scores = score(model, batches(size=2), taylor_batches=batches(size=3)[:1], seed=7)
     meta = scores.meta
     assert (meta["rows"], meta["tokens"], meta["taylor_rows"], meta["taylor_tokens"]) == (
         5,
@@ -196,3 +197,20 @@ def test_without_taylor_rows_the_first_32_are_taken():
         adapted(), batches([(5 + n % 4, 1 + n % 2) for n in range(40)], size=32)[:1]
     )
     assert np.array_equal(scores.neuron_taylor, first.neuron)
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"labels": torch.zeros(1, 9, dtype=torch.long)}, "labels .* got \\(1, 9\\)"),
+        ({"labels": torch.zeros(4, 5, dtype=torch.long)}, "labels .* only with logits_to_keep"),
+        ({"labels": torch.zeros(4, 12, dtype=torch.long)}, "labels .* got \\(4, 12\\)"),
+        ({"labels": torch.zeros(4, 9)}, "labels .* one whole number a token"),
+        ({"attention_mask": torch.tensor([[1, 1, 0, 1, 1, 1, 1, 1, 1]] * 4)}, "one run of tokens"),
+    ],
+)
+def test_batches_that_would_be_read_otherwise_are_refused(change, text):
+    ids = torch.arange(3, 39).view(4, 9)
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids} | change
+    with pytest.raises(ValueError, match=text):
+        score(adapted(), [batch])

@@ -198,7 +198,8 @@ def test_an_adapter_of_another_method_belongs_to_the_base(tmp_path):
     with model.disable_adapter():
         assert torch.equal(logits(model), before)
     save_adapter(model, tmp_path / "a")
-    again = load_adapter(lora(plain(), target_modules=["q_proj", "up_proj"]), tmp_path / "a")
+    other = lora(plain(), target_modules=["q_proj", "up_proj"])
+    again = load_adapter(other, tmp_path / "a", other_base=True)
     state = again.state_dict()
     again.load_state_dict({n: t for n, t in model.state_dict().items() if "lora" in n} | {
         n: t for n, t in state.items() if "lora" not in n})  # fmt: skip
@@ -262,18 +263,93 @@ def test_a_replaced_forward_of_a_base_linear_is_called():
 
 @pytest.mark.parametrize("load", [load_adapter, peft.PeftModel.from_pretrained])
 @pytest.mark.parametrize(
-    "place", ["layers.1.self_attn.o_proj", "layers.2.input_layernorm", "embed_tokens"]
-)
+    "place",
+    [
+        "model.layers.1.self_attn.o_proj.weight", "model.layers.1.self_attn.q_proj.bias",
+        "model.layers.2.input_layernorm.weight", "model.embed_tokens.weight",
+        "model.norm.weight", "lm_head.weight",
+    ],
+)  # fmt: skip
 def test_an_adapter_of_another_base_is_refused(tmp_path, place, load):
     save_adapter(adapted(layers=[0]), tmp_path / "a")
     other = plain()
-    other.model.get_submodule(place).weight.data.view(-1)[5] += 0.5
+    other.get_parameter(place).data.view(-1)[5] += 0.5
     kinds, flags = [type(m) for m in other.modules()], [p.requires_grad for p in other.parameters()]
     with pytest.raises(ValueError, match=r"base model must have the weights that the adapter was"):
         load(other, tmp_path / "a")
     assert [type(m) for m in other.modules()] == kinds
     assert [p.requires_grad for p in other.parameters()] == flags
     load_adapter(other, tmp_path / "a", other_base=True)
+
+
+def test_a_base_that_changed_under_its_adapter_is_the_one_that_counts(tmp_path):
+    model = adapted(layers=[0])
+    base = model.get_base_model()
+    base.model.layers[2].mlp.up_proj.weight.data.mul_(2)
+    save_adapter(model, tmp_path / "a")
+    with pytest.raises(ValueError, match="base model must have the weights"):
+        load_adapter(plain(), tmp_path / "a")
+    changed = plain()
+    changed.model.layers[2].mlp.up_proj.weight.data.mul_(2)
+    assert torch.equal(logits(load_adapter(changed, tmp_path / "a")), logits(model))
+
+
+def test_another_method_s_adapter_is_part_of_the_base(tmp_path):
+    base = lora(plain(), target_modules=["q_proj"])
+    save_adapter(trained(get_model(base, FloeConfig(**SMALL, layers=[0]))), tmp_path / "a")
+    with pytest.raises(ValueError, match="base model must have the weights"):
+        load_adapter(plain(), tmp_path / "a")
+
+
+def test_a_folder_is_not_loaded_into_an_adapter_of_another_function(tmp_path):
+    """As the Trainer does to resume: PEFT then keeps the settings that are there."""
+    save_adapter(adapted(layers=[0]), tmp_path / "a")
+    same = get_model(plain(), FloeConfig(r=3, num_experts=2, layers=[0]))
+    same.load_adapter(tmp_path / "a", "default")
+    assert torch.equal(logits(same.eval()), logits(adapted(layers=[0])))
+    other = plain()
+    other.model.norm.weight.data.mul_(2)
+    for base, change, text in (
+        (other, {}, "base model must have the weights"),
+        (plain(), {"alpha": 64.0}, "has rank, experts and scaling"),
+        (plain(), {"scaling": "alpha/sqrt(r)"}, "has rank, experts and scaling"),
+    ):
+        model = get_model(base, FloeConfig(r=3, num_experts=2, layers=[0], **change))
+        before = logits(model.eval())
+        with pytest.raises(ValueError, match=text):
+            model.load_adapter(tmp_path / "a", "default")
+        assert torch.equal(logits(model), before)
+
+
+def test_a_configuration_edited_afterwards_is_not_saved(tmp_path):
+    model = adapted(layers=[0])
+    model.peft_config["default"].alpha = 64.0
+    with pytest.raises(ValueError, match=r"has rank, experts and scaling \(3, 2, 10.6"):
+        save_adapter(model, tmp_path / "a")
+
+
+def test_a_task_that_the_model_cannot_do_leaves_it_as_it_was():
+    base = classifier()
+    kinds, flags = [type(m) for m in base.modules()], [p.requires_grad for p in base.parameters()]
+    with pytest.raises(ValueError, match="task_type must be one that a LlamaForSequenceClassifi"):
+        get_model(base, FloeConfig(**SMALL, task_type="CAUSAL_LM"))
+    assert [type(m) for m in base.modules()] == kinds
+    assert [p.requires_grad for p in base.parameters()] == flags
+    assert not hasattr(base, "peft_config")
+
+
+@pytest.mark.parametrize(
+    ("settings", "error"),
+    [
+        ({"target_modules": []}, "target_modules must name a projection or be None"),
+        ({"layer_modules": {0: "q_proj"}}, "layer_modules must map layer indices to projection"),
+        ({"base_fingerprint": "abc"}, "base_fingerprint must be what floe wrote, got 'abc'"),
+        ({"modules_to_save": "norm"}, "modules_to_save must be a list of module names"),
+    ],
+)
+def test_settings_that_mean_nothing_are_refused(settings, error):
+    with pytest.raises(ValueError, match=error):
+        FloeConfig(**settings)
 
 
 def test_a_fingerprint_is_of_the_weights_not_of_their_dtype():

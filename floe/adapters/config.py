@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numbers
+import re
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -117,11 +118,16 @@ class FloeConfig(peft.PeftConfig):
                     "target_modules must be a list of projection names such as ['gate_proj', "
                     f"'up_proj', 'down_proj'] (patterns are not supported), got {names!r}"
                 )
+            if not names:
+                raise ValueError("target_modules must name a projection or be None, got none")
             self.target_modules = sorted(set(names))
         if self.layers is not None:
             self.layers = _checked_layers(self.layers)
         if self.layer_modules:
             self._spread_modules()
+        known = self.base_fingerprint
+        if known is not None and not re.fullmatch(r"\w+(:([0-9a-f]{16}|-)){2}", str(known)):
+            raise ValueError(f"base_fingerprint must be what floe wrote, got {known!r}")
         whole = self.modules_to_save
         if whole is not None and (
             not isinstance(whole, (list, tuple, set)) or not all(isinstance(n, str) for n in whole)
@@ -138,7 +144,10 @@ class FloeConfig(peft.PeftConfig):
     def _spread_modules(self) -> None:
         """``layers`` and ``target_modules`` from ``layer_modules``, as their union."""
         given = self.layer_modules
-        if not isinstance(given, dict) or not all(given.values()):
+        if not isinstance(given, dict) or not all(
+            names and not isinstance(names, str) and all(isinstance(n, str) for n in names)
+            for names in given.values()
+        ):
             raise ValueError(
                 "layer_modules must map layer indices to projection names, at least one each, "
                 f"got {given!r}"

@@ -6,8 +6,11 @@ import hashlib
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
+from floe.adapters.moe_lora import MoELoRALinear
 from floe.blocks import base_of, find_blocks, linear_at
 
 _UNREAD = "-"
@@ -15,29 +18,55 @@ _ROWS = 4096  # of a tensor at once
 
 
 def fingerprint(model: nn.Module) -> str | None:
-    """``"dtype:P:O"``: digests of the blocks' projections, and of the norms and the embedding.
+    """``"dtype:P:O"``: digests of projections and head, and of norms, embedding and adapters.
 
     Every value counts, rounded to bfloat16, so that a model in float32 and in bfloat16 is one. Of
     the embedding, which may grow at its end, as many rows count as the largest power of two that it
     has. P or O is "-" where weights cannot be read, as quantised, sharded and offloaded ones
-    cannot. None if nothing can be read.
+    cannot. None if nothing can be read. Adapters are those of other methods that the base carries.
+    Settings of the model's configuration do not count.
     """
     base = base_of(model)
     blocks = find_blocks(base)
     paths = [path for block in blocks for path in block.linears.values()]
-    projections = [getattr(linear_at(base, path), "weight", None) for path in paths]
+    linears = [linear_at(base, path) for path in paths]
+    projections = [getattr(linear, "weight", None) for linear in linears]
+    projections += [b for linear in linears if (b := getattr(linear, "bias", None)) is not None]
     others: list[Any] = [
         parameter
-        for block in blocks
-        for module in block.module.modules()
-        if "norm" in type(module).__name__.lower()
+        for name, module in base.named_modules()
+        if "norm" in type(module).__name__.lower() and ".modules_to_save." not in name
         for parameter in module.parameters(recurse=False)
     ]
-    parts = [_digest(projections), _digest([*others, *_embedding(base)])]
+    others += [
+        parameter
+        for module in foreign_adapters(base)
+        for name in module.adapter_layer_names
+        for parameter in getattr(module, name).parameters()
+    ]
+    head, embedding = (_rows(base, f"get_{kind}_embeddings") for kind in ("output", "input"))
+    parts = [_digest([*projections, *head]), _digest([*others, *embedding])]
     if parts == [_UNREAD, _UNREAD]:
         return None
     dtype = next(weight.dtype for weight in [*others, *projections] if _readable(weight))
     return ":".join([str(dtype).removeprefix("torch."), *parts])
+
+
+def foreign_adapters(model: nn.Module) -> list[Any]:
+    """Layers of other methods' adapters, which belong to the base."""
+    wrapped = {
+        part
+        for module in model.modules()
+        if isinstance(module, AuxiliaryTrainingWrapper)
+        for part in module.modules()
+    }
+    return [
+        module
+        for module in model.modules()
+        if isinstance(module, BaseTunerLayer)
+        and not isinstance(module, MoELoRALinear)
+        and module not in wrapped
+    ]
 
 
 def same_base(one: str, other: str) -> bool:
@@ -52,8 +81,9 @@ def same_base(one: str, other: str) -> bool:
     return all(a == b or _UNREAD in (a, b) for a, b in pairs)
 
 
-def _embedding(base: nn.Module) -> list[Any]:
-    get = getattr(base, "get_input_embeddings", None)
+def _rows(base: nn.Module, getter: str) -> list[Any]:
+    """Those of an embedding or head that do not change when the vocabulary grows."""
+    get = getattr(base, getter, None)
     module = get() if callable(get) else None
     module = getattr(module, "original_module", module)  # what PEFT may have put around it
     weight: Any = getattr(module, "weight", None)

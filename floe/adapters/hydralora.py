@@ -204,6 +204,8 @@ def _config(
     dtypes = {tensor.dtype for each in layers.values() for tensor in each.tensors()}
     try:
         a, route, _ = layers[first].parts()
+        if settings.get("lora_nums") not in (None, len(route)):
+            raise ValueError(f"lora_nums must be {len(route)} experts, got {settings['lora_nums']}")
         if len(a) != settings["r"]:  # r scales the output, too
             raise ValueError(f"lora_A must have r = {settings['r']} rows, got {len(a)}")
         return FloeConfig(

@@ -20,13 +20,13 @@ from typing import Any, ClassVar
 import peft
 import torch
 from peft.auto import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import register_peft_method
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from floe.adapters.config import DTYPES, FloeConfig, peft_type
-from floe.adapters.fingerprint import fingerprint, same_base
+from floe.adapters.fingerprint import fingerprint, foreign_adapters, same_base
 from floe.adapters.folder import CONFIG, TENSORS, holds_adapter, local, read_settings, read_tensors
 from floe.adapters.moe_lora import MoELoRALinear, module_generator
 from floe.adapters.shared_input import unlink
@@ -93,7 +93,7 @@ class FloeModel(BaseTuner):
             check_tensors(own, adapter_shapes(model, config))
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         link_shared_inputs(model)
-        for module in _own_adapters(model):
+        for module in foreign_adapters(model):
             module.requires_grad_(False)  # PEFT leaves them trainable
 
     def _prepare_adapter_config(
@@ -218,8 +218,15 @@ class FloeModel(BaseTuner):
                 f"adapter {adapter_name!r} must be of one dtype, of {sorted(DTYPES)}, to be saved, "
                 f"got {sorted(map(str, dtypes))}"
             )
+        if not all(tensor.isfinite().all() for tensor in found.values()):
+            raise ValueError(
+                f"adapter {adapter_name!r} must hold finite values to be saved, got NaN or infinity"
+            )
+        _check_config(model, config, adapter_name)
         config.adapter_dtype = known[dtypes.pop()]  # not what it was made as: what it is
         config._on_base = getattr(base_of(model), "_floe_fingerprint", None)
+        if not torch.distributed.is_initialized():  # parts of weights have digests of their own
+            config._on_base = fingerprint(model)
         return found
 
     @classmethod
@@ -247,6 +254,7 @@ class FloeModel(BaseTuner):
                 else:
                     adapted.delete_adapter(adapter_name)
                 raise
+        _check_resumed(model, adapter_name, state_dict)
         expected = {
             n.removeprefix(_PREFIX): s for n, s in _adapter_tensors(model, adapter_name).items()
         }
@@ -262,6 +270,37 @@ class FloeModel(BaseTuner):
 _PREFIX = "base_model.model."
 
 
+def _check_config(model: nn.Module, config: FloeConfig, adapter_name: str) -> None:
+    """ValueError where the configuration is no longer what the adapter was made by."""
+    for path, module in adapted_modules(model).items():
+        if adapter_name not in module.r:
+            continue
+        path = path.replace("_fsdp_wrapped_module.", "")
+        rank = config.rank_pattern.get(path, config.r)
+        experts = config.expert_pattern.get(path, config.num_experts)
+        says = (rank, experts, config.scale(rank))
+        made = (module.r[adapter_name], module.num_experts[adapter_name],
+                module.scaling[adapter_name])  # fmt: skip
+        if says != made:
+            raise ValueError(
+                f"adapter {adapter_name!r} has rank, experts and scaling {made} at {path}, "
+                f"which its configuration must say, got {says}"
+            )
+
+
+_just_read: list[tuple[FloeConfig, dict[str, Tensor]]] = []  # the last folder's, until it is loaded
+
+
+def _check_resumed(model: nn.Module, adapter_name: str, tensors: dict[str, Tensor]) -> None:
+    """ValueError where a folder is loaded into an adapter that is there, of another function."""
+    ids = {*map(id, tensors.values())}
+    read = [config for config, own in _just_read if ids & {*map(id, own.values())}]
+    _just_read.clear()
+    for config in read:
+        _check_base(config, base_of(model))
+        _check_config(model, config, adapter_name)
+
+
 def _adapter_tensors(model: nn.Module, adapter_name: str) -> dict[str, tuple[int, ...]]:
     """Name in the model's state -> whole shape of every tensor of the adapter."""
     shapes: dict[str, tuple[int, ...]] = {}
@@ -275,23 +314,6 @@ def _adapter_tensors(model: nn.Module, adapter_name: str) -> dict[str, tuple[int
             ):
                 shapes[f"{path}.floe_{kind}.{adapter_name}.weight"] = shape
     return shapes
-
-
-def _own_adapters(model: nn.Module) -> list[nn.Module]:
-    """Layers of other methods' adapters, which belong to the base."""
-    wrapped = {
-        part
-        for module in model.modules()
-        if isinstance(module, AuxiliaryTrainingWrapper)
-        for part in module.modules()
-    }
-    return [
-        module
-        for module in model.modules()
-        if isinstance(module, BaseTunerLayer)
-        and not isinstance(module, MoELoRALinear)
-        and module not in wrapped
-    ]
 
 
 def _with_adapter_name(
@@ -432,6 +454,8 @@ def get_model(base_model: nn.Module, config: FloeConfig, seed: int | None = None
         ValueError: for layers or modules the model does not have, or a model that carries a floe
             adapter; the model is then as it was.
     """
+    if not isinstance(config, FloeConfig):
+        raise TypeError(f"config must be a FloeConfig, got {type(config).__name__}")
     config = dataclasses.replace(config) if seed is None else dataclasses.replace(config, seed=seed)
     if config.task_type is None and hasattr(base_model, "prepare_inputs_for_generation"):
         config.task_type = "CAUSAL_LM"
@@ -443,9 +467,19 @@ def get_model(base_model: nn.Module, config: FloeConfig, seed: int | None = None
 def wrap(
     base_model: nn.Module, config: FloeConfig, adapter_name: str = "default"
 ) -> peft.PeftModel:
-    """The adapted model, of PEFT's class for the task."""
+    """The adapted model, of PEFT's class for the task; the base as it was where that fails."""
+    if not isinstance(base_model, nn.Module) or not isinstance(config, FloeConfig):
+        came = type(base_model).__name__, type(config).__name__
+        raise TypeError(f"base_model and config must be a module and a FloeConfig, got {came}")
     kind = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, peft.PeftModel)
-    return kind(base_model, config, adapter_name, autocast_adapter_dtype=False)
+    try:
+        return kind(base_model, config, adapter_name, autocast_adapter_dtype=False)
+    except AttributeError as error:
+        remove_adapters(base_model)
+        raise ValueError(
+            f"task_type must be one that a {type(base_model).__name__} can do, "
+            f"got {config.task_type}: {error}"
+        ) from error
 
 
 def take_off_unheld(base_model: nn.Module) -> None:
@@ -555,7 +589,10 @@ def _strictly(load: Callable[..., Any]) -> Callable[..., Any]:
         folder = Path(model_id, options.get("subfolder") or "")
         if not holds_adapter(folder):
             return load(model_id, *args, **options)
-        return read_tensors(folder, *read_settings(folder))
+        settings, raw = read_settings(folder)
+        tensors = read_tensors(folder, settings, raw)
+        _just_read[:] = [(FloeConfig.from_settings(settings, folder), tensors)]
+        return tensors
 
     return load_strictly
 

@@ -66,11 +66,17 @@ def _rows_of_one(batch: Batch, number: int, first: int) -> list[Row]:
                 f"{name} of a calibration batch must be one value a token, a tensor of shape "
                 f"{tuple(ids.shape)}, got {came}"
             )
-    labels = None if batch.get("labels") is None else _whole_labels(batch["labels"].cpu(), ids)
-    empty = (~real.any(1)).nonzero()
-    if len(empty):
-        raise ValueError(f"row {first + int(empty[0])} must have at least one token, got none")
     keeps = batch.get("logits_to_keep") is not None
+    labels = batch.get("labels")
+    labels = None if labels is None else _whole_labels(labels, ids, keeps)
+    for s in range(len(ids)):
+        marked = real[s].nonzero()
+        if not len(marked):
+            raise ValueError(f"row {first + s} must have at least one token, got none")
+        if int(marked[-1] - marked[0]) + 1 != len(marked):
+            raise ValueError(
+                f"attention_mask of row {first + s} must mark one run of tokens, got several"
+            )
     return [
         Row(
             {name: value.cpu()[s, real[s]] for name, value in values.items()},
@@ -88,10 +94,18 @@ def _labels_of_one(labels: Tensor) -> Tensor:
     return labels
 
 
-def _whole_labels(labels: Tensor, ids: Tensor) -> Tensor:
-    """Labels of the last positions as labels of all, int64 [S, T]."""
+def _whole_labels(labels: Any, ids: Tensor, last_alone: bool) -> Tensor:
+    """Labels of all positions, or with ``last_alone`` of the last ones, as labels of all [S, T]."""
+    integers = isinstance(labels, Tensor) and not labels.is_floating_point() and labels.dim() == 2
+    shape = tuple(labels.shape) if isinstance(labels, Tensor) else type(labels).__name__
+    fits = integers and len(labels) == len(ids) and labels.shape[1] <= ids.shape[1]
+    if not fits or (labels.shape != ids.shape and not last_alone):
+        raise ValueError(
+            "labels of a calibration batch must be one whole number a token, a tensor of shape "
+            f"{tuple(ids.shape)}, got {shape}; fewer only with logits_to_keep"
+        )
     whole = torch.full_like(ids, IGNORE_INDEX)
-    whole[:, ids.shape[1] - labels.shape[1] :] = labels
+    whole[:, ids.shape[1] - labels.shape[1] :] = labels.cpu()
     return whole
 
 

@@ -159,6 +159,11 @@ def _assemble(
         neuron_gradient=fisher.neuron_gradient,
     )  # fmt: skip
     for name in ("head_fisher", "neuron_fisher", "head_taylor", "neuron_taylor", "adapter_fisher"):
+        if name == "adapter_fisher" and 0 < np.count_nonzero(scores.adapter_fisher) < len(
+            scores.adapter_fisher
+        ):
+            bare = np.flatnonzero(scores.adapter_fisher == 0).tolist()
+            _warn(f"adapter_fisher of layers {bare} is zero: without adapters none was measured")
         if not getattr(scores, name).any():
             _warn(
                 f"{name} is zero for every unit of every layer, so it ranks nothing; "
