@@ -141,7 +141,7 @@ class RunFolder:
         """What :meth:`stage` would find: "done", or in words what it would do. Writes nothing."""
         said: list[str] = []
         stage = _Stage(self.path / name, inputs, notes or {}, (), lambda work: None, set(growing))
-        if self._is_current(stage, said.append):
+        if self._is_current(stage, said.append, keep_notes=True):
             return "done"
         return said[0] if said else stage.outlook(may_discard)
 
@@ -150,7 +150,7 @@ class RunFolder:
         with (self.path / "events.jsonl").open("a", encoding="utf-8") as log:
             log.write(json.dumps({"time": time.time(), **fields}, sort_keys=True) + "\n")
 
-    def _is_current(self, stage: _Stage, say: Announce) -> bool:
+    def _is_current(self, stage: _Stage, say: Announce, keep_notes: bool = False) -> bool:
         """Whether the result is there, made from the stage's inputs, byte for byte as written."""
         done = _record(stage.final / _DONE)
         if done is None or stage.changed(done):
@@ -163,7 +163,9 @@ class RunFolder:
             if not whole or self.digest(file) != facts["sha256"]:
                 say(f"made again: {name} is damaged or missing")
                 return False
-        if done["notes"] != stage.notes:  # settings that differ, and lead to the same
+        if (
+            done["notes"] != stage.notes and not keep_notes
+        ):  # settings that differ, and lead to the same
             write_json(stage.final / _DONE, done | {"notes": stage.notes})
         return True
 

@@ -368,3 +368,14 @@ def test_what_needs_plain_weights_is_refused_on_quantised_ones(config, tmp_path,
         return
     with pytest.raises(ValueError, match=f"model: {what} needs plain base weights, got quantised"):
         looked_at(config, model__path=path, **settings)
+
+
+def test_rows_that_are_tested_and_trained_on_are_a_note(config):
+    data = config["data"]["train"]
+    (note,) = looked_at(config, data__test=data, eval__max_new_tokens=64).notes
+    assert "test rows are training rows, too" in note
+
+
+def test_a_length_beyond_all_measure_is_refused_at_once(config):
+    with pytest.raises(ValueError, match=r"a training must take at most 200,000,000 rows, got"):
+        looked_at(config, train__max_steps=None, train__epochs=1e9)

@@ -1,4 +1,6 @@
+import json
 import os
+import shutil
 
 import pytest
 
@@ -124,3 +126,30 @@ def test_another_runs_checkpoint_is_refused(tmp_path):
     ):
         checkpoints.newest(tmp_path, other)
     assert checkpoints.newest(tmp_path, dict(ME)) is not None
+
+
+def test_a_user_s_file_in_a_checkpoint_is_never_listed(tmp_path):
+    folder = make(tmp_path, 2, sealed=False)
+    (folder / "mine.txt").write_text("mine")
+    checkpoints.seal(folder, ME)
+    checkpoints.remove_checkpoints(tmp_path)
+    assert [p.name for p in folder.iterdir()] == ["mine.txt"]
+
+
+def test_a_checkpoint_under_another_step_s_name_is_set_aside(tmp_path):
+    for step in (2, 3):
+        folder = make(tmp_path, step, sealed=False)
+        (folder / "trainer_state.json").write_text(json.dumps({"global_step": step}))
+        checkpoints.seal(folder, ME)
+    shutil.copytree(tmp_path / "checkpoint-3", tmp_path / "checkpoint-7")
+    (tmp_path / "checkpoint-7" / "mine.txt").write_text("mine")
+    assert checkpoints.newest(tmp_path, ME) == tmp_path / "checkpoint-3"
+    checkpoints.remove_checkpoints(tmp_path)
+    assert [p.name for p in tmp_path.rglob("*.txt")] == ["mine.txt"]
+
+
+def test_a_file_in_a_checkpoint_s_place_is_named(tmp_path):
+    make(tmp_path, 2)
+    (tmp_path / "checkpoint-8").write_text("mine")
+    with pytest.raises(FileError, match="checkpoint-8: lies where a checkpoint's folder may"):
+        checkpoints.newest(tmp_path, ME)

@@ -163,6 +163,7 @@ def check(work: Workspace) -> Account:
     with problems.looking():
         _refuse_full_disk(work, account.disk)
     problems.tell()
+    account.notes += _trained_on(work)
     window = getattr(work.structure.config.get_text_config(), "max_position_embeddings", None)
     longest = max(own["longest"] for own in account.data.values())
     if window is not None and longest > window:
@@ -173,6 +174,14 @@ def check(work: Workspace) -> Account:
             f"model that config.json describes, and left out (first: {work.unused_weights[0]})"
         )
     return account
+
+
+def _trained_on(work: Workspace) -> list[str]:
+    """A note where test rows are rows that were trained on."""
+    known = {(tuple(row.prompt), tuple(row.response)) for row in work.train_rows}
+    rows = work.test_rows
+    count = sum((tuple(row.prompt), tuple(row.response)) in known for row in rows)
+    return [f"{count} of {len(rows)} test rows are training rows, too"] if count else []
 
 
 def _bytes(size: int) -> str:

@@ -14,28 +14,37 @@ from floe.errors import FileError
 
 DONE = "floe_done.json"
 _FORMAT = 1
+_NAME = re.compile(r"checkpoint-(0|[1-9]\d*)")
 _WRITTEN = ("adapter_*", "README.md", "trainer_state.json", "training_args.bin", "optimizer.*",
             "scheduler.*", "scaler.*", "rng_state*", f".{DONE}*", DONE)  # fmt: skip
 
 
 def seal(folder: str | os.PathLike[str], identity: dict[str, Any]) -> None:
-    """Write the list of the folder's files, sizes and SHA-256, after everything else in it.
+    """Write the list of the Trainer's files in it, sizes and SHA-256, after everything else.
 
     Args:
         folder: a checkpoint whose files are all written.
         identity: JSON values that say which run it belongs to.
     """
     root = Path(folder)
-    names = sorted(p.relative_to(root).as_posix() for p in root.rglob("*") if p.is_file())
-    hidden = {n for n in names if any(part.startswith(".") for part in n.split("/"))}
-    files = {name: _stamp(root / name) for name in names if name != DONE and name not in hidden}
+    written = [p for pattern in _WRITTEN for p in root.rglob(pattern) if p.is_file()]
+    names = sorted(p.relative_to(root).as_posix() for p in written if DONE not in p.name)
+    files = {name: _stamp(root / name) for name in names}
     write_json(root / DONE, {"format": _FORMAT, "identity": identity, "files": files})
 
 
 def verify(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
-    """The identity a sealed checkpoint was given, or None if a file is missing, cut or changed."""
+    """The identity a sealed checkpoint was given, or None if a file is missing, cut or changed.
+
+    None also where the folder was renamed, or copied under another step's name.
+    """
     root = Path(folder)
+    state = root / "trainer_state.json"
     try:
+        if state.is_file():
+            step = json.loads(state.read_text(encoding="utf-8"))["global_step"]
+            if root.name != f"checkpoint-{step}":
+                return None
         done = json.loads((root / DONE).read_text(encoding="utf-8"))
         if done["format"] != _FORMAT or not done["files"]:
             return None
@@ -57,6 +66,9 @@ def newest(folder: str | os.PathLike[str], identity: dict[str, Any]) -> Path | N
         FileError: if the newest whole one belongs to a run with other settings or data.
     """
     root = Path(folder)
+    for path in root.glob("checkpoint-*"):
+        if _NAME.fullmatch(path.name) and not path.is_dir():
+            raise FileError(path, "lies where a checkpoint's folder may have to be: move it away")
     whole: list[tuple[int, Path, dict[str, Any]]] = []
     for step, path in checkpoints(root):
         found = verify(path)
@@ -84,7 +96,7 @@ def checkpoints(folder: str | os.PathLike[str]) -> list[tuple[int, Path]]:
     root = Path(folder)
     if not root.is_dir():
         return []
-    found = [(re.fullmatch(r"checkpoint-(0|[1-9]\d*)", path.name), path) for path in root.iterdir()]
+    found = [(_NAME.fullmatch(path.name), path) for path in root.iterdir()]
     return sorted((int(match[1]), path) for match, path in found if match and path.is_dir())
 
 

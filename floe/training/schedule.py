@@ -75,6 +75,7 @@ class TrainSettings:
         return kept | {"rows_per_step": self.batch_size * self.grad_accum, **length}
 
 
+_MOST_ROWS = 200_000_000  # their order is a list
 _DECISIVE = ("learning_rate", "warmup_ratio", "schedule", "weight_decay", "max_grad_norm",
              "group_by_length", "seed")  # fmt: skip
 # One checkpoint is left to go on from if the newest is damaged.
@@ -97,6 +98,11 @@ def training_order(
         total = settings.max_steps * block
     else:
         total = math.ceil(round(settings.epochs * count, 6))
+    if total > _MOST_ROWS:
+        raise ValueError(
+            f"a training must take at most {_MOST_ROWS:,} rows, got {total:,}: "
+            "lower epochs or max_steps"
+        )
     order: list[int] = []
     epoch = 0
     while count and len(order) < total:
