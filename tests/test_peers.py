@@ -20,7 +20,7 @@ def found():
     done = subprocess.run(
         [sys.executable, str(TESTS / "peers.py"), "torchao", "bitsandbytes", "trl"],
         capture_output=True, text=True,
-        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}, timeout=280,
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}, timeout=600,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.rpartition("FOUND ")[2])

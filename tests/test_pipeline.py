@@ -111,7 +111,7 @@ def scored_by_workers(path):
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     return subprocess.run(
         [*launch, "-m", "floe", "score", str(path), "--json"], capture_output=True, text=True,
-        timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        timeout=600, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
 
 
@@ -523,7 +523,7 @@ def check_killed(config, finished, tmp_path, name, patterns):
         killed = kill_within(process, lambda p=pattern: target.glob(p))
         assert killed, f"over before {pattern}: {process.communicate()[1].decode()[-800:]}"
     process = start(path)
-    _, error = process.communicate(timeout=240)
+    _, error = process.communicate(timeout=600)
     assert process.returncode == 0, error.decode()
     assert digests(target) == digests(finished)
 
@@ -541,7 +541,7 @@ def test_an_interrupted_run_says_how_to_continue(config, finished, tmp_path):
             process.send_signal(signal.SIGINT)
             break
         time.sleep(0.01)
-    _, error = process.communicate(timeout=120)
+    _, error = process.communicate(timeout=600)
     assert process.returncode == 130, error.decode()
     assert "the same command continues" in error.decode()
     assert not (finished.parent / "interrupted/search").exists()
@@ -574,7 +574,7 @@ def test_a_second_process_on_one_run_is_refused(config, finished):
     path = write_config(finished.parent.parent / "second.yaml", config)
     with RunFolder(finished).locked():
         process = start(path)
-        _, error = process.communicate(timeout=120)
+        _, error = process.communicate(timeout=600)
     assert process.returncode == 3
     assert "another process is working in this run folder" in error.decode()
 
