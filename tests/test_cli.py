@@ -186,7 +186,7 @@ def test_files_that_cannot_be_used_are_named(config, tmp_path, floe):
     code, _, err = floe("run", tmp_path)
     assert (code, "cannot be read as YAML: Is a directory" in err) == (3, True)
     code, _, err = floe("search", path, "-q", "--set", f"output_dir={path}")
-    assert (code, f"{path}/tiny: cannot be worked in: Not a directory" in err) == (3, True)
+    assert (code, f"{path}: must be a folder to hold the run's" in err) == (3, True)
     code, _, err = floe("init", tmp_path / "no" / "new.yaml")
     assert (code, "cannot be written: " in err) == (3, True)
     (tmp_path / "link.yaml").symlink_to(tmp_path / "elsewhere.yaml")
