@@ -54,7 +54,7 @@ def test_loss_and_accuracy_are_of_the_same_rows(tmp_path, monkeypatch):
     remove_adapters(model)
     folder = tmp_path / "eval"
     folder.mkdir()
-    measure.build(work, {"main": tmp_path / "adapter"}, folder, lambda *_: None)
+    measure.build(work, {"main": tmp_path / "adapter"}, {"main": "d"}, folder, lambda *_: None)
     results = json.loads((folder / "results.json").read_text())["arms"]["base"]
     found = {task: one["accuracy"]["value"] for task, one in results["by_task"].items()}
     assert found == {"easy": 1.0, "hard": 0.0}

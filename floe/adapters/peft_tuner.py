@@ -218,10 +218,9 @@ class FloeModel(BaseTuner):
                 f"adapter {adapter_name!r} must be of one dtype, of {sorted(DTYPES)}, to be saved, "
                 f"got {sorted(map(str, dtypes))}"
             )
-        if not all(tensor.isfinite().all() for tensor in found.values()):
-            raise ValueError(
-                f"adapter {adapter_name!r} must hold finite values to be saved, got NaN or infinity"
-            )
+        for name, tensor in found.items():
+            if not tensor.isfinite().all():
+                raise ValueError(f"{name} must hold finite values to be saved, got NaN or infinity")
         _check_config(model, config, adapter_name)
         config.adapter_dtype = known[dtypes.pop()]  # not what it was made as: what it is
         config._on_base = getattr(base_of(model), "_floe_fingerprint", None)
