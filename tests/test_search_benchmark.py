@@ -320,7 +320,7 @@ def test_wrong_options_are_refused(tmp_path, capsys):
         "--mix none": "mix must be one of",
         "--clock processor --threads 2": "--clock processor needs",
         "--seeds=-1": "seeds must be",
-        f"--report {tmp_path / 'none'}": "cannot be read as JSON",
+        f"--report {tmp_path / 'none'}": "is missing",
     }.items():
         with pytest.raises(SystemExit):
             search.main(["--output", str(tmp_path / "out"), *text.split()])
