@@ -99,28 +99,6 @@ def copy_folder(source: Path, final: Path) -> None:
         publish(new, final)
 
 
-def replace_folder(new: Path, final: Path) -> None:
-    """Put ``new``, whose files are flushed first, in the place of ``final``, all of it.
-
-    A kill between leaves the old one gone, never a mixture; an OSError puts it back.
-    """
-    _flush_all(new)
-    drawn = Path(tempfile.mkdtemp(prefix=STAGING, dir=final.parent))
-    old = drawn / "old"
-    try:
-        if final.exists():
-            final.rename(old)
-        try:
-            new.rename(final)
-        except OSError:
-            if old.exists():
-                old.rename(final)
-            raise
-    finally:
-        shutil.rmtree(drawn, ignore_errors=True)
-    flush(final.parent)
-
-
 def _flush_all(folder: Path) -> None:
     for file in folder.rglob("*"):
         if file.is_file():

@@ -2,11 +2,10 @@
 
 import errno
 import os
-from pathlib import Path
 
 import pytest
 
-from floe.atomic import copy_folder, publish, replace_folder, staging, write_json, write_text
+from floe.atomic import copy_folder, publish, staging, write_json, write_text
 from floe.runs import hash_of, read_json
 
 
@@ -48,28 +47,6 @@ def test_a_copied_folder_goes_over_the_old_one(tmp_path):
     found = {p.name: p.read_text() for p in (tmp_path / "out").iterdir()}
     assert found == {"a": "1", "README.md": "0", "mine": "0"}
     assert sorted(p.name for p in tmp_path.iterdir()) == ["new", "out"]
-
-
-def test_a_replaced_folder_leaves_its_neighbours(tmp_path):
-    for name in ("out", "out.old", "out.tmp", "new"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / name).write_text("mine")
-    replace_folder(tmp_path / "new", tmp_path / "out")
-    found = sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file())
-    assert found == ["out.old/out.old", "out.tmp/out.tmp", "out/new"]
-
-
-def test_a_folder_that_cannot_be_replaced_is_put_back(tmp_path, monkeypatch):
-    for name in ("out", "new"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / name).write_text("mine")
-    rename = Path.rename
-    monkeypatch.setattr(
-        Path, "rename", lambda self, to: full() if self.name == "new" else rename(self, to)
-    )
-    with pytest.raises(OSError, match="No space left"):
-        replace_folder(tmp_path / "new", tmp_path / "out")
-    assert sorted(p.name for p in tmp_path.rglob("*")) == ["new", "new", "out", "out"]
 
 
 def test_a_drawn_name_is_nobody_s(tmp_path):

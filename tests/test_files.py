@@ -12,7 +12,7 @@ from small_adapters import logits, trained
 
 from floe import FileError
 from floe.adapters import FloeConfig, adapted_modules, get_model, remove_adapters
-from floe.adapters.files import load_adapter, read_config, save_adapter
+from floe.adapters.files import load_adapter, save_adapter
 from floe.adapters.folder import seal
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
@@ -466,5 +466,5 @@ def test_a_bad_adapter_name_is_refused_before_anything(saved, base):
 
 
 def test_read_config_needs_no_model(saved):
-    config = read_config(saved[0])
+    config = FloeConfig.from_pretrained(saved[0])
     assert (config.r, config.num_experts, config.target_modules) == (1, 2, ["down_proj"])

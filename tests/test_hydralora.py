@@ -9,7 +9,8 @@ from tiny import tiny_model
 from torch import nn
 from typer.testing import CliRunner
 
-from floe.adapters.files import load_adapter, read_config
+from floe.adapters import FloeConfig
+from floe.adapters.files import load_adapter
 from floe.adapters.hydralora import import_hydralora, named_base
 from floe.cli import app
 from floe.errors import FileError
@@ -86,7 +87,7 @@ def test_layers_may_differ_in_their_projections(tmp_path):
     _, tensors = hydra()
     kept = {n: t for n, t in tensors.items() if "layers.2" not in n or "up_proj" in n}
     import_hydralora(write(tmp_path / "in", kept), tmp_path / "out", tiny_model(layers=3))
-    modules = read_config(tmp_path / "out").layer_modules
+    modules = FloeConfig.from_pretrained(tmp_path / "out").layer_modules
     assert modules == {"0": ["down_proj", "gate_proj", "up_proj"], "2": ["up_proj"]}
 
 
@@ -185,7 +186,7 @@ def test_a_folder_in_use_is_not_written_to(tmp_path, how, monkeypatch):
 def test_tensors_of_several_types_are_kept_in_the_widest(tmp_path):
     tensors = {n: t.bfloat16() if "lora_A" in n else t for n, t in hydra()[1].items()}
     import_hydralora(write(tmp_path / "in", tensors), tmp_path / "out", tiny_model(layers=3))
-    assert read_config(tmp_path / "out").adapter_dtype == "float32"
+    assert FloeConfig.from_pretrained(tmp_path / "out").adapter_dtype == "float32"
 
 
 def test_a_damaged_pickle_is_a_file_error(tmp_path):

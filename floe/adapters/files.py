@@ -14,7 +14,7 @@ from peft import set_peft_model_state_dict
 from torch import nn
 
 from floe.adapters.config import FloeConfig
-from floe.adapters.folder import check_own, read_settings
+from floe.adapters.folder import check_own
 from floe.adapters.peft_tuner import (
     check_adapter_name,
     embeddings_resized,
@@ -95,11 +95,6 @@ def load_adapter(
         if isinstance(error, FileError) or not isinstance(error, _REFUSALS):
             raise
         raise FileError(folder, f"cannot be loaded as a floe adapter: {error}") from error
-
-
-def read_config(folder: Path) -> FloeConfig:
-    """The adapter's configuration, checked; no model needed."""
-    return FloeConfig.from_settings(read_settings(folder)[0], folder)
 
 
 def _complete_card(card: Path) -> None:
