@@ -17,7 +17,7 @@ from benchmarks.search_replay import (
     summarise,
 )
 from benchmarks.search_surface import PAPER_SPACE
-from floe.rank_search.proposals import SearchSpace
+from floe.rank_search.space import SearchSpace
 from floe.runs import read_json
 
 Row = dict[str, Any]

@@ -22,7 +22,7 @@ from floe.blocks import find_blocks
 from floe.config import parse_config
 from floe.evaluate import evaluate_rows, mean_loss
 from floe.pipeline.workspace import Workspace
-from floe.rank_search.proposals import SearchSpace
+from floe.rank_search.space import SearchSpace
 from floe.runs import RunFolder
 from floe.selection.placement import Placement
 from floe.selection.policies.baselines import even_layers

@@ -23,8 +23,9 @@ from floe.errors import SearchError
 from floe.evaluate import validation_loss
 from floe.importance.identity import model_fingerprint
 from floe.rank_search import proposals, storage, studies
-from floe.rank_search.proposals import SearchSpace, propose, sampler_settings
+from floe.rank_search.proposals import propose, sampler_settings
 from floe.rank_search.search import search
+from floe.rank_search.space import SearchSpace
 from floe.rank_search.studies import Outcome, Owner, mask
 from floe.training.train import TrainSettings, train
 

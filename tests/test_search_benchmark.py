@@ -18,7 +18,7 @@ sys.path.append(str(Path(__file__).resolve().parent.parent))  # last: an install
 from benchmarks import paper, search, search_replay, search_report
 from benchmarks.search_replay import STRATEGIES, Surface
 from benchmarks.search_surface import PAPER_SPACE, Run, Settings, plan
-from floe.rank_search.proposals import SearchSpace
+from floe.rank_search.space import SearchSpace
 from floe.rank_search.studies import quiet_optuna
 
 SPACE = SearchSpace(rank=(4, 32, 4), num_experts=(2, 6, 1))  # 40 points

@@ -224,8 +224,9 @@ class FloeModel(BaseTuner):
         _check_config(model, config, adapter_name)
         config.adapter_dtype = known[dtypes.pop()]  # not what it was made as: what it is
         config._on_base = getattr(base_of(model), "_floe_fingerprint", None)
-        if not torch.distributed.is_initialized():  # parts of weights have digests of their own
-            config._on_base = fingerprint(model)
+        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+            # else weights may be parts, whose digests are their own
+            config._on_base = fingerprint(model) or config._on_base
         return found
 
     @classmethod
@@ -258,9 +259,9 @@ class FloeModel(BaseTuner):
             n.removeprefix(_PREFIX): s for n, s in _adapter_tensors(model, adapter_name).items()
         }
         own = {name.replace(f".{adapter_name}.weight", ".weight"): name for name in expected}
-        places = {name.removeprefix(_PREFIX): name for name in model.state_dict()}
         found = {own.get(name, name): tensor for name, tensor in current_names(state_dict).items()}
         state, beside = model.state_dict(), _saved_whole(model)
+        places = {name.removeprefix(_PREFIX): name for name in state}
         expected |= {n: tuple(state[places[n]].shape) for n in found if places.get(n) in beside}
         check_tensors(found, expected)
         return {places[name]: tensor for name, tensor in found.items()}

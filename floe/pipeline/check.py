@@ -32,7 +32,7 @@ from floe.pipeline.placing import size_options
 from floe.pipeline.scoring import statistics_of
 from floe.pipeline.sweep import swept_counts
 from floe.pipeline.workspace import PARTS, Workspace
-from floe.rank_search.proposals import SearchSpace
+from floe.rank_search.space import SearchSpace
 from floe.runs import REFUSED
 from floe.selection.counts import ADAM_BYTES, saved_bytes_per_token
 from floe.selection.placement import Placement

@@ -14,8 +14,8 @@ from floe.adapters.files import save_adapter
 from floe.atomic import copy_folder, write_json
 from floe.config import storage_url
 from floe.pipeline.workspace import Workspace, plain
-from floe.rank_search.proposals import SearchSpace
 from floe.rank_search.search import remove_trials, search
+from floe.rank_search.space import SearchSpace
 from floe.training.checkpoints import remove_checkpoints
 from floe.training.train import train
 

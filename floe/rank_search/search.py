@@ -24,7 +24,8 @@ from floe.data import TokenRow, fingerprint
 from floe.errors import SearchError
 from floe.evaluate import evaluate_rows, mean_loss
 from floe.importance.identity import model_fingerprint
-from floe.rank_search.proposals import Point, SearchSpace, propose, sampler_settings
+from floe.rank_search.proposals import propose, sampler_settings
+from floe.rank_search.space import Point, SearchSpace
 from floe.rank_search.storage import mask
 from floe.rank_search.studies import (
     MEMORY,

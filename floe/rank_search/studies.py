@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import optuna
 from filelock import FileLock, Timeout
@@ -23,10 +23,8 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from floe.errors import SearchError
+from floe.rank_search.space import Point, SearchSpace
 from floe.rank_search.storage import Say, mask, open_storage
-
-if TYPE_CHECKING:
-    from floe.rank_search.proposals import Point, SearchSpace
 
 STUDY = "floe"
 MEMORY = "memory"  # attribute of study and trials: the settings that decide how much a trial takes
