@@ -57,7 +57,7 @@ kernel-sanitize: $(VENV)/ready ## every address of every GPU kernel proved to be
 # PYTHONSAFEPATH keep the sources of this folder, and an editable installation of them, out of it. A second's limit of one test is not meant for this.
 ASAN := build/sanitize
 SANITIZED := $(wildcard tests/test_attack_solvers.py tests/test_attack_ops.py tests/test_solvers.py tests/test_allocate.py \
-  tests/test_refinement.py tests/test_two_class.py tests/test_block.py tests/test_coupled.py \
+  tests/test_refinement.py tests/test_two_class.py \
   tests/test_moe_lora_native.py tests/test_dropout_native.py tests/test_fisher.py)
 
 sanitize: $(VENV)/ready ## the native code's tests and attacks under AddressSanitizer and UBSan, a quarter of an hour

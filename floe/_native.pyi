@@ -46,20 +46,6 @@ class _Refinement(_Totals):
     swaps: int
     converged: bool
 
-class _Rearrangement(TypedDict):
-    mask: NDArray[np.bool_]
-    loss_before: float
-    loss: float
-    slack: float
-    swaps: int
-
-class _Kept(TypedDict):
-    kept: NDArray[np.bool_]
-    loss: float
-    lower_bound: float
-    optimal: bool
-    nodes: int
-
 def solve_two_class(
     head_value: NDArray[np.float64],
     neuron_value: NDArray[np.float64],
@@ -96,16 +82,4 @@ def allocate(
     progress: Callable[[int], object] | None,
 ) -> NDArray[np.int64]: ...
 def allocate_bound(gain: NDArray[np.float64], cost: NDArray[np.int64], budget: int) -> float: ...
-def rearrange(
-    gradient: NDArray[np.float64],
-    cost: NDArray[np.float64],
-    slack: float,
-    start: NDArray[np.bool_],
-) -> _Rearrangement: ...
-def keep_layers(
-    matrix: NDArray[np.float64],
-    linear: NDArray[np.float64],
-    count: int,
-    max_nodes: int,
-) -> _Kept: ...
 def build_info() -> dict[str, str | int]: ...

@@ -26,7 +26,7 @@ Seed = Annotated[int, Field(ge=0, lt=2**32)]  # what numpy, torch and transforme
 _LARGEST, _LISTED = 1 << 20, 1500  # bytes of a file, characters of all problems in a message
 _VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
 Policy = Literal[
-    "adapter_fisher", "masks", "probe", "gate_fisher", "gate_fisher_diagonal", "fisher_high",
+    "adapter_fisher", "masks", "probe", "gate_fisher_diagonal", "fisher_high",
     "fisher_low", "taylor_high", "taylor_low", "segment", "gradient_norm", "layer_card", "spectrum",
     "eva", "lamp", "angular", "angular_all", "angular_block", "error_propagation",
     "coarse_to_fine", "kl_guided", "shapley", "forward_selection", "random", "even", "first",
@@ -34,7 +34,7 @@ Policy = Literal[
 ]  # fmt: skip
 Sweep = Annotated[list[Count], Field(min_length=2)]
 Schedule = Literal["lisa", "alast"]
-Preset = Literal["global", "exact", "block", "paper_layer", "alg1_literal"]
+Preset = Literal["global", "exact", "paper_layer", "alg1_literal"]
 
 
 ModulePolicy = Literal["adapter_fisher", "gate_fisher_diagonal"]

@@ -11,7 +11,6 @@ from attack import trials
 
 from floe import _native
 from floe.selection.allocate import allocate, allocate_continuous
-from floe.selection.block import rearrange
 from floe.selection.masks import determine
 from floe.selection.modules import choose_modules
 from floe.selection.presets import PRESETS
@@ -290,26 +289,6 @@ def attack_allocate(odd):
     assert exact(found.upper_bound) >= best - slack - rounding
 
 
-def attack_rearrange(odd):
-    samples, n = (int(k) for k in odd.rng.integers((0, 0), (5, 7)))
-    gradient = odd.numbers(samples * n, signed=True).reshape(samples, n)
-    costs, mask = odd.numbers(n, signed=True), odd.rng.random(n) < 0.5
-    slack, rows = odd.budget(costs), odd.pick(0, 0, 1, 9)
-    odd.good &= bool((np.abs(gradient) < 1e150).all()) and sums_fit(costs)
-    odd.good &= bool((np.abs(costs) < LARGEST).all())
-    found = rearrange(odd.array(gradient), odd.array(costs), mask, slack=slack, rows=rows)
-    assert found.mask.sum() == mask.sum()
-    risen = chosen(costs, found.mask) - chosen(costs, mask)
-    size = sum(abs(exact(c)) for c in costs) + (0 if math.isinf(slack) else exact(slack))
-    assert math.isinf(slack) or risen <= exact(slack) + size // 10**14
-    assert 0 <= found.loss <= found.loss_before * (1 + 1e-9) < math.inf
-    if rows == 0:
-        largest = exact(np.abs(gradient).max(initial=0)) ** 2 * max(1, samples * n * n)
-        for loss, closed in ((found.loss_before, ~mask), (found.loss, ~found.mask)):
-            true = sum(chosen(row, closed) ** 2 for row in gradient)
-            assert abs(exact(loss) * 2**1074 - true) <= largest // 10**12 + 2**1075
-
-
 def attack_continuous(odd):
     n = int(odd.rng.integers(1, 6))
     scores, knee = odd.numbers(n), float(odd.numbers(1)[0])
@@ -355,7 +334,7 @@ def attack_determine(odd):
     names = ("head_fisher", "neuron_fisher", "head_taylor", "neuron_taylor")
     parts = [odd.numbers(layers * n).reshape(layers, n) for n in (heads, neurons) * 2]
     scores = SimpleNamespace(meta={}, **dict(zip(names, parts, strict=True)))
-    preset = odd.pick(*(name for name, p in PRESETS.items() if p.refine != "block"))
+    preset = odd.pick(*PRESETS)
     fraction = odd.pick(0.3, 0.5, 1.0, 1e-300, 0.0, 2.0, math.nan)
     odd.good &= 0 < fraction <= 1 and sums_fit(*parts)
     found = determine(scores, preset, fraction)
@@ -376,7 +355,6 @@ ATTACKS = {
     attack_two_class_literal: 150,
     attack_refine: 350,
     attack_allocate: 350,
-    attack_rearrange: 150,
     attack_continuous: 50,
     attack_modules: 50,
     attack_determine: 50,
@@ -434,7 +412,6 @@ def native_call(odd):
          progress),
         (_native.allocate, array(2, 3), costs, whole(5, 2**20), progress),
         (_native.allocate_bound, array(2, 3), costs, whole(5, 2**20)),
-        (_native.rearrange, array(6, 2), array(6), number(), flags()),
     )  # fmt: skip
 
 

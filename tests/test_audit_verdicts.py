@@ -51,11 +51,12 @@ def test_routers_are_counted_for_each_adapter():
     assert not any("router" in text for texts in run(light()).verdicts.values() for text in texts)
 
 
-def test_pairs_are_told_from_their_numbers(found):
-    (text,) = [text for text in found.verdicts["note"] if "Jaccard" in text]
-    assert f"index of {found.masks.jaccard:.2f}" in text
-    (text,) = [text for text in found.verdicts["note"] if "Gates priced together" in text]
-    assert f"keep {found.gates.overlap} of the 2 layers" in text
+def test_what_masking_costs_together_is_told_from_its_numbers(found):
+    (text,) = [text for text in found.verdicts["note"] if "block Fisher" in text]
+    assert f"Masking the {found.masks.masked} units" in text
+    assert f"costs {found.masks.block_loss / found.masks.diagonal_loss:.2f} times" in text
+    nothing = replace(found, masks=replace(found.masks, diagonal_loss=0.0, block_loss=0.0))
+    assert not any("block Fisher" in text for text in judge(nothing)["note"])
 
 
 def test_a_cliff_needs_several_numbers_of_layers(found):

@@ -20,7 +20,7 @@ def scores():
     )
 
 
-@pytest.mark.parametrize("name", sorted(set(PRESETS) - {"block"}))
+@pytest.mark.parametrize("name", sorted(PRESETS))
 def test_it_is_the_mean_masked_share(scores, name):
     found = path_score(scores, name)
     assert found.budgets == BUDGET_PATH == (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)

@@ -78,7 +78,6 @@ FAULTS = {
     "memory": ({"select__layers": {"memory": 10}}, ValueError, "must fit at least one layer"),
     "projection": ({"adapter__target_modules": ["gate"]}, ValueError, r"got \['gate'\]"),
     "space": ({"search__rank": [2, 5, 2]}, ValueError, "high reached"),
-    "preset": ({"baselines": [baseline(policy="masks", preset="block")]}, ValueError, "keep_sampl"),
     "first order": ({"select__first_order": True}, ValueError, "first_order=True"),
     "per token": (
         {"score__reduction": "token", "score__keep_samples": True},
@@ -123,13 +122,14 @@ def test_every_problem_is_named_at_once(config, tmp_path):
     with pytest.raises(CheckError) as caught:
         looked_at(
             config, data__test={"path": "/none.csv"}, select__layers=99, output_dir=__file__,
-            adapter__target_modules=["gate"], baselines=[baseline(policy="masks", preset="block")],
+            adapter__target_modules=["gate"], select__r0=4.0,
+            baselines=[baseline(policy="fisher_low", choose="sizes")],
         )  # fmt: skip
     text = str(caught.value)
     assert text.startswith(f"{len(caught.value.problems)} problems were found before")
     for part in (
         "/none.csv: ", "got ['gate']", "test_check.py: must be a folder",
-        "layers must be in [1, 4]", "baselines.one: refine 'block' needs",
+        "layers must be in [1, 4]", "baselines.one: layer_scores[0] must",
     ):  # fmt: skip
         assert text.count(part) == 1, text
 

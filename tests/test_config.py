@@ -117,6 +117,14 @@ BAD = {
         "select.budget: Input should be less than or equal to 1, got 1.5",
     ),
     "preset": (change(select={"preset": "globl"}), "select.preset: .*'global'.*got 'globl'"),
+    "deleted preset": (
+        change(select={"preset": "block"}),
+        "select.preset: .*'global', 'exact', 'paper_layer' or 'alg1_literal', got 'block'",
+    ),
+    "deleted policy": (
+        change(select={"policy": "gate_fisher"}),
+        "select.policy: .*'gate_fisher_diagonal'.*got 'gate_fisher'",
+    ),
     "layers 0": (change(select={"layers": 0}), "select.layers"),
     "layers 1.5": (change(select={"layers": 1.5}), "select.layers"),
     "layers key": (change(select={"layers": {"parms": 3}}), "select.layers"),

@@ -144,10 +144,10 @@ def test_schedules_statistics_and_other_ways_to_choose(config, finished, folder)
     lisa = {"name": "lisa", "policy": "lisa", "interval": 2}
     spectrum = {"name": "spectrum", "policy": "spectrum"}
     bottom = {"name": "bottom", "policy": "adapter_fisher", "pick": "bottom"}
-    block = {"name": "block", "policy": "masks", "preset": "block"}
+    exact = {"name": "exact", "policy": "masks", "preset": "exact"}
     modules = {"name": "modules", "policy": "adapter_fisher", "choose": "modules"}
     sizes = {"name": "sizes", "policy": "adapter_fisher", "choose": "sizes"}
-    baselines = [lisa, spectrum, bottom, block, modules, sizes]
+    baselines = [lisa, spectrum, bottom, exact, modules, sizes]
     changed = {
         **renamed(config, name, baselines=baselines),
         "score": {**config["score"], "keep_samples": True, "statistic_rows": 4},
@@ -162,7 +162,7 @@ def test_schedules_statistics_and_other_ways_to_choose(config, finished, folder)
     assert 0 < count < 4
     assert arms["lisa"]["layers"] == [0, 1, 2, 3]
     assert set(arms["bottom"]["layers"]).isdisjoint(selection.layers) or count > 2
-    assert {len(arms[name]["layers"]) for name in ("spectrum", "bottom", "block")} == {count}
+    assert {len(arms[name]["layers"]) for name in ("spectrum", "bottom", "exact")} == {count}
     own = arms["main"]["trainable_parameters"]
     for name, key in (("modules", "modules"), ("sizes", "sizes")):
         assert 0.5 * own < arms[name]["trainable_parameters"] <= own

@@ -165,6 +165,21 @@ def test_angles_between_neighbours_and_over_blocks():
     assert ranking("angular_block", total=4, count=2, statistics=of) == [1, 2, 3, 0]
 
 
+def test_a_gates_fisher_information_is_that_of_its_projections_sum():
+    gradient = np.random.default_rng(1).normal(size=(20, 6, 2))
+    found = POLICIES["gate_fisher_diagonal"](situation(total=6, gate_gradient=gradient))
+    assert found == pytest.approx((gradient.sum(axis=2) ** 2).sum(axis=0))
+
+
+def test_gates_must_have_been_measured():
+    policy = POLICIES["gate_fisher_diagonal"]
+    message = r"needs scores.gate_gradient, got None; floe.score measures it"
+    with pytest.raises(ValueError, match=message):
+        policy(situation(total=4, gate_gradient=None))
+    with pytest.raises(ValueError, match=r"gate_gradient must be \[S, 4, P\] with S > 0"):
+        policy(situation(total=4, gate_gradient=np.ones((3, 5, 1))))
+
+
 def test_coupled_layers_are_discounted():
     coupling = np.array([[1.0, 0.9, 0.0, 0.5], [0.9, 1, 0, 0.1], [0, 0, 1, 0], [0.5, 0.1, 0, 1]])
     of = {"residual_norm": np.array([4.0, 3.0, 1.0, 2.0]), "coupling": coupling}

@@ -15,13 +15,8 @@ def test_presets_check_their_options():
     for objective, stage in (("retain", "alg2_literal"), ("alg1_literal", "swap")):
         with pytest.raises(ValueError, match="spends another budget"):
             Preset("x", objective=objective, refine=stage)
-    assert Preset("x", objective="alg1_literal", refine="block", block_rows=8).block_rows == 8
-    with pytest.raises(ValueError, match="block_rows must be in"):
-        Preset("x", refine="block", block_rows=-1)
-    with pytest.raises(TypeError, match="block_rows must be an integer, got float"):
-        Preset("x", refine="block", block_rows=2.0)
 
 
 def test_presets_are_named_as_they_are_found():
     assert {name: preset.name for name, preset in PRESETS.items()} == {n: n for n in PRESETS}
-    assert set(PRESETS) == {"global", "exact", "paper_layer", "alg1_literal", "block"}
+    assert set(PRESETS) == {"global", "exact", "paper_layer", "alg1_literal"}

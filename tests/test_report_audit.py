@@ -128,6 +128,20 @@ def test_without_rows_there_is_agreement_and_budgets(base, audits):
             ElementTree.fromstring(render_svg(picture.draw, theme).encode("utf-8"))
 
 
+def test_an_audit_from_before_policies_were_deleted_is_shown(base, audits):
+    """It names a policy and a preset, and holds a comparison, that floe has no longer."""
+
+    def old(document):
+        document["gates"] = {"overlap": 1, "coupled": [0], "diagonal": [0], "optimal": True}
+        document["masks"] = {"jaccard": 0.5, "masked": [1, 2], "block_loss": None}
+        document["lacking"]["masks/block"] = "scores.head_gradient"
+        document["lacking"]["gate_fisher"] = "scores.gate_gradient"
+
+    part = section(put(base, audits[0], old))
+    assert len(part.pictures) == 3
+    assert ("gate_fisher", "scores.gate_gradient") in part.lacking
+
+
 def test_no_audit_or_an_old_one_is_said(base, audits):
     (base / AUDIT).unlink(missing_ok=True)
     assert "was not audited: floe audit CONFIG" in section(read_run(base)).missing

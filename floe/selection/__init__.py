@@ -2,7 +2,6 @@
 
 from floe.selection.budget_path import path_score
 from floe.selection.counts import choose_count, layer_memory
-from floe.selection.coupled import keep_layers
 from floe.selection.masks import (
     MaskSolution,
     determine,
@@ -27,7 +26,6 @@ __all__ = [
     "choose_layers",
     "choose_modules",
     "determine",
-    "keep_layers",
     "layer_memory",
     "layer_score",
     "path_score",

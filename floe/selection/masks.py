@@ -6,12 +6,11 @@ L layers of H heads and I neurons; a unit is one of either, True means retained.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from floe.selection.block import Gradients, rearrange_layers
 from floe.selection.presets import Preset, preset_of
 from floe.selection.refinement import Refinement, Units, refine_masks
 from floe.selection.solvers import (
@@ -48,10 +47,7 @@ class Determination:
 
     certificate holds value, cost, budget, upper_bound, gap and optimal, summed over the layers if
     each had a budget of its own; ``cost`` is what the budget limits, so for the printed algorithms
-    the cost of the masked units. Block refinement adds block_loss_before and block_loss (|| sum of
-    the masked units' gradients ||^2, summed over layers and components), masked (how many units)
-    and masked_before_too (how many of them determination had masked). moves counts the repairs,
-    adds and swaps of the refinement.
+    the cost of the masked units. moves counts the repairs, adds and swaps of the refinement.
     """
 
     head_mask: Flags
@@ -67,14 +63,14 @@ def determine(
 
     Args:
         scores: head_fisher [L, H], neuron_fisher [L, I] are the values, head_taylor and
-            neuron_taylor the costs. Refinement by blocks needs head_gradient and neuron_gradient.
+            neuron_taylor the costs.
         preset: a name or a Preset.
         budget: fraction of the total Taylor mass, in (0, 1]; the paper gives none. With
             granularity "layer" every layer gets the same absolute share, budget * total / L.
 
     Raises:
         ValueError: an unknown preset, a budget outside (0, 1], scores that are negative or not
-            finite, no per-sample gradients where the preset needs them.
+            finite.
     """
     chosen = preset_of(preset)
     fraction = number("budget", budget)
@@ -86,17 +82,10 @@ def determine(
         limit = fraction * float(units.head_cost.sum() + units.neuron_cost.sum())
     if math.isinf(limit):
         raise ValueError("Taylor scores must sum to a finite number, got more")
-    gradients = _gradients(scores) if chosen.refine == "block" else None
     if chosen.granularity == "global":
-        return _determine(units, chosen, limit, gradients)
+        return _determine(units, chosen, limit)
     layers = len(units.head_value)
-    parts = []
-    for i in range(layers):
-        own = (
-            None if gradients is None else (gradients[0][:, i : i + 1], gradients[1][:, i : i + 1])
-        )
-        parts.append(_determine(units.layer(i), chosen, limit / layers, own))
-    return _joined(parts)
+    return _joined([_determine(units.layer(i), chosen, limit / layers) for i in range(layers)])
 
 
 def _values(scores: Scores, first_order: bool) -> tuple[Floats, Floats]:
@@ -119,9 +108,7 @@ def _values(scores: Scores, first_order: bool) -> tuple[Floats, Floats]:
     return found[0], found[1]
 
 
-def _determine(
-    units: Units, preset: Preset, limit: float, gradients: tuple[Gradients, Gradients] | None
-) -> Determination:
+def _determine(units: Units, preset: Preset, limit: float) -> Determination:
     """One budget's masks. The certificate is about the costs of the last stage that ran."""
     literal = preset.objective == "alg1_literal"
     solution = _first_masks(units, preset, limit)
@@ -130,18 +117,14 @@ def _determine(
         bound = solution.upper_bound
         certificate = _certificate(solution, bound, solution.optimal, limit, literal)
         return Determination(heads, neurons, certificate, _moves(None))
-    extra: dict[str, Any] = {}
-    if gradients is None:
-        refined = _refined(units, preset, limit, solution.mask)
-    else:
-        refined, extra = _rearranged(units, preset, limit, solution.mask, gradients)
+    refined = _refined(units, preset, limit, solution.mask)
     if literal:
         bound = refined.value + refined.masked_value  # printed, masking nothing is feasible
     else:
         bound = solve_mask(units.value, units.cost, limit, max_nodes=0).upper_bound
     bound = max(bound, refined.value)
     optimal = bound - refined.value <= _TOLERANCE * bound
-    certificate = _certificate(refined, bound, optimal, limit, literal) | extra
+    certificate = _certificate(refined, bound, optimal, limit, literal)
     return Determination(refined.head_mask, refined.neuron_mask, certificate, _moves(refined))
 
 
@@ -167,55 +150,6 @@ def _refined(units: Units, preset: Preset, limit: float, mask: Flags) -> Refinem
         for start in starts
     ]
     return max(results, key=lambda refined: refined.value)  # the first of equals
-
-
-def _rearranged(
-    units: Units,
-    preset: Preset,
-    limit: float,
-    start: Flags,
-    gradients: tuple[Gradients, Gradients],
-) -> tuple[Refinement, dict[str, Any]]:
-    """Repaired to the budget in unit costs, then rearranged within what is left of it."""
-    literal = preset.objective == "alg1_literal"
-    repaired = refine_masks(units, limit, *units.split(start), literal=literal, max_moves=0)
-    spent = repaired.masked_cost if literal else repaired.cost
-    sign = -1 if literal else 1  # there the budget limits what is masked
-    done = rearrange_layers(
-        gradients,
-        (sign * units.head_cost, sign * units.neuron_cost),
-        (repaired.head_mask, repaired.neuron_mask),
-        slack=max(0.0, limit - spent),
-        rows=preset.block_rows,
-    )
-    after = refine_masks(units, math.inf, done.head_mask, done.neuron_mask, max_moves=0)
-    mask = np.concatenate([done.head_mask.ravel(), done.neuron_mask.ravel()])
-    record = {
-        "block_loss_before": done.loss_before,
-        "block_loss": done.loss,
-        "masked": int((~mask).sum()),
-        "masked_before_too": int((~mask & ~start).sum()),
-    }
-    moved = replace(after, repairs=repaired.repairs, swaps=done.swaps, converged=True)
-    return moved, record
-
-
-def _gradients(scores: Scores) -> tuple[Gradients, Gradients]:
-    found = []
-    for name, units in (("head", scores.head_fisher), ("neuron", scores.neuron_fisher)):
-        gradient = getattr(scores, f"{name}_gradient", None)
-        if gradient is None:
-            raise ValueError(
-                f"refine 'block' needs scores.{name}_gradient, got None; measure it with "
-                "floe.score(..., keep_samples=True)"
-            )
-        if gradient.shape[1:] != units.shape:
-            raise ValueError(
-                f"{name}_gradient must be [S, {units.shape[0]}, {units.shape[1]}], "
-                f"got shape {gradient.shape}"
-            )
-        found.append(gradient)
-    return found[0], found[1]
 
 
 def _certificate(

@@ -10,12 +10,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from floe.selection.solvers import count
-
 Objective = Literal["retain", "alg1_literal"]
 Granularity = Literal["global", "layer"]
 Cost = Literal["class_mean", "unit", "pooled"]
-Refine = Literal["none", "swap", "alg2_literal", "block"]
+Refine = Literal["none", "swap", "alg2_literal"]
 Pairs = Literal["same_layer_cross", "same_layer", "all"]
 Start = Literal["determined", "better"]
 
@@ -36,17 +34,13 @@ class Preset:
             ("class_mean"), each unit its own Taylor score ("unit"), or all units their common mean
             ("pooled").
         refine: "swap" repairs the budget in unit costs, then adds and swaps units while that
-            gains; "alg2_literal" is Algorithm 2 as printed; "block" repairs the budget, then swaps
-            units of one layer and component by what masking them costs together (see
-            floe.selection.block; needs per-sample gradients in the scores); "none".
+            gains; "alg2_literal" is Algorithm 2 as printed; "none".
         pairs: which units may swap; "same_layer_cross" is Eq. 14.
         start: refinement starts at the determined masks, as Algorithm 2 does, or also at the
             ratio-greedy masks and the better result stays.
         first_order: a unit's value is what masking it is predicted to cost in full, first-order
             term included: Eq. 6 before the paper drops it, because the adapters converged (the
             masks did not). Needs the scores' head_mean and neuron_mean.
-        block_rows: refine "block" projects the samples' gradients to so many rows first; 0 keeps
-            all. Its time is proportional to them.
         ridge, bound: of the tuning stage (Eq. 16-21); see floe.selection.tuning.
 
     Raises:
@@ -61,7 +55,6 @@ class Preset:
     pairs: Pairs = "same_layer_cross"
     start: Start = "determined"
     first_order: bool = False
-    block_rows: int = 0
     ridge: float = 1e-3
     bound: float = 10.0
 
@@ -76,10 +69,6 @@ class Preset:
         if (self.objective, self.refine) in (("retain", "alg2_literal"), ("alg1_literal", "swap")):
             raise ValueError(
                 f"refine {self.refine!r} spends another budget than objective {self.objective!r}"
-            )
-        if count("block_rows", self.block_rows) and self.refine != "block":
-            raise ValueError(
-                f"block_rows needs refine 'block', got {self.block_rows} with {self.refine!r}"
             )
 
 
@@ -131,16 +120,7 @@ alone it returns the masks of the retaining reading at the complementary budget;
 every neuron and no head.
 """
 
-BLOCK = Preset("block", refine="block")
-"""As "global", but refined by what units of a layer cost together.
-
-Follows Eq. 7 and 8, the full Fisher information matrix, within the heads and within the neurons of
-each layer, where Eq. 9 keeps its diagonal alone; the paper drops cross-layer terms only in words
-("Diagonal Approximation of the FIM"). Replaces Algorithm 2 by the rearrangement of Kwon et al. 2022
-(arXiv 2204.09656) under the budget of Eq. 5.
-"""
-
-PRESETS: dict[str, Preset] = {p.name: p for p in (GLOBAL, EXACT, PAPER_LAYER, ALG1_LITERAL, BLOCK)}
+PRESETS: dict[str, Preset] = {p.name: p for p in (GLOBAL, EXACT, PAPER_LAYER, ALG1_LITERAL)}
 
 
 def preset_of(preset: str | Preset) -> Preset:

@@ -13,18 +13,17 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from numpy.typing import ArrayLike
 
 from floe.atomic import write_json
 from floe.errors import FileError
-from floe.selection.audit.pairs import GatePair, MaskPair, compare_gates, compare_masks
 from floe.selection.audit.policies import (
     NAMES,
     Agreement,
     Options,
     PolicyResult,
     agreement_of,
-    by_name,
     compare_policies,
 )
 from floe.selection.audit.routers import RouterHealth, router_health
@@ -42,6 +41,7 @@ from floe.selection.audit.stability import (
 )
 from floe.selection.audit.verdicts import judge
 from floe.selection.counts import choose_count
+from floe.selection.masks import determine
 from floe.selection.ranking import count_layers
 from floe.selection.solvers import count, number
 
@@ -69,6 +69,20 @@ class Cliff:
 
 
 @dataclass(frozen=True)
+class MaskLoss:
+    """What masking the units that preset "global" masks costs, in Fisher information (nats^2).
+
+    With g_i [S] a unit's gradients over the rows: diagonal_loss is the sum of || g_i ||^2 (Eq. 9 of
+    the FLoE paper), block_loss the sum over layers, heads and neurons apart, of
+    || sum_i g_i ||^2 (Eq. 7 and 8 within these blocks).
+    """
+
+    masked: int
+    diagonal_loss: float
+    block_loss: float
+
+
+@dataclass(frozen=True)
 class Audit:
     """What an audit found. L layers, 0-based; K of them are chosen.
 
@@ -82,7 +96,7 @@ class Audit:
             missing of those that could be, with per-sample arrays.
         null: what random orders share with the run's policy.
         budgets: every preset over budgets.
-        masks, gates: diagonal against coupled; None without the arrays they need.
+        masks: diagonal against block Fisher information; None without per-sample mask gradients.
         routers: of the adapter that was scored, trained_routers: of the run's final one; empty if
             not measured.
         cliff: None if fewer than two numbers of layers were trained.
@@ -106,8 +120,7 @@ class Audit:
     not_resampled: dict[str, str]
     null: Likeness
     budgets: tuple[Budgets, ...]
-    masks: MaskPair | None
-    gates: GatePair | None
+    masks: MaskLoss | None
     routers: tuple[RouterHealth, ...]
     trained_routers: tuple[RouterHealth, ...]
     cliff: Cliff | None
@@ -197,8 +210,7 @@ def audit(
         not_resampled=missing,
         null=null_policy(chosen, scores, options),
         budgets=budget_presets(policies, scores, options, lambda: ticker.tick("budgets")),
-        masks=compare_masks(by_name(policies), scores, options),
-        gates=compare_gates(by_name(policies), scores, options),
+        masks=mask_loss(scores, options.budget),
         routers=router_health(router),
         trained_routers=router_health(trained_router),
         cliff=_cliff(losses),
@@ -254,6 +266,24 @@ def _resampled(
         drawn.append(bootstrap_policy(one, rows, options, draws, tick))
         parts.append(subset_policy(one, rows, options, tick))
     return tuple(drawn), tuple(parts), missing
+
+
+def mask_loss(scores: Scores, budget: float) -> MaskLoss | None:
+    """Diagonal against block Fisher information; None without per-sample mask gradients."""
+    if scores.head_gradient is None or scores.neuron_gradient is None:
+        return None
+    masks = determine(scores, "global", budget)
+    masked, diagonal, block = 0, 0.0, 0.0
+    for gradient, mask in (
+        (scores.head_gradient, masks.head_mask),
+        (scores.neuron_gradient, masks.neuron_mask),
+    ):
+        for layer, closed in enumerate(~mask):
+            pulls = gradient[:, layer, closed].astype(np.float64)
+            masked += int(closed.sum())
+            diagonal += float(np.square(pulls).sum())
+            block += float(np.square(pulls.sum(axis=1)).sum())
+    return MaskLoss(masked, diagonal, block)
 
 
 def _cliff(losses: Mapping[int, ArrayLike] | None) -> Cliff | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -86,11 +85,9 @@ class Agreement:
 
 def lacking(name: str, scores: Scores, statistics: LayerStatistics | None) -> str:
     """What the policy ``name`` needs and is not there, and how to get it; "" if nothing."""
-    if name == "masks/block" and (scores.head_gradient is None or scores.neuron_gradient is None):
-        return KEEP_SAMPLES
     if name == "probe" and scores.probe_fisher is None:
         return "scores.probe_fisher; score with probe=True, or name probe among the baselines"
-    if name.startswith("gate_fisher") and scores.gate_gradient is None:
+    if name == "gate_fisher_diagonal" and scores.gate_gradient is None:
         return "scores.gate_gradient; score the model again"
     measured = () if statistics is None else statistics.values
     missing = [statistic for statistic in NEEDS.get(name, ()) if statistic not in measured]
@@ -153,8 +150,3 @@ def agreement_of(results: tuple[PolicyResult, ...]) -> Agreement:
         overlap=tuple(tuple(overlap(a.layers, b.layers) for b in results) for a in results),
         expected_overlap=expected_overlap(size, size, total),
     )
-
-
-def by_name(results: tuple[PolicyResult, ...]) -> Mapping[str, PolicyResult]:
-    """Results by their policy's name."""
-    return {one.name: one for one in results}

@@ -24,13 +24,7 @@ _SAMPLED = ("adapter_samples", "gate_gradient", "head_gradient", "neuron_gradien
 _DRAWS = 16  # reweighted together: squares are computed once for so many
 
 NO_ROWS = "is no sum over rows"
-KEEPS_COUNTS = (
-    "nothing but time: its swaps keep how many heads and neurons of a layer are masked, and so "
-    "the layer scores of the masks they start from"
-)
-
 ADAPTER = ("adapter_fisher", "segment")
-GATES = ("gate_fisher", "gate_fisher_diagonal")
 MASKS = ("fisher_high", "fisher_low")
 
 
@@ -42,10 +36,8 @@ def resamplable(name: str, scores: Scores) -> str:
     """
     if name in ADAPTER:
         return "" if scores.adapter_samples is not None else "scores.adapter_samples; score again"
-    if name in GATES:
+    if name == "gate_fisher_diagonal":
         return "" if scores.gate_gradient is not None else "scores.gate_gradient; score again"
-    if name == "masks/block":
-        return KEEPS_COUNTS
     if looks_at_masks(name):
         if scores.head_gradient is None or scores.neuron_gradient is None:
             return KEEP_SAMPLES

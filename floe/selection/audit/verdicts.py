@@ -23,7 +23,7 @@ Verdict = tuple[str, str]
 
 def judge(audit: Audit) -> dict[str, list[str]]:
     """The sentences on an audit, by kind: "solid", "open" and "note"."""
-    rules = (_rows, _readings, _budgets, _ties, _chance, _pairs, _routers, _cliff)
+    rules = (_rows, _readings, _budgets, _ties, _chance, _together, _routers, _cliff)
     found: dict[str, list[str]] = {"solid": [], "open": [], "note": []}
     for rule in rules:
         for kind, text in rule(audit):
@@ -78,7 +78,7 @@ def _contested(
 
 
 def _readings(audit: Audit) -> Iterable[Verdict]:
-    """Whether the readings of the paper rank alike; "block" refines one of them within layers."""
+    """Whether the readings of the paper rank alike."""
     names, spearman = audit.agreement.names, audit.agreement.spearman
     places = [n for n, name in enumerate(names) if name in READINGS]
     pairs = [(a, b) for a in places for b in places if a < b]
@@ -140,27 +140,16 @@ def _chance(audit: Audit) -> Iterable[Verdict]:
     )
 
 
-def _pairs(audit: Audit) -> Iterable[Verdict]:
-    """What pricing units and layers together changes."""
-    masks, gates = audit.masks, audit.gates
-    if masks is not None and masks.jaccard is not None:
+def _together(audit: Audit) -> Iterable[Verdict]:
+    """What the paper's diagonal leaves out of what masking costs."""
+    masks = audit.masks
+    if masks is not None and masks.diagonal_loss > 0:
         yield (
             "note",
-            f"Diagonal and block Fisher information mask sets of units with a Jaccard index of "
-            f"{masks.jaccard:.2f} (heads {_number(masks.jaccard_heads)}, neurons "
-            f"{_number(masks.jaccard_neurons)}); {masks.overlap} of {audit.count} layers are the "
-            "same.",
+            f"Masking the {masks.masked} units that preset global masks costs "
+            f"{masks.block_loss / masks.diagonal_loss:.2f} times as much together (block Fisher "
+            "information of each layer's heads and of its neurons) as one by one (its diagonal).",
         )
-    if gates is not None:
-        yield (
-            "note",
-            f"Gates priced together keep {gates.overlap} of the {audit.count} layers that gates "
-            "priced alone keep.",
-        )
-
-
-def _number(value: float | None) -> str:
-    return "undefined" if value is None else f"{value:.2f}"
 
 
 def _routers(audit: Audit) -> Iterable[Verdict]:

@@ -9,7 +9,6 @@ them with their sources, docs/METHOD.md has the figures.
 
 from __future__ import annotations
 
-from floe.selection.coupled import gate_fisher, gate_fisher_diagonal
 from floe.selection.policies import from_statistics as measured
 from floe.selection.policies.baselines import (
     all_layers,
@@ -24,6 +23,7 @@ from floe.selection.policies.from_scores import (
     adapter_fisher,
     fisher_high,
     fisher_low,
+    gate_fisher_diagonal,
     masks,
     probe,
     segment,
@@ -40,7 +40,6 @@ POLICIES: dict[str, Policy] = {
     "masks": masks,
     "adapter_fisher": adapter_fisher,
     "probe": probe,
-    "gate_fisher": gate_fisher,
     "gate_fisher_diagonal": gate_fisher_diagonal,
     "fisher_high": fisher_high,
     "fisher_low": fisher_low,

@@ -49,6 +49,29 @@ def probe(situation: Situation) -> Floats:
     return finite("probe_fisher", values)
 
 
+def gate_fisher_diagonal(situation: Situation) -> Floats:
+    """Fisher information of the gate that scales a layer's adapters, descending.
+
+    A gate g_k = 1 multiplies all adapters of layer k, so its gradient is the sum of theirs; the
+    score is sum_n (d L_n / d g_k)^2. Source: Eq. 9 of the FLoE paper with gates on the adapters in
+    place of masks on the weights. Assumes that an adapter is worth keeping if closing it hurts the
+    warm-up model, and drops the first-order term, as Eq. 6 does.
+    """
+    gradient = situation.scores.gate_gradient
+    if gradient is None:
+        raise ValueError(
+            "policy 'gate_fisher_diagonal' needs scores.gate_gradient, got None; "
+            "floe.score measures it with the adapters' Fisher information: score the model again"
+        )
+    if len(gradient) == 0 or np.shape(gradient)[1] != situation.total:
+        raise ValueError(
+            f"gate_gradient must be [S, {situation.total}, P] with S > 0, "
+            f"got shape {np.shape(gradient)}"
+        )
+    layers = np.asarray(gradient, dtype=np.float64).sum(axis=2)
+    return finite("gate_fisher_diagonal", np.square(layers).sum(axis=0))
+
+
 def fisher_high(situation: Situation) -> Floats:
     """Layers of high mask Fisher first: sum over heads and neurons of Eq. 9-11, descending.
 
