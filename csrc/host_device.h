@@ -1,12 +1,14 @@
-// One spelling for functions that g++ and nvcc both compile.
+// FLOE_INLINE: hot functions of g++ alone. FLOE_HOST_DEVICE: those that nvcc compiles, too.
 #pragma once
+
+#define FLOE_INLINE inline __attribute__((always_inline))
 
 #if defined(__CUDACC__)
 #define FLOE_HOST_DEVICE __host__ __device__ __forceinline__
 #define FLOE_UNROLL _Pragma("unroll")
 #define FLOE_UNROLL_BY_4 _Pragma("unroll 4")
 #else
-#define FLOE_HOST_DEVICE inline __attribute__((always_inline))
+#define FLOE_HOST_DEVICE FLOE_INLINE
 #define FLOE_UNROLL
 #define FLOE_UNROLL_BY_4
 #endif

@@ -23,24 +23,24 @@ struct Key {
   std::uint32_t word[2];
 };
 
-FLOE_HOST_DEVICE Key key_of(std::int64_t seed) {
+FLOE_INLINE Key key_of(std::int64_t seed) {
   const auto bits = static_cast<std::uint64_t>(seed);
   return {{static_cast<std::uint32_t>(bits), static_cast<std::uint32_t>(bits >> 32)}};
 }
 
 // The counter of columns [16 * block, 16 * block + 16) of `row`. Blocks beyond 2^32 would repeat,
 // at 2^36 columns.
-FLOE_HOST_DEVICE Words counter_of(std::int64_t row, std::int64_t block) {
+FLOE_INLINE Words counter_of(std::int64_t row, std::int64_t block) {
   const auto bits = static_cast<std::uint64_t>(row);
   return {{static_cast<std::uint32_t>(block), static_cast<std::uint32_t>(bits),
            static_cast<std::uint32_t>(bits >> 32), 0u}};
 }
 
-FLOE_HOST_DEVICE Key next_key(Key key) {
+FLOE_INLINE Key next_key(Key key) {
   return {{key.word[0] + 0x9E3779B9u, key.word[1] + 0xBB67AE85u}};
 }
 
-FLOE_HOST_DEVICE Words philox_4x32(Words counter, Key key, int rounds = kRounds) {
+FLOE_INLINE Words philox_4x32(Words counter, Key key, int rounds = kRounds) {
   for (int round = 0; round < rounds; ++round) {
     const std::uint64_t product0 = std::uint64_t{0xD2511F53u} * counter.word[0];
     const std::uint64_t product2 = std::uint64_t{0xCD9E8D57u} * counter.word[2];
@@ -54,7 +54,7 @@ FLOE_HOST_DEVICE Words philox_4x32(Words counter, Key key, int rounds = kRounds)
 }
 
 // The byte that decides column `16 * block + j`; the column is kept iff byte >= threshold(p).
-FLOE_HOST_DEVICE std::uint32_t byte_of(const Words& words, int j) {
+FLOE_INLINE std::uint32_t byte_of(const Words& words, int j) {
   return words.word[j / 4] >> (8 * (j % 4)) & 0xffu;
 }
 

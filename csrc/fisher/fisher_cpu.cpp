@@ -9,14 +9,14 @@ namespace {
 constexpr int kRows = 4;  // tokens a sweep: a quarter of the traffic to the sums
 
 template <typename T>
-FLOE_HOST_DEVICE void add_one_row(const T* __restrict__ a, const T* __restrict__ g,
-                                  std::int64_t columns, Accumulator<T>* __restrict__ sum) {
+FLOE_INLINE void add_one_row(const T* __restrict__ a, const T* __restrict__ g, std::int64_t columns,
+                             Accumulator<T>* __restrict__ sum) {
   for (std::int64_t c = 0; c < columns; ++c) sum[c] += widen(a[c]) * widen(g[c]);
 }
 
 template <typename T>
-FLOE_HOST_DEVICE void add_rows(const T* const (&a)[kRows], const T* const (&g)[kRows],
-                               std::int64_t columns, Accumulator<T>* __restrict__ sum) {
+FLOE_INLINE void add_rows(const T* const (&a)[kRows], const T* const (&g)[kRows],
+                          std::int64_t columns, Accumulator<T>* __restrict__ sum) {
   // Named, because the compiler cannot see through an array that the rows do not overlap the sums.
   const T* __restrict__ a0 = a[0], * __restrict__ a1 = a[1];
   const T* __restrict__ a2 = a[2], * __restrict__ a3 = a[3];
@@ -32,8 +32,8 @@ FLOE_HOST_DEVICE void add_rows(const T* const (&a)[kRows], const T* const (&g)[k
 // Rows are streamed, never blocked by columns: a row of a real model is 8 to 28 KB, and strided
 // reads of column blocks run at a tenth of the memory's speed.
 template <typename T>
-FLOE_HOST_DEVICE void sum_tokens_of(const Site<T>& site, Accumulator<T>* partial,
-                                    std::int64_t first, std::int64_t last) {
+FLOE_INLINE void sum_tokens_of(const Site<T>& site, Accumulator<T>* partial, std::int64_t first,
+                               std::int64_t last) {
   const std::int64_t splits = splits_of(site.tokens);
   for (std::int64_t task = first; task < last; ++task) {
     const std::int64_t origin = task / splits * site.tokens;
@@ -57,8 +57,8 @@ FLOE_HOST_DEVICE void sum_tokens_of(const Site<T>& site, Accumulator<T>* partial
 
 // Columns of one sample in double, a cache-sized run of whole units at a time.
 template <typename A>
-FLOE_HOST_DEVICE void sum_splits_of(const A* partial, const Extent& extent, double* gradient,
-                                    std::int64_t first, std::int64_t last) {
+FLOE_INLINE void sum_splits_of(const A* partial, const Extent& extent, double* gradient,
+                               std::int64_t first, std::int64_t last) {
   const std::int64_t units = extent.units, group = extent.group_size;
   const std::int64_t units_a_run = std::max<std::int64_t>(1, 1024 / group);
   std::vector<double> column_sum(static_cast<std::size_t>(units_a_run * group));

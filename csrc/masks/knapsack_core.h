@@ -1,7 +1,9 @@
-// The exact search among the units near the break of a greedy choice.
+// The exact search among the units near the break of a greedy choice: better choices by changing a
+// few units of it. A unit behind the break enters, or one before it leaves.
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <chrono>
 #include <cstddef>
 #include <cstdint>
@@ -10,11 +12,142 @@
 #include <vector>
 
 #include "masks/knapsack.h"
-#include "masks/knapsack_changes.h"
 #include "masks/knapsack_order.h"
 #include "masks/units.h"
 
 namespace floe::masks {
+
+struct Change {
+  double cost;   // of the choice, what it changes by: < 0 if the unit leaves
+  double value;  // likewise
+  double loss;   // how much of the linear bound the change gives up, >= 0
+  std::size_t position;
+};
+
+// The most valuable set of changes that was found, in the order in which they were added.
+struct BestChanges {
+  double gain;
+  std::vector<std::size_t> positions = {};
+  std::int64_t states = 0;  // examined
+  bool exhausted = false;   // no other set of changes is worth more
+};
+
+using Index = std::uint32_t;
+
+inline constexpr Index kRoot = std::numeric_limits<Index>::max();
+
+// A set of changes: one more than `parent`'s.
+struct Set {
+  double cost;
+  double value;
+  double loss;
+  Index parent;
+  Index change;
+};
+
+// All sets of changes that lose less than `reach`, the empty one first; changes ascend in loss. An
+// empty list stands for more than `most`.
+inline std::vector<Set> sets_of(const std::vector<Change>& changes, double reach,
+                                std::size_t most) {
+  std::vector<Set> sets{{0.0, 0.0, 0.0, kRoot, kRoot}};
+  for (std::size_t i = 0; i < sets.size(); ++i) {
+    const Set set = sets[i];
+    for (std::size_t next = set.change == kRoot ? 0 : set.change + 1; next < changes.size();
+         ++next) {
+      const Change& change = changes[next];
+      if (!(set.loss + change.loss < reach)) break;
+      if (sets.size() == most) return {};
+      sets.push_back({set.cost + change.cost, set.value + change.value, set.loss + change.loss,
+                      static_cast<Index>(i), static_cast<Index>(next)});
+    }
+  }
+  return sets;
+}
+
+inline void append(std::vector<std::size_t>& positions, const std::vector<Set>& sets, Index set,
+                   const std::vector<Change>& changes) {
+  for (; sets[set].parent != kRoot; set = sets[set].parent)
+    positions.push_back(changes[sets[set].change].position);
+}
+
+// Sets by cost.
+inline std::vector<std::pair<double, Index>> by_cost(const std::vector<Set>& sets) {
+  std::vector<std::pair<double, Index>> order(sets.size());
+  for (Index i = 0; i < order.size(); ++i) order[i] = {sets[i].cost, i};
+  std::ranges::sort(order);
+  return order;
+}
+
+// The best one or two changes that cost no more than `room` and gain more than `least`; empty if
+// there are none. For every first change the best second one is the most valuable among the
+// cheapest. O(n log n).
+inline BestChanges best_pair(std::vector<Change> changes, double room, double least) {
+  constexpr std::size_t kNone = std::numeric_limits<std::size_t>::max();
+  changes.push_back({0.0, 0.0, 0.0, kNone});  // so that a pair can be a single change
+  std::ranges::stable_sort(changes, {}, &Change::cost);
+  // The two most valuable of the changes up to each: the best second change may be the first.
+  std::vector<std::array<Index, 2>> best_two(changes.size());
+  for (Index i = 1; i < changes.size(); ++i) {
+    auto [one, two] = best_two[i - 1];
+    if (changes[i].value > changes[one].value) {
+      two = std::exchange(one, i);
+    } else if (one == two || changes[i].value > changes[two].value) {
+      two = i;
+    }
+    best_two[i] = {one, two};
+  }
+  BestChanges best{.gain = least};
+  best.states = static_cast<std::int64_t>(changes.size());
+  std::size_t fitting = changes.size();
+  for (std::size_t i = 0; i < changes.size(); ++i) {
+    while (fitting > 0 && changes[i].cost + changes[fitting - 1].cost > room) --fitting;
+    if (fitting == 0) break;
+    const auto [one, two] = best_two[fitting - 1];
+    const std::size_t j = one == i ? two : one;
+    if (i == j || !(changes[i].value + changes[j].value > best.gain)) continue;
+    best.gain = changes[i].value + changes[j].value;
+    best.positions = {changes[i].position, changes[j].position};
+  }
+  std::erase(best.positions, kNone);
+  return best;
+}
+
+// The best set of changes that costs no more than `room`, loses less than `reach` and gains more
+// than `least`; changes ascend in loss. Lists the sets within two halves of the changes and joins
+// the lists like best_pair: about the square root of the sets that there are. Gives up, not
+// exhausted, if either list would exceed `most` sets.
+inline BestChanges best_join(const std::vector<Change>& changes, double room, double reach,
+                             double least, std::size_t most) {
+  std::array<std::vector<Change>, 2> half;
+  for (std::size_t i = 0; i < changes.size() && changes[i].loss < reach; ++i)
+    half[i % 2].push_back(changes[i]);
+  BestChanges best{.gain = least};
+  const std::vector<Set> first = sets_of(half[0], reach, most);
+  const std::vector<Set> second = sets_of(half[1], reach, most);
+  best.states = static_cast<std::int64_t>(first.size() + second.size());
+  if (first.empty() || second.empty()) return best;
+  const auto second_order = by_cost(second);
+  std::vector<Index> most_valuable(second.size());  // of the cheapest
+  for (std::size_t i = 0; i < second.size(); ++i) {
+    const Index one = second_order[i].second;
+    const Index before = i == 0 ? one : most_valuable[i - 1];
+    most_valuable[i] = second[one].value > second[before].value ? one : before;
+  }
+  std::pair<Index, Index> found{0, 0};
+  std::size_t fitting = second.size();
+  for (const auto& [cost, i] : by_cost(first)) {
+    while (fitting > 0 && cost + second_order[fitting - 1].first > room) --fitting;
+    if (fitting == 0) break;
+    const Index j = most_valuable[fitting - 1];
+    if (!(first[i].value + second[j].value > best.gain)) continue;
+    best.gain = first[i].value + second[j].value;
+    found = {i, j};
+  }
+  append(best.positions, first, found.first, half[0]);
+  append(best.positions, second, found.second, half[1]);
+  best.exhausted = true;
+  return best;
+}
 
 // Searches for something better than the greedy choice by changing it near the break unit: units
 // behind the break may enter, units before it may leave, in turn and nearest first (Pisinger's
@@ -63,7 +196,6 @@ class CoreSearch {
 
  private:
   static constexpr std::size_t kNone = std::numeric_limits<std::size_t>::max();
-  static constexpr std::uint32_t kRoot = std::numeric_limits<std::uint32_t>::max();
   struct State {
     double cost;  // both relative to the prefix, so that small differences keep their digits
     double value;

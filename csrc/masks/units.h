@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <array>
 #include <bit>
+#include <cfloat>
 #include <charconv>
 #include <chrono>
 #include <cmath>
@@ -19,8 +20,6 @@
 #include <string_view>
 #include <utility>
 #include <vector>
-
-#include "masks/units_sum.h"
 
 namespace floe::masks {
 
@@ -107,6 +106,61 @@ class Scaled {
 inline constexpr double kTolerance = 1e-12;
 inline double capacity_of(double budget) { return budget * (1.0 + kTolerance); }
 
+// Sums keep what rounding loses.
+static_assert(FLT_EVAL_METHOD == 0, "double arithmetic must round to double after every operation");
+
+// Sums of several series, each with a second double that collects the rounding errors (Knuth's
+// TwoSum): about 100 bits, and the same bits on every machine, which long double does not give.
+template <std::size_t kLanes>
+class Sums {
+ public:
+  void add(const std::array<double, kLanes>& terms) {
+    for (std::size_t lane = 0; lane < kLanes; ++lane) {
+      const double sum = high_[lane] + terms[lane];
+      const double added = sum - high_[lane];
+      low_[lane] += (high_[lane] - (sum - added)) + (terms[lane] - added);
+      high_[lane] = sum;
+    }
+  }
+
+  // Rounded to double; infinity if the sum overflowed.
+  double total(std::size_t lane) const {
+    return std::isfinite(high_[lane]) ? high_[lane] + low_[lane] : high_[lane];
+  }
+
+  double high(std::size_t lane) const { return high_[lane]; }
+  double low(std::size_t lane) const { return low_[lane]; }
+
+ private:
+  std::array<double, kLanes> high_{};
+  std::array<double, kLanes> low_{};
+};
+
+class Sum {
+ public:
+  Sum() = default;
+  explicit Sum(double first) { add(first); }
+
+  void add(double term) { sums_.add({term}); }
+  void add(const Sum& other) {
+    add(other.sums_.high(0));
+    add(other.sums_.low(0));
+  }
+  void subtract(const Sum& other) {
+    add(-other.sums_.high(0));
+    add(-other.sums_.low(0));
+  }
+  double total() const { return sums_.total(0); }
+  double with(double term) const {  // the total after one more term
+    Sum sum = *this;
+    sum.add(term);
+    return sum.total();
+  }
+
+ private:
+  Sums<1> sums_;
+};
+
 struct Totals {
   double value = 0.0;  // of the retained units
   double cost = 0.0;
@@ -138,8 +192,6 @@ using Poll = std::function<void(std::int64_t done)>;
 class Ticker {
  public:
   explicit Ticker(Poll poll) : poll_(std::move(poll)), last_(Clock::now()) {}
-  explicit Ticker(std::function<void()> poll)
-      : Ticker(poll ? Poll([call = std::move(poll)](std::int64_t) { call(); }) : Poll()) {}
 
   void tick(std::int64_t done = 0) {
     if (!poll_) return;

@@ -13,7 +13,7 @@ namespace floe::moe_lora {
 struct Part {
   std::int64_t first_token, last_token, first_column, last_column;
 
-  FLOE_HOST_DEVICE Part(const Cut& cut, std::int64_t index)
+  FLOE_INLINE Part(const Cut& cut, std::int64_t index)
       : first_token(index / cut.splits() * cut.chunk_tokens()),
         last_token(std::min(first_token + cut.chunk_tokens(), cut.tokens)),
         first_column(index % cut.splits() * cut.split_columns()),
@@ -22,8 +22,8 @@ struct Part {
 
 // target [count] = the sum of `parts` rows, `stride` apart; in the accumulator's type or in T.
 template <typename T, typename A>
-FLOE_HOST_DEVICE void add_parts(const A* parts, std::int64_t part_count, std::int64_t stride,
-                                std::int64_t count, void* target, std::int64_t offset, bool wide) {
+FLOE_INLINE void add_parts(const A* parts, std::int64_t part_count, std::int64_t stride,
+                           std::int64_t count, void* target, std::int64_t offset, bool wide) {
   A sums[kColumns];
   for (std::int64_t c = 0; c < count; c += kColumns) {
     const std::int64_t run = std::min(kColumns, count - c);
@@ -43,7 +43,7 @@ FLOE_HOST_DEVICE void add_parts(const A* parts, std::int64_t part_count, std::in
 
 // expand [N, J] in pairs of rows, J padded.
 template <typename Lanes, typename T>
-FLOE_HOST_DEVICE void pack_pairs(const GradY<T>& call, std::int64_t first, std::int64_t last) {
+FLOE_INLINE void pack_pairs(const GradY<T>& call, std::int64_t first, std::int64_t last) {
   const std::int64_t width = call.padded_width(), end = std::min(last * kTokens, call.features);
   auto* packed = static_cast<typename Lanes::Element*>(call.packed);
   const Scratch<T> scratch(2 * call.width);
@@ -62,16 +62,16 @@ struct GradYScratch {
   Scratch<Element> z, z_pairs;          // [kTokens, padded J]
   Scratch<typename Lanes::Sum> grad_z;  // [kTokens, padded J]
 
-  FLOE_HOST_DEVICE explicit GradYScratch(const GradY<T>& call)
+  FLOE_INLINE explicit GradYScratch(const GradY<T>& call)
       : z(kTokens * call.padded_width()),
         z_pairs(kTokens * call.padded_width()),
         grad_z(kTokens * call.padded_width()) {}
 };
 
 template <typename Lanes, typename T>
-FLOE_HOST_DEVICE const typename Lanes::Element* load_z(const GradY<T>& call,
-                                                       GradYScratch<Lanes, T>& scratch,
-                                                       std::int64_t origin, std::int64_t tokens) {
+FLOE_INLINE const typename Lanes::Element* load_z(const GradY<T>& call,
+                                                  GradYScratch<Lanes, T>& scratch,
+                                                  std::int64_t origin, std::int64_t tokens) {
   const std::int64_t width = call.padded_width();
   const std::int64_t rows = round_up(tokens, 4);
   std::fill(scratch.z.get(), scratch.z.get() + rows * width, typename Lanes::Element{});
@@ -83,10 +83,10 @@ FLOE_HOST_DEVICE const typename Lanes::Element* load_z(const GradY<T>& call,
 
 // One tile of grad_y: adds to the tokens' grad_z and to grad_expand of the tile's columns.
 template <typename Lanes, typename T>
-FLOE_HOST_DEVICE void grad_y_tile(const GradY<T>& call, GradYScratch<Lanes, T>& scratch,
-                                  const typename Lanes::Element* z, std::int64_t origin,
-                                  std::int64_t tokens, std::int64_t n, std::int64_t columns,
-                                  typename Lanes::Sum* grad_expand) {
+FLOE_INLINE void grad_y_tile(const GradY<T>& call, GradYScratch<Lanes, T>& scratch,
+                             const typename Lanes::Element* z, std::int64_t origin,
+                             std::int64_t tokens, std::int64_t n, std::int64_t columns,
+                             typename Lanes::Sum* grad_expand) {
   constexpr std::int64_t kPair = Lanes::kPair;
   const std::int64_t width = call.padded_width(), rows = round_up(tokens, 4);
   const auto* packed = static_cast<const typename Lanes::Element*>(call.packed);
@@ -102,7 +102,7 @@ FLOE_HOST_DEVICE void grad_y_tile(const GradY<T>& call, GradYScratch<Lanes, T>& 
 }
 
 template <typename Lanes, typename T>
-FLOE_HOST_DEVICE void grad_y_parts(const GradY<T>& call, std::int64_t first, std::int64_t last) {
+FLOE_INLINE void grad_y_parts(const GradY<T>& call, std::int64_t first, std::int64_t last) {
   const Cut cut = call.cut();
   const std::int64_t width = call.padded_width(), size = cut.split_columns() * width;
   GradYScratch<Lanes, T> scratch(call);
@@ -127,7 +127,7 @@ FLOE_HOST_DEVICE void grad_y_parts(const GradY<T>& call, std::int64_t first, std
 
 // Tasks are runs of tokens, then runs of features.
 template <typename Lanes, typename T>
-FLOE_HOST_DEVICE void finish_grad_y(const GradY<T>& call, std::int64_t first, std::int64_t last) {
+FLOE_INLINE void finish_grad_y(const GradY<T>& call, std::int64_t first, std::int64_t last) {
   const Cut cut = call.cut();
   const std::int64_t width = call.padded_width(), columns = cut.split_columns();
   const std::int64_t token_tasks = ceil_divide(call.tokens, kTokens);
@@ -152,7 +152,7 @@ FLOE_HOST_DEVICE void finish_grad_y(const GradY<T>& call, std::int64_t first, st
 // The P rows as the operand of pack_transposed, lanes along K and steps along P: those of A, then
 // those of the routers.
 template <typename Lanes, typename T>
-FLOE_HOST_DEVICE void pack_columns(const GradX<T>& call, std::int64_t first, std::int64_t last) {
+FLOE_INLINE void pack_columns(const GradX<T>& call, std::int64_t first, std::int64_t last) {
   constexpr std::int64_t kPair = Lanes::kPair, kLanes = kWide<Lanes>;
   const std::int64_t hidden_rows = call.hidden_rows(), row_count = call.row_count();
   const std::int64_t hidden = round_up(hidden_rows, kPair);
@@ -184,7 +184,7 @@ struct GradXScratch {
   Scratch<Element> grad_pairs;  // [kTokens / kPair, padded, kPair]
   Mask<Lanes> mask;
 
-  FLOE_HOST_DEVICE explicit GradXScratch(const GradX<T>& call)
+  FLOE_INLINE explicit GradXScratch(const GradX<T>& call)
       : hidden(round_up(call.hidden_rows(), Lanes::kPair)),
         rows(hidden + round_up(call.logit_rows(), Lanes::kPair)),
         padded(call.padded_rows()),
@@ -196,8 +196,8 @@ struct GradXScratch {
 // Both layouts of a tile's grads. The dropout's scale goes into those of hidden: there it serves
 // grad_x and grad_rows alike.
 template <typename Lanes, typename T>
-FLOE_HOST_DEVICE void load_grads(const GradX<T>& call, GradXScratch<Lanes, T>& scratch,
-                                 std::int64_t origin, std::int64_t tokens) {
+FLOE_INLINE void load_grads(const GradX<T>& call, GradXScratch<Lanes, T>& scratch,
+                            std::int64_t origin, std::int64_t tokens) {
   constexpr std::int64_t kPair = Lanes::kPair;
   using Sum = typename Lanes::Sum;
   const Sum scale = call.dropout.active ? scratch.mask.scale() : Sum{1};
@@ -221,10 +221,10 @@ FLOE_HOST_DEVICE void load_grads(const GradX<T>& call, GradXScratch<Lanes, T>& s
 
 // The rows' gradients in a tile's columns; sums are [padded, stride].
 template <typename Lanes, typename T>
-FLOE_HOST_DEVICE void add_grad_rows(const GradX<T>& call, GradXScratch<Lanes, T>& scratch,
-                                    std::int64_t origin, std::int64_t tokens, std::int64_t c,
-                                    std::int64_t columns, typename Lanes::Sum* sums,
-                                    std::int64_t stride) {
+FLOE_INLINE void add_grad_rows(const GradX<T>& call, GradXScratch<Lanes, T>& scratch,
+                               std::int64_t origin, std::int64_t tokens, std::int64_t c,
+                               std::int64_t columns, typename Lanes::Sum* sums,
+                               std::int64_t stride) {
   constexpr std::int64_t kPair = Lanes::kPair;
   const std::int64_t rows = round_up(tokens, 4), lanes = round_up(columns, kPadding);
   const std::int64_t hidden = round_up(call.hidden_rows(), 4), step = scratch.padded * kPair;
@@ -248,9 +248,9 @@ FLOE_HOST_DEVICE void add_grad_rows(const GradX<T>& call, GradXScratch<Lanes, T>
 
 // grad_x of a tile.
 template <typename Lanes, typename T>
-FLOE_HOST_DEVICE void write_grad_x(const GradX<T>& call, const GradXScratch<Lanes, T>& scratch,
-                                   std::int64_t origin, std::int64_t tokens, std::int64_t c,
-                                   std::int64_t columns) {
+FLOE_INLINE void write_grad_x(const GradX<T>& call, const GradXScratch<Lanes, T>& scratch,
+                              std::int64_t origin, std::int64_t tokens, std::int64_t c,
+                              std::int64_t columns) {
   constexpr std::int64_t kPair = Lanes::kPair, kLanes = kWide<Lanes>;
   constexpr int kRows = Lanes::kBlockRows;
   const auto* packed = static_cast<const typename Lanes::Element*>(call.packed);
@@ -290,7 +290,7 @@ FLOE_HOST_DEVICE void write_grad_x(const GradX<T>& call, const GradXScratch<Lane
 }
 
 template <typename Lanes, typename T>
-FLOE_HOST_DEVICE void grad_x_parts(const GradX<T>& call, std::int64_t first, std::int64_t last) {
+FLOE_INLINE void grad_x_parts(const GradX<T>& call, std::int64_t first, std::int64_t last) {
   const Cut cut = call.cut();
   GradXScratch<Lanes, T> scratch(call);
   const std::int64_t stride = cut.split_columns(), size = scratch.padded * stride;
@@ -314,7 +314,7 @@ FLOE_HOST_DEVICE void grad_x_parts(const GradX<T>& call, std::int64_t first, std
 }
 
 template <typename Lanes, typename T>
-FLOE_HOST_DEVICE void finish_grad_x(const GradX<T>& call, std::int64_t first, std::int64_t last) {
+FLOE_INLINE void finish_grad_x(const GradX<T>& call, std::int64_t first, std::int64_t last) {
   const Cut cut = call.cut();
   const std::int64_t columns = cut.split_columns(), size = call.padded_rows() * columns;
   const std::int64_t hidden_rows = call.hidden_rows();
@@ -331,16 +331,14 @@ FLOE_HOST_DEVICE void finish_grad_x(const GradX<T>& call, std::int64_t first, st
 }
 
 template <typename Lanes, typename T>
-FLOE_HOST_DEVICE void run_step(const GradY<T>& call, Step step, std::int64_t first,
-                               std::int64_t last) {
+FLOE_INLINE void run_step(const GradY<T>& call, Step step, std::int64_t first, std::int64_t last) {
   if (step == Step::kPack) pack_pairs<Lanes>(call, first, last);
   if (step == Step::kRun) grad_y_parts<Lanes>(call, first, last);
   if (step == Step::kFinish) finish_grad_y<Lanes>(call, first, last);
 }
 
 template <typename Lanes, typename T>
-FLOE_HOST_DEVICE void run_step(const GradX<T>& call, Step step, std::int64_t first,
-                               std::int64_t last) {
+FLOE_INLINE void run_step(const GradX<T>& call, Step step, std::int64_t first, std::int64_t last) {
   if (step == Step::kPack) pack_columns<Lanes>(call, first, last);
   if (step == Step::kRun) grad_x_parts<Lanes>(call, first, last);
   if (step == Step::kFinish) finish_grad_x<Lanes>(call, first, last);

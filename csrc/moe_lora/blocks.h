@@ -14,10 +14,10 @@ namespace floe::moe_lora {
 // sums[a, l] += sum over steps s of u[a, s] * v[s, l]; a step is kPair elements of u and of each
 // lane of v. Strides in elements.
 template <typename Lanes, int kRows, int kVectors>
-FLOE_HOST_DEVICE void add_steps(typename Lanes::Vector (&sums)[kRows][kVectors],
-                                const typename Lanes::Element* u, std::int64_t u_row,
-                                std::int64_t u_step, const typename Lanes::Element* v,
-                                std::int64_t v_step, std::int64_t steps) {
+FLOE_INLINE void add_steps(typename Lanes::Vector (&sums)[kRows][kVectors],
+                           const typename Lanes::Element* u, std::int64_t u_row,
+                           std::int64_t u_step, const typename Lanes::Element* v,
+                           std::int64_t v_step, std::int64_t steps) {
   for (std::int64_t s = 0; s < steps; ++s, u += u_step, v += v_step) {
     typename Lanes::Operand right[kVectors];
 #pragma GCC unroll 8
@@ -35,10 +35,10 @@ FLOE_HOST_DEVICE void add_steps(typename Lanes::Vector (&sums)[kRows][kVectors],
 }
 
 template <typename Lanes, int kRows, int kVectors>
-FLOE_HOST_DEVICE void multiply_block(const typename Lanes::Element* u, std::int64_t u_row,
-                                     std::int64_t u_step, const typename Lanes::Element* v,
-                                     std::int64_t v_step, std::int64_t steps,
-                                     typename Lanes::Sum* out, std::int64_t out_row) {
+FLOE_INLINE void multiply_block(const typename Lanes::Element* u, std::int64_t u_row,
+                                std::int64_t u_step, const typename Lanes::Element* v,
+                                std::int64_t v_step, std::int64_t steps, typename Lanes::Sum* out,
+                                std::int64_t out_row) {
   typename Lanes::Vector sums[kRows][kVectors];
 #pragma GCC unroll 8
   for (int a = 0; a < kRows; ++a) {
@@ -58,11 +58,10 @@ FLOE_HOST_DEVICE void multiply_block(const typename Lanes::Element* u, std::int6
 }
 
 template <typename Lanes, int kVectors>
-FLOE_HOST_DEVICE void multiply_lanes(const typename Lanes::Element* u, std::int64_t u_row,
-                                     std::int64_t u_step, const typename Lanes::Element* v,
-                                     std::int64_t v_step, std::int64_t steps,
-                                     typename Lanes::Sum* out, std::int64_t out_row,
-                                     std::int64_t rows) {
+FLOE_INLINE void multiply_lanes(const typename Lanes::Element* u, std::int64_t u_row,
+                                std::int64_t u_step, const typename Lanes::Element* v,
+                                std::int64_t v_step, std::int64_t steps, typename Lanes::Sum* out,
+                                std::int64_t out_row, std::int64_t rows) {
   std::int64_t a = 0;
   for (; a + Lanes::kBlockRows <= rows; a += Lanes::kBlockRows) {
     multiply_block<Lanes, Lanes::kBlockRows, kVectors>(u + a * u_row, u_row, u_step, v, v_step,
@@ -76,10 +75,10 @@ FLOE_HOST_DEVICE void multiply_lanes(const typename Lanes::Element* u, std::int6
 
 // out [rows, lanes] += u v; `rows` is a multiple of 4, `lanes` of kLanes.
 template <typename Lanes>
-FLOE_HOST_DEVICE void multiply(const typename Lanes::Element* u, std::int64_t u_row,
-                               std::int64_t u_step, const typename Lanes::Element* v,
-                               std::int64_t v_step, std::int64_t steps, typename Lanes::Sum* out,
-                               std::int64_t out_row, std::int64_t rows, std::int64_t lanes) {
+FLOE_INLINE void multiply(const typename Lanes::Element* u, std::int64_t u_row, std::int64_t u_step,
+                          const typename Lanes::Element* v, std::int64_t v_step, std::int64_t steps,
+                          typename Lanes::Sum* out, std::int64_t out_row, std::int64_t rows,
+                          std::int64_t lanes) {
   std::int64_t l = 0;
   for (; l + 2 * Lanes::kLanes <= lanes; l += 2 * Lanes::kLanes) {
     multiply_lanes<Lanes, 2>(u, u_row, u_step, v + l * Lanes::kPair, v_step, steps, out + l,
@@ -93,10 +92,9 @@ FLOE_HOST_DEVICE void multiply(const typename Lanes::Element* u, std::int64_t u_
 
 // sums[t, p] (a vector) += lane by lane products of tile[t, :] and rows[p, :], `columns` long.
 template <typename Lanes, int kRows>
-FLOE_HOST_DEVICE void dot_block(const typename Lanes::Element* tile,
-                                const typename Lanes::Element* rows, std::int64_t row_stride,
-                                std::int64_t columns, typename Lanes::Sum* sums,
-                                std::int64_t sums_row) {
+FLOE_INLINE void dot_block(const typename Lanes::Element* tile, const typename Lanes::Element* rows,
+                           std::int64_t row_stride, std::int64_t columns, typename Lanes::Sum* sums,
+                           std::int64_t sums_row) {
   typename Lanes::Vector block[Lanes::kDotTokens][kRows];
 #pragma GCC unroll 8
   for (int t = 0; t < Lanes::kDotTokens; ++t) {
@@ -130,10 +128,10 @@ FLOE_HOST_DEVICE void dot_block(const typename Lanes::Element* tile,
 }
 
 template <typename Lanes, int kRows>
-FLOE_HOST_DEVICE void dot_tokens(const typename Lanes::Element* tile, std::int64_t tokens,
-                                 const typename Lanes::Element* rows, std::int64_t row_stride,
-                                 std::int64_t columns, typename Lanes::Sum* sums,
-                                 std::int64_t sums_row) {
+FLOE_INLINE void dot_tokens(const typename Lanes::Element* tile, std::int64_t tokens,
+                            const typename Lanes::Element* rows, std::int64_t row_stride,
+                            std::int64_t columns, typename Lanes::Sum* sums,
+                            std::int64_t sums_row) {
   for (std::int64_t t = 0; t < tokens; t += Lanes::kDotTokens) {
     dot_block<Lanes, kRows>(tile + t * kColumns, rows, row_stride, columns,
                             sums + t * sums_row * Lanes::kLanes, sums_row);
@@ -142,10 +140,10 @@ FLOE_HOST_DEVICE void dot_tokens(const typename Lanes::Element* tile, std::int64
 
 // sums [tokens, row_count] of a tile, in groups of rows of nearly one size.
 template <typename Lanes>
-FLOE_HOST_DEVICE void dot(const typename Lanes::Element* tile, std::int64_t tokens,
-                          const typename Lanes::Element* rows, std::int64_t row_count,
-                          std::int64_t row_stride, std::int64_t columns, typename Lanes::Sum* sums,
-                          std::int64_t sums_row) {
+FLOE_INLINE void dot(const typename Lanes::Element* tile, std::int64_t tokens,
+                     const typename Lanes::Element* rows, std::int64_t row_count,
+                     std::int64_t row_stride, std::int64_t columns, typename Lanes::Sum* sums,
+                     std::int64_t sums_row) {
   const std::int64_t groups = ceil_divide(row_count, Lanes::kDotRows);
   for (std::int64_t g = 0, p = 0; g < groups; ++g) {
     const std::int64_t count = ceil_divide(row_count - p, groups - g);
@@ -173,9 +171,8 @@ FLOE_HOST_DEVICE void dot(const typename Lanes::Element* tile, std::int64_t toke
 // tile [round_up(tokens, 4), round_up(columns, kPadding)] of rows kColumns apart; zero where the
 // matrix ends.
 template <typename Lanes, typename T>
-FLOE_HOST_DEVICE void load_tile(const T* __restrict__ source, std::int64_t stride,
-                                std::int64_t tokens, std::int64_t columns,
-                                typename Lanes::Element* __restrict__ tile) {
+FLOE_INLINE void load_tile(const T* __restrict__ source, std::int64_t stride, std::int64_t tokens,
+                           std::int64_t columns, typename Lanes::Element* __restrict__ tile) {
   const std::int64_t padded = round_up(columns, kPadding);
   for (std::int64_t t = 0; t < tokens; ++t) {
     auto* row = tile + t * kColumns;
@@ -190,10 +187,10 @@ FLOE_HOST_DEVICE void load_tile(const T* __restrict__ source, std::int64_t strid
 // The rows of a tile as the operand of a product that sums over them; where a step takes one row,
 // the tile itself. Columns in whole vectors.
 template <typename Lanes>
-FLOE_HOST_DEVICE const typename Lanes::Element* pair_rows(const typename Lanes::Element* tile,
-                                                          std::int64_t stride, std::int64_t rows,
-                                                          std::int64_t columns,
-                                                          typename Lanes::Element* pairs) {
+FLOE_INLINE const typename Lanes::Element* pair_rows(const typename Lanes::Element* tile,
+                                                     std::int64_t stride, std::int64_t rows,
+                                                     std::int64_t columns,
+                                                     typename Lanes::Element* pairs) {
   if constexpr (Lanes::kPair == 1) return tile;
   for (std::int64_t t = 0; t < rows; t += Lanes::kPair) {
     const auto* row = tile + t * stride;
@@ -209,17 +206,17 @@ struct Mask {
   std::uint32_t threshold;
   Scratch<std::uint8_t> bytes{kTokens * kColumns};
 
-  FLOE_HOST_DEVICE explicit Mask(const Dropout& dropout)
+  FLOE_INLINE explicit Mask(const Dropout& dropout)
       : key(philox::key_of(dropout.seed)), threshold(philox::threshold(dropout.p)) {}
 
-  FLOE_HOST_DEVICE void draw(std::int64_t first_row, std::int64_t rows, std::int64_t column) {
+  FLOE_INLINE void draw(std::int64_t first_row, std::int64_t rows, std::int64_t column) {
     for (std::int64_t t = 0; t < rows; ++t) {
       Lanes::draw(key, first_row + t, column / philox::kColumnsPerCall, bytes.get() + t * kColumns);
     }
   }
 
-  FLOE_HOST_DEVICE void keep_tile(const typename Lanes::Element* tile, std::int64_t tokens,
-                                  std::int64_t columns, typename Lanes::Element* kept) const {
+  FLOE_INLINE void keep_tile(const typename Lanes::Element* tile, std::int64_t tokens,
+                             std::int64_t columns, typename Lanes::Element* kept) const {
     const std::int64_t padded = round_up(columns, kPadding);
     for (std::int64_t t = 0; t < tokens; ++t) {
       Lanes::keep_elements(tile + t * kColumns, kept + t * kColumns, padded,
@@ -230,7 +227,7 @@ struct Mask {
     }
   }
 
-  FLOE_HOST_DEVICE typename Lanes::Sum scale() const {
+  FLOE_INLINE typename Lanes::Sum scale() const {
     return static_cast<typename Lanes::Sum>(philox::scale(threshold));
   }
 };

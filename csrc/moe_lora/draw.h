@@ -14,8 +14,8 @@ inline constexpr int kDrawn = kCalls * philox::kColumnsPerCall;
 
 // The bytes of `kCalls` consecutive blocks of 16 columns. The same rounds as philox_4x32, written
 // lane by lane so that the compiler vectorises them.
-FLOE_HOST_DEVICE void draw_bytes(philox::Key key, std::int64_t row, std::int64_t first_block,
-                                 std::uint8_t* bytes) {
+FLOE_INLINE void draw_bytes(philox::Key key, std::int64_t row, std::int64_t first_block,
+                            std::uint8_t* bytes) {
   static_assert(std::endian::native == std::endian::little, "byte j of a word is its j-th address");
   std::uint32_t c0[kCalls], c1[kCalls], c2[kCalls], c3[kCalls];
   for (int i = 0; i < kCalls; ++i) {

@@ -8,9 +8,9 @@ namespace floe::moe_lora {
 namespace {
 
 template <typename T>
-FLOE_HOST_DEVICE void drop_tile(const T* __restrict__ input, T* __restrict__ output, int count,
-                                const std::uint8_t* __restrict__ bytes, std::uint32_t threshold,
-                                Accumulator<T> scale) {
+FLOE_INLINE void drop_tile(const T* __restrict__ input, T* __restrict__ output, int count,
+                           const std::uint8_t* __restrict__ bytes, std::uint32_t threshold,
+                           Accumulator<T> scale) {
   T scaled[kDrawn];  // two loops: each vectorises, one with both widths does not
   for (int j = 0; j < count; ++j) scaled[j] = narrow<T>(widen(input[j]) * scale);
   // A select, not a product: a dropped infinity or NaN is 0.
@@ -18,9 +18,9 @@ FLOE_HOST_DEVICE void drop_tile(const T* __restrict__ input, T* __restrict__ out
 }
 
 template <typename T>
-FLOE_HOST_DEVICE void drop_rows_of(const T* input, T* output, std::int64_t columns,
-                                   std::int64_t first_row, std::int64_t last_row, double p,
-                                   std::int64_t seed) {
+FLOE_INLINE void drop_rows_of(const T* input, T* output, std::int64_t columns,
+                              std::int64_t first_row, std::int64_t last_row, double p,
+                              std::int64_t seed) {
   const philox::Key key = philox::key_of(seed);
   const std::uint32_t threshold = philox::threshold(p);
   const auto scale = static_cast<Accumulator<T>>(philox::scale(threshold));

@@ -10,8 +10,8 @@ namespace floe::moe_lora {
 
 // Elements [offset, offset + count) of a parameter: in place, or rounded into `scratch`.
 template <typename T>
-FLOE_HOST_DEVICE const T* rounded(const Parameter<T>& parameter, std::int64_t offset,
-                                  std::int64_t count, T* __restrict__ scratch) {
+FLOE_INLINE const T* rounded(const Parameter<T>& parameter, std::int64_t offset, std::int64_t count,
+                             T* __restrict__ scratch) {
   if (!parameter.wide) return static_cast<const T*>(parameter.data) + offset;
   const auto* stored = static_cast<const Accumulator<T>*>(parameter.data) + offset;
   for (std::int64_t i = 0; i < count; ++i) scratch[i] = narrow<T>(stored[i]);
@@ -19,7 +19,7 @@ FLOE_HOST_DEVICE const T* rounded(const Parameter<T>& parameter, std::int64_t of
 }
 
 template <typename Lanes, typename T>
-FLOE_HOST_DEVICE void pack_rows(const Shrink<T>& call, std::int64_t first, std::int64_t last) {
+FLOE_INLINE void pack_rows(const Shrink<T>& call, std::int64_t first, std::int64_t last) {
   auto* packed = static_cast<typename Lanes::Element*>(call.packed);
   const Scratch<T> scratch(call.columns);
   for (std::int64_t p = first; p < last; ++p) {
@@ -37,14 +37,14 @@ struct ShrinkScratch {
   Scratch<typename Lanes::Sum> sums;  // [kTokens, P] vectors
   Mask<Lanes> mask;
 
-  FLOE_HOST_DEVICE explicit ShrinkScratch(const Shrink<T>& call)
+  FLOE_INLINE explicit ShrinkScratch(const Shrink<T>& call)
       : sums(kTokens * call.group.row_count() * Lanes::kLanes), mask(call.dropout) {}
 };
 
 // Adds the products of one tile of x, from token `origin` and column `c` on.
 template <typename Lanes, typename T>
-FLOE_HOST_DEVICE void shrink_tile(const Shrink<T>& call, ShrinkScratch<Lanes, T>& scratch,
-                                  std::int64_t origin, std::int64_t tokens, std::int64_t c) {
+FLOE_INLINE void shrink_tile(const Shrink<T>& call, ShrinkScratch<Lanes, T>& scratch,
+                             std::int64_t origin, std::int64_t tokens, std::int64_t c) {
   const auto* rows = static_cast<const typename Lanes::Element*>(call.packed) + c;
   const std::int64_t count = std::min(kColumns, call.columns - c);
   const std::int64_t stride = call.padded_columns(), row_count = call.group.row_count();
@@ -65,7 +65,7 @@ FLOE_HOST_DEVICE void shrink_tile(const Shrink<T>& call, ShrinkScratch<Lanes, T>
 }
 
 template <typename Lanes, typename T>
-FLOE_HOST_DEVICE void shrink_tokens(const Shrink<T>& call, std::int64_t first, std::int64_t last) {
+FLOE_INLINE void shrink_tokens(const Shrink<T>& call, std::int64_t first, std::int64_t last) {
   using Sum = typename Lanes::Sum;
   ShrinkScratch<Lanes, T> scratch(call);
   auto* sums = scratch.sums.get();
@@ -94,8 +94,7 @@ template <typename Lanes>
 inline constexpr std::int64_t kWide = 2 * Lanes::kLanes;
 
 template <typename Lanes, typename T>
-FLOE_HOST_DEVICE void pack_transposed(const Expand<T>& call, std::int64_t first,
-                                      std::int64_t last) {
+FLOE_INLINE void pack_transposed(const Expand<T>& call, std::int64_t first, std::int64_t last) {
   constexpr std::int64_t kPair = Lanes::kPair, kLanes = kWide<Lanes>;
   const std::int64_t steps = ceil_divide(call.width, kPair), whole = call.width / kPair;
   const std::int64_t end = std::min(last * kTokens, round_up(call.features, kLanes));
@@ -121,8 +120,8 @@ FLOE_HOST_DEVICE void pack_transposed(const Expand<T>& call, std::int64_t first,
 
 // y[t, n : n + count] of kRows tokens; `z` is their tile.
 template <typename Lanes, typename T>
-FLOE_HOST_DEVICE void write_sums(const Expand<T>& call, typename Lanes::Sum* __restrict__ sums,
-                                 std::int64_t t, std::int64_t n, std::int64_t count) {
+FLOE_INLINE void write_sums(const Expand<T>& call, typename Lanes::Sum* __restrict__ sums,
+                            std::int64_t t, std::int64_t n, std::int64_t count) {
   const std::int64_t offset = t * call.features + n;
   if (call.bias != nullptr) {
     for (std::int64_t i = 0; i < count; ++i) sums[i] += widen(call.bias[n + i]);
@@ -134,8 +133,8 @@ FLOE_HOST_DEVICE void write_sums(const Expand<T>& call, typename Lanes::Sum* __r
 }
 
 template <typename Lanes, typename T>
-FLOE_HOST_DEVICE void expand_block(const Expand<T>& call, const typename Lanes::Element* z,
-                                   std::int64_t z_row, std::int64_t origin, std::int64_t rows) {
+FLOE_INLINE void expand_block(const Expand<T>& call, const typename Lanes::Element* z,
+                              std::int64_t z_row, std::int64_t origin, std::int64_t rows) {
   constexpr std::int64_t kLanes = kWide<Lanes>, kPair = Lanes::kPair;
   const std::int64_t steps = ceil_divide(call.width, kPair);
   const auto* packed = static_cast<const typename Lanes::Element*>(call.packed);
@@ -160,7 +159,7 @@ FLOE_HOST_DEVICE void expand_block(const Expand<T>& call, const typename Lanes::
 }
 
 template <typename Lanes, typename T>
-FLOE_HOST_DEVICE void expand_tokens(const Expand<T>& call, std::int64_t first, std::int64_t last) {
+FLOE_INLINE void expand_tokens(const Expand<T>& call, std::int64_t first, std::int64_t last) {
   constexpr std::int64_t kRows = Lanes::kBlockRows;
   const std::int64_t z_row = round_up(call.width, Lanes::kPair);
   Scratch<typename Lanes::Element> z(kRows * z_row);
@@ -175,15 +174,13 @@ FLOE_HOST_DEVICE void expand_tokens(const Expand<T>& call, std::int64_t first, s
 }
 
 template <typename Lanes, typename T>
-FLOE_HOST_DEVICE void run_step(const Shrink<T>& call, Step step, std::int64_t first,
-                               std::int64_t last) {
+FLOE_INLINE void run_step(const Shrink<T>& call, Step step, std::int64_t first, std::int64_t last) {
   if (step == Step::kPack) pack_rows<Lanes>(call, first, last);
   if (step == Step::kRun) shrink_tokens<Lanes>(call, first, last);
 }
 
 template <typename Lanes, typename T>
-FLOE_HOST_DEVICE void run_step(const Expand<T>& call, Step step, std::int64_t first,
-                               std::int64_t last) {
+FLOE_INLINE void run_step(const Expand<T>& call, Step step, std::int64_t first, std::int64_t last) {
   if (step == Step::kPack) pack_transposed<Lanes>(call, first, last);
   if (step == Step::kRun) expand_tokens<Lanes>(call, first, last);
 }

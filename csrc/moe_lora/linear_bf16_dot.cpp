@@ -38,39 +38,38 @@ struct Bf16Lanes {
   using Vector = __m512;
   using Operand = __m512i;
 
-  static FLOE_HOST_DEVICE BFloat16 element(BFloat16 stored) { return stored; }
-  static FLOE_HOST_DEVICE BFloat16 element_of_sum(float sum) { return narrow<BFloat16>(sum); }
+  static FLOE_INLINE BFloat16 element(BFloat16 stored) { return stored; }
+  static FLOE_INLINE BFloat16 element_of_sum(float sum) { return narrow<BFloat16>(sum); }
 
-  static FLOE_HOST_DEVICE void load(Vector& vector, const float* source) {
+  static FLOE_INLINE void load(Vector& vector, const float* source) {
     vector = _mm512_loadu_ps(source);
   }
-  static FLOE_HOST_DEVICE void store(float* target, const Vector& vector) {
+  static FLOE_INLINE void store(float* target, const Vector& vector) {
     _mm512_storeu_ps(target, vector);
   }
-  static FLOE_HOST_DEVICE void load_operand(Operand& operand, const BFloat16* source) {
+  static FLOE_INLINE void load_operand(Operand& operand, const BFloat16* source) {
     operand = _mm512_loadu_si512(source);
   }
-  static FLOE_HOST_DEVICE void broadcast(Operand& operand, const BFloat16* source) {
+  static FLOE_INLINE void broadcast(Operand& operand, const BFloat16* source) {
     int pair;
     std::memcpy(&pair, source, sizeof pair);
     operand = _mm512_set1_epi32(pair);
   }
-  static FLOE_HOST_DEVICE void multiply_add(Vector& sum, const Operand& u, const Operand& v) {
+  static FLOE_INLINE void multiply_add(Vector& sum, const Operand& u, const Operand& v) {
     sum = _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(u), reinterpret_cast<__m512bh>(v));
   }
-  static FLOE_HOST_DEVICE void keep(Vector& vector, const std::uint8_t* bytes,
-                                    std::uint32_t threshold) {
+  static FLOE_INLINE void keep(Vector& vector, const std::uint8_t* bytes, std::uint32_t threshold) {
     const __m128i drawn = _mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes));
     const __m128i least = _mm_set1_epi8(static_cast<char>(threshold));
     vector = _mm512_maskz_mov_ps(_mm_cmpge_epu8_mask(drawn, least), vector);
   }
-  static FLOE_HOST_DEVICE float total(const float* source) {
+  static FLOE_INLINE float total(const float* source) {
     return _mm512_reduce_add_ps(_mm512_loadu_ps(source));
   }
 
   // Eight calls a vector, each word in the low half of its 64 bits: where the multiplier takes it.
-  static FLOE_HOST_DEVICE void draw(philox::Key key, std::int64_t row, std::int64_t first_block,
-                                    std::uint8_t* bytes) {
+  static FLOE_INLINE void draw(philox::Key key, std::int64_t row, std::int64_t first_block,
+                               std::uint8_t* bytes) {
     static_assert(kDrawn == 2 * 128);
     const __m512i lane = _mm512_setr_epi64(0, 1, 2, 3, 4, 5, 6, 7);
     const __m512i even = _mm512_set1_epi64(0xD2511F53), odd = _mm512_set1_epi64(0xCD9E8D57);
@@ -97,9 +96,9 @@ struct Bf16Lanes {
     for (int i = 0; i < 2; ++i) store_words(c0[i], c1[i], c2[i], c3[i], bytes + 128 * i);
   }
 
-  static FLOE_HOST_DEVICE void keep_elements(const BFloat16* source, BFloat16* target,
-                                             std::int64_t count, const std::uint8_t* bytes,
-                                             std::uint32_t threshold) {
+  static FLOE_INLINE void keep_elements(const BFloat16* source, BFloat16* target,
+                                        std::int64_t count, const std::uint8_t* bytes,
+                                        std::uint32_t threshold) {
     const __m256i least = _mm256_set1_epi8(static_cast<char>(threshold));
     for (std::int64_t i = 0; i < count; i += 32) {
       const __m256i drawn = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(bytes + i));
@@ -110,8 +109,7 @@ struct Bf16Lanes {
   }
 
   // Not memcpy: the compiler makes a string instruction of it, slow for runs this short.
-  static FLOE_HOST_DEVICE void load_row(const BFloat16* source, std::int64_t count,
-                                        BFloat16* target) {
+  static FLOE_INLINE void load_row(const BFloat16* source, std::int64_t count, BFloat16* target) {
     std::int64_t i = 0;
     for (; i + 32 <= count; i += 32) {
       _mm512_storeu_si512(target + i, _mm512_loadu_si512(source + i));
@@ -121,8 +119,8 @@ struct Bf16Lanes {
   }
 
   // Element i of both rows side by side; zero from `count` on and where there is no second row.
-  static FLOE_HOST_DEVICE void pair(const BFloat16* first, const BFloat16* second,
-                                    std::int64_t count, std::int64_t lanes, BFloat16* target) {
+  static FLOE_INLINE void pair(const BFloat16* first, const BFloat16* second, std::int64_t count,
+                               std::int64_t lanes, BFloat16* target) {
     for (std::int64_t i = 0; i < lanes; i += kLanes) {
       const std::int64_t left = std::clamp<std::int64_t>(count - i, 0, kLanes);
       const auto inside = static_cast<__mmask16>((1u << left) - 1u);
@@ -133,8 +131,7 @@ struct Bf16Lanes {
     }
   }
 
-  static FLOE_HOST_DEVICE void narrow_row(const float* source, BFloat16* target,
-                                          std::int64_t count) {
+  static FLOE_INLINE void narrow_row(const float* source, BFloat16* target, std::int64_t count) {
     std::int64_t i = 0;
     for (; i + 32 <= count; i += 32) {
       const __m512bh narrowed =
@@ -146,8 +143,8 @@ struct Bf16Lanes {
 
  private:
   // The words of eight calls, 16 bytes each.
-  static FLOE_HOST_DEVICE void store_words(__m512i c0, __m512i c1, __m512i c2, __m512i c3,
-                                           std::uint8_t* bytes) {
+  static FLOE_INLINE void store_words(__m512i c0, __m512i c1, __m512i c2, __m512i c3,
+                                      std::uint8_t* bytes) {
     const __mmask16 high = 0xAAAA;
     const __m512i front = _mm512_mask_mov_epi32(c0, high, _mm512_slli_epi64(c1, 32));
     const __m512i back = _mm512_mask_mov_epi32(c2, high, _mm512_slli_epi64(c3, 32));

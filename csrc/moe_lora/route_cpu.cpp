@@ -10,7 +10,7 @@ namespace {
 
 // e^x for x <= 0, to 2 units in the last place; 0 where that is no normal number. NaN stays NaN.
 // Written out because a loop over std::exp is not vectorised.
-FLOE_HOST_DEVICE float exponential(float x) {
+FLOE_INLINE float exponential(float x) {
   constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: a sum with it is rounded to an integer
   constexpr float kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;
   const float shifted = x * 1.44269504f + kRound, n = shifted - kRound;
@@ -24,12 +24,12 @@ FLOE_HOST_DEVICE float exponential(float x) {
   return x < -87.3f ? 0.0f : sum * power;
 }
 
-FLOE_HOST_DEVICE double exponential(double x) { return std::exp(x); }
+FLOE_INLINE double exponential(double x) { return std::exp(x); }
 
 // hidden, and the softmax's exponents, of one linear; the largest exponent of a token is 0.
 template <typename T, typename A = Accumulator<T>>
-FLOE_HOST_DEVICE void take_products(const Route<T>& call, std::int64_t g, std::int64_t first,
-                                    std::int64_t last, A* __restrict__ gate) {
+FLOE_INLINE void take_products(const Route<T>& call, std::int64_t g, std::int64_t first,
+                               std::int64_t last, A* __restrict__ gate) {
   const auto& [linears, rank, experts] = call.group;
   const A* bias = call.bias != nullptr ? call.bias + g * experts : nullptr;
   for (std::int64_t t = first; t < last; ++t, gate += experts) {
@@ -46,8 +46,8 @@ FLOE_HOST_DEVICE void take_products(const Route<T>& call, std::int64_t g, std::i
 
 // gate [M] and z [M r] of one token; `gate` holds the exponentials.
 template <typename T, typename A = Accumulator<T>>
-FLOE_HOST_DEVICE void write_gated(const Group& group, A scaling, const A* __restrict__ hidden,
-                                  A* __restrict__ gate, A* __restrict__ wide, T* __restrict__ z) {
+FLOE_INLINE void write_gated(const Group& group, A scaling, const A* __restrict__ hidden,
+                             A* __restrict__ gate, A* __restrict__ wide, T* __restrict__ z) {
   A sum = 0;
   for (std::int64_t i = 0; i < group.experts; ++i) sum += gate[i];
   for (std::int64_t i = 0; i < group.experts; ++i) {
@@ -59,7 +59,7 @@ FLOE_HOST_DEVICE void write_gated(const Group& group, A scaling, const A* __rest
 }
 
 template <typename T>
-FLOE_HOST_DEVICE void route(const Route<T>& call, std::int64_t first, std::int64_t last) {
+FLOE_INLINE void route(const Route<T>& call, std::int64_t first, std::int64_t last) {
   using A = Accumulator<T>;
   const auto& [linears, rank, experts] = call.group;
   const Scratch<A> wide(call.group.width());
@@ -78,8 +78,8 @@ FLOE_HOST_DEVICE void route(const Route<T>& call, std::int64_t first, std::int64
 // d hidden_j = sum_i gate_i d_ij, d gate_i = sum_j d_ij hidden_j with d = scaling * grad_z, and
 // d logit_i = gate_i (d gate_i - sum_l gate_l d gate_l) / temperature.
 template <typename A>
-FLOE_HOST_DEVICE void route_backward(const RouteBackward<A>& call, std::int64_t first,
-                                     std::int64_t last) {
+FLOE_INLINE void route_backward(const RouteBackward<A>& call, std::int64_t first,
+                                std::int64_t last) {
   const auto& [linears, rank, experts] = call.group;
   for (std::int64_t t = first; t < last; ++t) {
     A* grads = call.grads + t * call.group.row_count();

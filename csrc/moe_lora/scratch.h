@@ -14,14 +14,14 @@ namespace floe::moe_lora {
 template <typename E>
 class Scratch {
  public:
-  FLOE_HOST_DEVICE explicit Scratch(std::int64_t count)
+  FLOE_INLINE explicit Scratch(std::int64_t count)
       : data_(static_cast<E*>(::operator new(static_cast<std::size_t>(count) * sizeof(E), kLine))) {
   }
-  FLOE_HOST_DEVICE ~Scratch() { ::operator delete(data_, kLine); }
+  FLOE_INLINE ~Scratch() { ::operator delete(data_, kLine); }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
 
-  FLOE_HOST_DEVICE E* get() const { return data_; }
+  FLOE_INLINE E* get() const { return data_; }
 
  private:
   static constexpr std::align_val_t kLine{64};
