@@ -277,7 +277,7 @@ class SelectConfig(_Section):
     pick: Literal["top", "bottom"] = Field(
         "top", description="bottom: the reversed ranking, an ablation."
     )
-    score: Literal["soft", "sparsity", "deviation", "unclipped", "pooled", "path"] = "soft"
+    score: Literal["soft", "sparsity", "path"] = "soft"
     budget_path: list[Fraction] = Field(
         [0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9], description="Budgets that score: path averages over."
     )

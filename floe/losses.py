@@ -49,33 +49,6 @@ def row_losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return nll.sum(dim=1), wanted.sum(dim=1)
 
 
-def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
-    """Mean of ``values`` where ``mask`` holds; entries outside may be anything, NaN included.
-
-    Args:
-        values: floating point, any shape.
-        mask: bool, the same shape and device.
-
-    Returns:
-        0-dim tensor of ``values``' dtype (float32 for half precisions), differentiable in them.
-
-    Raises:
-        TypeError: if ``mask`` is not bool.
-        ValueError: if the shapes differ or nothing is selected.
-    """
-    if mask.dtype != torch.bool:
-        raise TypeError(f"mask must be bool, got {mask.dtype}")
-    if mask.shape != values.shape:
-        raise ValueError(
-            f"mask must have the shape of values, {tuple(values.shape)}, got {tuple(mask.shape)}"
-        )
-    count = mask.sum()
-    if count == 0:
-        raise ValueError("mask must select at least one value, got none")
-    wide = values if values.dtype == torch.float64 else values.float()
-    return torch.where(mask, wide, torch.zeros_like(wide)).sum() / count
-
-
 def _check(logits: Tensor, labels: Tensor) -> None:
     if not logits.is_floating_point():
         raise TypeError(f"logits must be floating point, got {logits.dtype}")

@@ -10,7 +10,7 @@ import pytest
 from attack import trials
 
 from floe import _native
-from floe.selection.allocate import allocate, allocate_continuous
+from floe.selection.allocate import allocate
 from floe.selection.masks import determine
 from floe.selection.modules import choose_modules
 from floe.selection.presets import PRESETS
@@ -289,24 +289,6 @@ def attack_allocate(odd):
     assert exact(found.upper_bound) >= best - slack - rounding
 
 
-def attack_continuous(odd):
-    n = int(odd.rng.integers(1, 6))
-    scores, knee = odd.numbers(n), float(odd.numbers(1)[0])
-    budget = odd.budget(np.abs(odd.numbers(n)))
-    odd.good &= 0 < knee < 1e100 and type(budget) is not str
-    odd.good = odd.good and budget < 1e100 and scores.max() < 1e100 and knee > 1e-100
-    found = allocate_continuous(odd.array(scores), budget, knee)
-    if len(found.capacity) != n:
-        return
-    assert np.isfinite(found.capacity).all()
-    assert (found.capacity >= 0).all()
-    assert math.fsum(found.capacity) == pytest.approx(
-        budget, rel=1e-9, abs=1e-14 * min(knee, LARGEST) + 1e-322
-    )
-    if scores.any():  # a better layer gets no less
-        assert (np.diff(found.capacity[np.argsort(scores, kind="stable")]) >= 0).all()
-
-
 def attack_modules(odd):
     layers, names = int(odd.rng.integers(0, 4)), ("q", "k", "v")[: odd.rng.integers(0, 4)]
     shape = (layers, len(names))
@@ -355,7 +337,6 @@ ATTACKS = {
     attack_two_class_literal: 150,
     attack_refine: 350,
     attack_allocate: 350,
-    attack_continuous: 50,
     attack_modules: 50,
     attack_determine: 50,
 }

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from floe import losses
-from floe.losses import masked_mean, row_losses
+from floe.losses import row_losses
 
 
 def reference(logits, labels):
@@ -109,16 +109,3 @@ def test_refusals():
         row_losses(logits, torch.full_like(labels, -1))
     with pytest.raises(ValueError, match=r"below the vocabulary size 23, got 23"):
         row_losses(logits, torch.full_like(labels, 23))
-
-
-def test_masked_mean():
-    values = torch.tensor([1.0, float("nan"), 3.0])
-    mask = torch.tensor([True, False, True])
-    assert masked_mean(values, mask) == 2
-    assert masked_mean(values.bfloat16(), mask).dtype == torch.float32
-    with pytest.raises(ValueError, match="must select at least one value"):
-        masked_mean(values, torch.zeros(3, dtype=torch.bool))
-    with pytest.raises(ValueError, match=r"shape of values, \(3,\), got \(2,\)"):
-        masked_mean(values, mask[:2])
-    with pytest.raises(TypeError, match=r"mask must be bool, got torch\.float32"):
-        masked_mean(values, values)

@@ -22,9 +22,6 @@ NEURONS = [[0, 0, 0, 1.1, 0.9, 1.3, 0.2, 0]]
     [
         ("soft", 0.58125),
         ("sparsity", 0.5),
-        ("unclipped", 0.53125),
-        ("deviation", 0.63125),
-        ("pooled", 0.5),
     ],
 )
 def test_layer_score(how, expected):
@@ -33,10 +30,9 @@ def test_layer_score(how, expected):
     assert found == pytest.approx([expected], abs=1e-15)
 
 
-def test_layer_score_averages_components_but_pooled_counts_units():
+def test_layer_score_averages_components():
     heads, neurons = [[0, 0], [1, 1]], [[1] * 6, [0] * 3 + [1] * 3]
     assert layer_score(heads, neurons, "sparsity").tolist() == [0.5, 0.25]
-    assert layer_score(heads, neurons, "pooled").tolist() == [0.25, 0.375]
     assert layer_score(np.array(heads, dtype=bool), neurons).tolist() == [0.5, 0.25]
     assert layer_score(np.ones((2, 0)), neurons).tolist() == [0, 0.5]
 

@@ -278,7 +278,7 @@ def test_selection_works_without_torch():
 
 
 def test_presets_are_open(scores):
-    mine = Preset("mine", cost="pooled", granularity="layer", refine="swap", pairs="all")
+    mine = Preset("mine", cost="unit", granularity="layer", refine="swap", pairs="all")
     assert select(scores, layers=2, preset=mine).preset == "mine"
     assert floe.selection.select is select
 

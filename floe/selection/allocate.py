@@ -64,16 +64,6 @@ class Allocation:
     unit: int
 
 
-@dataclass(frozen=True, eq=False)
-class ContinuousAllocation:
-    """A capacity for every layer: [L] float64 >= 0 that sum to the budget, the value they reach,
-    and the price: what one more unit of budget would be worth."""
-
-    capacity: Floats
-    value: float
-    price: float
-
-
 @dataclass(frozen=True)
 class GainFit:
     """``loss = a - b * (1 - exp(-rank * sqrt(experts) / r0))`` fitted to trials.
@@ -152,46 +142,6 @@ def allocate(
     proven = factor == 1 or bound - value <= _TOLERANCE * abs(bound)
     cost = int(prices[layers, index].sum())
     return Allocation(index, value, cost, limit, bound, proven, unit)
-
-
-def allocate_continuous(layer_scores: ArrayLike, budget: float, c0: float) -> ContinuousAllocation:
-    """Spread a capacity that need not be whole: ``sum(score * log(1 + capacity / c0))`` is largest.
-
-    The convex form of :func:`allocate`, solved exactly by one dual variable: layers fill like
-    connected vessels, ``capacity = max(0, score / price - c0)``. O(L log L).
-
-    Args:
-        layer_scores: [L], finite, >= 0.
-        budget: >= 0, the sum of the capacities. Spread evenly if all scores are 0.
-        c0: > 0, the capacity at which returns begin to diminish.
-
-    Raises:
-        ValueError: no layers, a number out of its range, or results beyond the range of floats.
-    """
-    scores, limit, knee = _scores(layer_scores), number("budget", budget), number("c0", c0)
-    if not 0 <= limit < np.inf:
-        raise ValueError(f"budget must be >= 0 and finite, got {budget}")
-    if not 0 < knee < np.inf:
-        raise ValueError(f"c0 must be > 0 and finite, got {c0}")
-    if not scores.any():
-        return ContinuousAllocation(np.full(scores.shape, limit / len(scores)), 0.0, 0.0)
-    if not limit / knee < 1e300:
-        raise ValueError(f"budget / c0 must be less than 1e300, got {limit} / {knee}")
-    # Scores of at most 1 and capacities in units of c0, so that nothing overflows or vanishes.
-    size, room = scores.max(), limit / knee
-    shares = scores / size
-    falling = np.sort(shares)[::-1]
-    # With the m best layers open: price = sum of their scores / (budget + m c0). The m-th stays
-    # open if its score / c0 exceeds that price. Differences first: a small budget must not vanish.
-    sums, opened = np.cumsum(falling), np.arange(1, len(scores) + 1)
-    m = max(1, int((falling * room + (opened * falling - sums) > 0).sum()))
-    capacity = np.maximum(0.0, (shares * room + (m * shares - sums[m - 1])) / sums[m - 1])
-    with np.errstate(over="ignore"):
-        value = float((shares * np.log1p(capacity)).sum() * size)
-        price = float(sums[m - 1] / (room + m) * size / knee)
-    if not (np.isfinite(value) and np.isfinite(price)):
-        raise ValueError(f"value and price must be finite, got scores up to {size} and c0 {knee}")
-    return ContinuousAllocation(capacity * knee, value, price)
 
 
 def option_costs(dimensions: Sequence[tuple[int, int]], options: Options) -> NDArray[np.int64]:

@@ -132,8 +132,6 @@ def _first_masks(units: Units, preset: Preset, limit: float) -> MaskSolution:
     if preset.cost == "unit":
         return solve_mask(units.value, units.cost, limit)
     head_cost, neuron_cost = _mean(units.head_cost), _mean(units.neuron_cost)
-    if preset.cost == "pooled":
-        head_cost = neuron_cost = _mean(units.cost)
     solve = solve_two_class_literal if preset.objective == "alg1_literal" else solve_two_class
     return solve(
         units.head_value.ravel(), units.neuron_value.ravel(), head_cost, neuron_cost, limit
@@ -142,14 +140,7 @@ def _first_masks(units: Units, preset: Preset, limit: float) -> MaskSolution:
 
 def _refined(units: Units, preset: Preset, limit: float, mask: Flags) -> Refinement:
     literal = preset.refine == "alg2_literal"
-    starts = [mask]
-    if preset.start == "better":
-        starts.append(solve_mask(units.value, units.cost, limit, max_nodes=0).mask)
-    results = [
-        refine_masks(units, limit, *units.split(start), pairs=preset.pairs, literal=literal)
-        for start in starts
-    ]
-    return max(results, key=lambda refined: refined.value)  # the first of equals
+    return refine_masks(units, limit, *units.split(mask), pairs=preset.pairs, literal=literal)
 
 
 def _certificate(

@@ -12,10 +12,9 @@ from typing import Literal, get_args
 
 Objective = Literal["retain", "alg1_literal"]
 Granularity = Literal["global", "layer"]
-Cost = Literal["class_mean", "unit", "pooled"]
+Cost = Literal["class_mean", "unit"]
 Refine = Literal["none", "swap", "alg2_literal"]
 Pairs = Literal["same_layer_cross", "same_layer", "all"]
-Start = Literal["determined", "better"]
 
 
 @dataclass(frozen=True)
@@ -31,13 +30,10 @@ class Preset:
             ("layer"). A budget relative to each layer would mask the same share everywhere and
             rank nothing.
         cost: in determination, every head costs the mean head and every neuron the mean neuron
-            ("class_mean"), each unit its own Taylor score ("unit"), or all units their common mean
-            ("pooled").
+            ("class_mean"), or each unit its own Taylor score ("unit").
         refine: "swap" repairs the budget in unit costs, then adds and swaps units while that
             gains; "alg2_literal" is Algorithm 2 as printed; "none".
         pairs: which units may swap; "same_layer_cross" is Eq. 14.
-        start: refinement starts at the determined masks, as Algorithm 2 does, or also at the
-            ratio-greedy masks and the better result stays.
         first_order: a unit's value is what masking it is predicted to cost in full, first-order
             term included: Eq. 6 before the paper drops it, because the adapters converged (the
             masks did not). Needs the scores' head_mean and neuron_mean.
@@ -53,7 +49,6 @@ class Preset:
     cost: Cost = "class_mean"
     refine: Refine = "none"
     pairs: Pairs = "same_layer_cross"
-    start: Start = "determined"
     first_order: bool = False
     ridge: float = 1e-3
     bound: float = 10.0
@@ -78,7 +73,6 @@ _CHOICES = {
     "cost": get_args(Cost),
     "refine": get_args(Refine),
     "pairs": get_args(Pairs),
-    "start": get_args(Start),
 }
 
 GLOBAL = Preset("global", refine="swap")

@@ -22,21 +22,20 @@ parameters, or {"memory": n} bytes of training memory."""
 
 BUDGETS = {"params": "adapter parameters", "memory": "bytes of training memory"}
 
-How = Literal["soft", "sparsity", "deviation", "unclipped", "pooled"]
+How = Literal["soft", "sparsity"]
 
 
 def layer_score(head_mask: ArrayLike, neuron_mask: ArrayLike, how: str = "soft") -> Floats:
     """How strongly each layer is masked, [L] float64; the more, the sooner it is adapted.
 
     The FLoE paper ranks layers by a score s_k that it does not define; these are readings of it.
-    All but "pooled" average a layer's mean over heads and its mean over neurons, so that the few
-    heads weigh as much as the many neurons.
+    Each averages a layer's mean over heads and its mean over neurons, so that the few heads weigh
+    as much as the many neurons.
 
     Args:
         head_mask: [L, H], neuron_mask: [L, I]; 1 = retained, 0 = masked, anything finite after
             tuning. One of H and I may be 0: the score is then that of the other.
-        how: "soft" 1 - m with m clipped to [0, 1]; "sparsity" share of m == 0; "deviation" |1 -
-            m|; "unclipped" 1 - m; "pooled" share of m == 0 over heads and neurons together.
+        how: "soft" 1 - m with m clipped to [0, 1]; "sparsity" share of m == 0.
 
     Raises:
         ValueError: shapes that do not fit, a mask that is not finite, an unknown ``how``.
@@ -48,16 +47,10 @@ def layer_score(head_mask: ArrayLike, neuron_mask: ArrayLike, how: str = "soft")
             "head_mask and neuron_mask must have one row per layer, "
             f"got {len(heads)} and {len(neurons)}"
         )
-    if how == "pooled":
-        parts = [np.concatenate([heads, neurons], axis=1) == 0]
-    elif how == "sparsity":
+    if how == "sparsity":
         parts = [heads == 0, neurons == 0]
     elif how == "soft":
         parts = [1 - np.clip(heads, 0, 1), 1 - np.clip(neurons, 0, 1)]
-    elif how == "deviation":
-        parts = [np.abs(1 - heads), np.abs(1 - neurons)]
-    elif how == "unclipped":
-        parts = [1 - heads, 1 - neurons]
     else:
         raise ValueError(f"score must be one of {get_args(How)}, got {how!r}")
     means = [part.mean(axis=1, dtype=np.float64) for part in parts if part.shape[1]]
