@@ -23,7 +23,7 @@ test-slow: $(VENV)/ready browser ## the long tests: many kills, many shapes
 	$(BIN)/python -m pytest -m "slow and not cuda"
 
 attack: $(VENV)/ready ## damaged adapters, wrong calls, bad inputs and kills, ten times as many as in the suite
-	FLOE_ATTACK=full $(BIN)/python -m pytest --timeout 3600 $(wildcard tests/test_attack_*.py)
+	FLOE_ATTACK=full $(BIN)/python -m pytest --timeout 3600 tests/attack
 
 test-gpu: $(VENV)/ready ## what needs a CUDA device, with a log
 	mkdir -p build && $(BIN)/python -m pytest -m cuda 2>&1 | tee build/test-gpu.log
@@ -34,8 +34,8 @@ GATE := env -u TRITON_INTERPRET TRITON_CACHE_DIR=$(CURDIR)/build/triton-cache \
 
 cuda-check: $(VENV)/ready ## every GPU kernel compiled and read, for GPUs that are not there
 	$(if $(TRITON),test -d build/triton-$(TRITON) || $(PIP) install -q --no-deps --target build/triton-$(TRITON) triton==$(TRITON))
-	$(if $(UPDATE),$(GATE) tests/static_gate.py --update)
-	$(GATE) -m pytest -m static tests/test_static_gate.py
+	$(if $(UPDATE),$(GATE) tests/helpers/static_gate.py --update)
+	$(GATE) -m pytest -m static tests/kernels/test_static_gate.py
 
 # The older versions that releases of torch in the window come with.
 OLDER := 3.6.0 3.7.1 3.8.0
@@ -51,14 +51,14 @@ kernel-sanitize: $(VENV)/ready ## every address of every GPU kernel proved to be
 	$(SANITIZE)/bin/pip --disable-pip-version-check install -q triton==3.7.1 triton-viz==3.0
 	$(BIN)/python -c "import site; print(site.getsitepackages()[0])" > \
 	  "$$($(SANITIZE)/bin/python -c 'import site; print(site.getsitepackages()[0])')/dependencies.pth"
-	TRITON_INTERPRET=1 PYTHONPATH=triton_kernels $(SANITIZE)/bin/python -m pytest -m static tests/test_sanitizer.py
+	TRITON_INTERPRET=1 PYTHONPATH=triton_kernels $(SANITIZE)/bin/python -m pytest -m static tests/kernels/test_sanitizer.py
 
 # Both modules beside a copy of the Python sources. A sanitizer must be in the process before Python is; -S and
 # PYTHONSAFEPATH keep the sources of this folder, and an editable installation of them, out of it. A second's limit of one test is not meant for this.
 ASAN := build/sanitize
-SANITIZED := $(wildcard tests/test_attack_solvers.py tests/test_attack_ops.py tests/test_solvers.py tests/test_allocate.py \
-  tests/test_refinement.py tests/test_two_class.py \
-  tests/test_moe_lora_native.py tests/test_dropout_native.py tests/test_fisher.py)
+SANITIZED := $(wildcard tests/attack/test_solvers.py tests/attack/test_ops.py tests/selection/test_solvers.py tests/selection/test_allocate.py \
+  tests/selection/test_refinement.py tests/selection/test_two_class.py \
+  tests/kernels/test_moe_lora_native.py tests/kernels/test_dropout_native.py tests/kernels/test_fisher.py)
 
 sanitize: $(VENV)/ready ## the native code's tests and attacks under AddressSanitizer and UBSan, a quarter of an hour
 	PATH="$(CURDIR)/$(BIN):$$PATH" CXX=g++ cmake -S . -B $(ASAN) -G Ninja -DCMAKE_BUILD_TYPE=Release \
@@ -123,7 +123,7 @@ $(VENV)/ready: $(SOURCES)
 	touch $@
 
 # Other programs that floe is tested beside. PEFT imports them where it can, and starts slowly then, so
-# they are kept apart: tests/test_peers.py alone sees them.
+# they are kept apart: tests/adapters/test_peers.py alone sees them.
 $(VENV)/peers/ready: $(VENV)/ready constraints.txt
 	$(PIP) install -q -c constraints.txt --no-deps --upgrade --target $(VENV)/peers trl torchao bitsandbytes
 	touch $@

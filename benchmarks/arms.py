@@ -20,7 +20,7 @@ from benchmarks.harness import WrongResult
 from benchmarks.impls import SCALING
 from benchmarks.models import share
 from floe.adapters import adapted_modules
-from floe.blocks import find_blocks, linear_at
+from floe.decoder_blocks import find_blocks, linear_at
 
 FROZEN = "frozen"
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

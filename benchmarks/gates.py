@@ -20,7 +20,7 @@ from torch.nn import functional
 from benchmarks import arms, impls
 from benchmarks.arms import Arm, Setting, Site
 from benchmarks.harness import Check
-from floe.blocks import find_blocks, linear_at
+from floe.decoder_blocks import find_blocks, linear_at
 
 WHAT_IS_GATED = (
     "Checked against float64 before timing: the first and last adapted block, output and gradients."

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from floe.runs import environment, write_json
+from floe.pipeline.run_folder import environment, write_json
 
 _ROOT = Path(__file__).resolve().parent.parent
 DTYPES = ("bfloat16", "float16", "float32")

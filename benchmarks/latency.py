@@ -13,7 +13,7 @@ from benchmarks import harness, inference, models, op, paper, plot, training
 from benchmarks.cases import Bench, Row
 from benchmarks.gates import WHAT_IS_GATED
 from benchmarks.options import Options, parse
-from floe.pipeline.workspace import calm_libraries
+from floe.pipeline.inputs import calm_libraries
 
 MIB = 1 << 20
 

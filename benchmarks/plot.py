@@ -14,7 +14,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from floe.runs import read_json
+from floe.storage import read_json
 
 Row = dict[str, Any]
 _OWN = ("implementation", "way", "layers", "adapted")

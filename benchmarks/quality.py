@@ -27,8 +27,8 @@ from benchmarks import harness, models, quality_time
 from benchmarks.quality_report import SCOUT, best_rate, last_loss, read, summarise, tables
 from benchmarks.quality_runs import Run, Settings, Study, check_arm
 from benchmarks.study import numbers, settings_from
-from floe.atomic import write_json
-from floe.pipeline.workspace import calm_libraries
+from floe.pipeline.inputs import calm_libraries
+from floe.storage import write_json
 
 ARMS = "adapter_fisher,random,even,all,last,masks/global,probe"
 

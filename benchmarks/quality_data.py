@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import models
-from floe.atomic import write_text
-from floe.data import encode
-from floe.readers import load_rows
+from floe.data.rows import encode
+from floe.data.sources import load_rows
+from floe.storage import write_text
 
 Row = dict[str, Any]
 SPLITS = ("train", "validation", "test")

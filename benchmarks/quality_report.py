@@ -20,8 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks import harness
-from floe.runs import read_json
 from floe.selection.placement import Placement
+from floe.storage import read_json
 
 DEFAULT = "adapter_fisher"
 RESAMPLES = 2000

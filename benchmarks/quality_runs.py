@@ -22,21 +22,21 @@ from benchmarks import harness, study
 from benchmarks.quality_data import MIXES, SPLITS, mix_rows, shorter_than, write_split
 from floe.adapters import remove_adapters
 from floe.adapters.files import save_adapter
-from floe.atomic import write_json
 from floe.config import parse_config
-from floe.data import TokenRow
-from floe.evaluate import evaluate_rows, mean_loss
+from floe.data.rows import TokenRow
+from floe.evaluation.evaluate import evaluate_rows, mean_loss
 from floe.importance.layer_statistics import measure_statistics
 from floe.importance.score import score
 from floe.importance.scores import Scores
 from floe.importance.statistics import LayerStatistics
+from floe.pipeline.inputs import Workspace
 from floe.pipeline.placing import place
-from floe.pipeline.workspace import Workspace
-from floe.runs import RunFolder
+from floe.pipeline.run_folder import RunFolder
 from floe.selection.allocate import Saturating
 from floe.selection.placement import Placement
 from floe.selection.policies import NEEDS, POLICIES
-from floe.selection.selection import select
+from floe.selection.select import select
+from floe.storage import write_json
 from floe.training.train import TrainSettings, train
 
 FORMAT = 1

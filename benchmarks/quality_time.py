@@ -13,10 +13,10 @@ from benchmarks.harness import Candidate
 from benchmarks.quality_report import read
 from benchmarks.quality_runs import Study
 from floe.adapters import get_model
-from floe.atomic import write_json
-from floe.data import Collator
-from floe.pipeline.workspace import Workspace
+from floe.data.rows import Collator
+from floe.pipeline.inputs import Workspace
 from floe.selection.placement import Placement
+from floe.storage import write_json
 from floe.training.train import adapter_parameters, training_order
 from floe.training.trainer import step_loss
 

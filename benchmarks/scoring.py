@@ -22,15 +22,15 @@ from torch import Tensor, nn
 from benchmarks import harness, models
 from benchmarks.harness import Candidate, Check
 from floe.adapters import FloeConfig, adapted_modules, get_model
-from floe.adapters.moe_lora import separate_base
-from floe.blocks import find_blocks, linear_at
+from floe.adapters.linear import separate_base
 from floe.config import load_config
-from floe.importance.capture import Capture
+from floe.decoder_blocks import find_blocks, linear_at
 from floe.importance.frozen import for_loss, frozen, losses
+from floe.importance.gradients import Capture
 from floe.importance.rows import Row, chunks, collate, passes, rows_of
 from floe.importance.score import TAYLOR_ROWS
 from floe.importance.taylor import measure_taylor
-from floe.pipeline.workspace import Workspace
+from floe.pipeline.inputs import Workspace
 from floe.training.memory import PeakMemory
 
 ARMS = ("plain", "masks", "adapters", "masks and adapters")

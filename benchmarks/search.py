@@ -25,9 +25,9 @@ from benchmarks import harness, models, paper, plot, search_report
 from benchmarks.search_replay import Surface, read
 from benchmarks.search_surface import Clock, Run, Settings, Study, plan
 from benchmarks.study import numbers, settings_from
-from floe.pipeline.workspace import calm_libraries
+from floe.pipeline.inputs import calm_libraries
 from floe.rank_search.studies import quiet_optuna
-from floe.runs import read_json
+from floe.storage import read_json
 
 
 def train_missing(study: Study, runs: Sequence[Run], clock: Clock) -> None:

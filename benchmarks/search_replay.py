@@ -24,7 +24,7 @@ from benchmarks import harness
 from floe.rank_search.proposals import SAMPLERS, propose, sampler_settings
 from floe.rank_search.space import Point, SearchSpace
 from floe.rank_search.studies import Outcome, Owner, begin_trial, end_trial
-from floe.runs import read_json
+from floe.storage import read_json
 
 GOOD = ("best", "1 SE", "1 %")
 STRATEGIES = ("grid", "random", "tpe", "paper")

@@ -18,7 +18,7 @@ from benchmarks.search_replay import (
 )
 from benchmarks.search_surface import PAPER_SPACE
 from floe.rank_search.space import SearchSpace
-from floe.runs import read_json
+from floe.storage import read_json
 
 Row = dict[str, Any]
 _MEANING = {

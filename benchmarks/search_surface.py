@@ -17,15 +17,15 @@ from typing import Any
 from benchmarks import harness, study
 from benchmarks.quality_data import MIXES, mix_rows, shorter_than, write_split
 from floe.adapters import get_model, remove_adapters
-from floe.atomic import write_json
-from floe.blocks import find_blocks
 from floe.config import parse_config
-from floe.evaluate import evaluate_rows, mean_loss
-from floe.pipeline.workspace import Workspace
+from floe.decoder_blocks import find_blocks
+from floe.evaluation.evaluate import evaluate_rows, mean_loss
+from floe.pipeline.inputs import Workspace
+from floe.pipeline.run_folder import RunFolder
 from floe.rank_search.space import SearchSpace
-from floe.runs import RunFolder
 from floe.selection.placement import Placement
 from floe.selection.policies.baselines import even_layers
+from floe.storage import write_json
 from floe.training.train import TrainSettings, train
 
 FORMAT = 1

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from floe.errors import FileError
-from floe.runs import read_json
+from floe.storage import read_json
 
 Settings = TypeVar("Settings")
 FILE = "settings.json"

@@ -20,9 +20,10 @@ from benchmarks.harness import Candidate
 from benchmarks.inference import costs
 from benchmarks.models import Subject
 from benchmarks.options import Options
-from floe.blocks import base_of
-from floe.runs import RunFolder, read_json
+from floe.decoder_blocks import base_of
+from floe.pipeline.run_folder import RunFolder
 from floe.selection.policies import even_layers
+from floe.storage import read_json
 
 PHASES = ("forward", "backward", "optimiser")
 SELECTED = 4  # the share of the layers that is selected: one in four

@@ -15,7 +15,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "floe.adapters": ("FloeConfig", "MoELoRALinear", "get_model"),
-    "floe.adapters.export": ("export_lora",),
+    "floe.adapters.plain_lora": ("export_lora",),
     "floe.adapters.files": ("load_adapter", "save_adapter"),
     "floe.config": ("RunConfig", "load_config"),
     "floe.errors": ("DataError", "FileError"),
@@ -34,13 +34,13 @@ _HOMES = {
     "floe.rank_search.search": ("SearchResult", "search"),
     "floe.selection.allocate": ("allocate",),
     "floe.selection.audit": ("Audit", "audit"),
-    "floe.selection.masks": (
+    "floe.selection.masks.determine": (
         "MaskSolution",
         "solve_mask",
         "solve_two_class",
         "solve_two_class_literal",
     ),
-    "floe.selection.selection": ("Selection", "select"),
+    "floe.selection.select": ("Selection", "select"),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 

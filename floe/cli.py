@@ -163,7 +163,7 @@ def _run_until(last: str) -> Callable[..., None]:
     ) -> None:
         from floe.config import load_config
         from floe.pipeline import run
-        from floe.pipeline.workspace import calm_libraries
+        from floe.pipeline.inputs import calm_libraries
         from floe.progress import open_progress
 
         settings = load_config(config, override)
@@ -216,7 +216,7 @@ def audit_command(
     """What the chosen layers rest on: policies, rows, budgets. Needs a finished select stage."""
     from floe.config import load_config
     from floe.pipeline.auditing import audit_run
-    from floe.pipeline.workspace import calm_libraries
+    from floe.pipeline.inputs import calm_libraries
     from floe.progress import open_progress
 
     settings = load_config(config, override)
@@ -283,7 +283,7 @@ def import_hydralora_command(
 ) -> None:
     """Turn an adapter of HydraLoRA's own code into a floe adapter. Reads no base weights."""
     from floe.adapters.hydralora import import_hydralora, named_base
-    from floe.pipeline.workspace import calm_libraries, structure
+    from floe.pipeline.inputs import calm_libraries, structure
 
     calm_libraries()
     config = import_hydralora(source, output, structure(base or named_base(source)))

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from floe.error_budget import Result, error_budget, relative_error
-from floe.runs import environment
+from floe.numerics import Result, error_budget, relative_error
+from floe.pipeline.run_folder import environment
 
 __all__ = [
     "Result",

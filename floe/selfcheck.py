@@ -16,8 +16,8 @@ from floe_triton.devices import runs_triton
 from torch import Tensor
 
 from floe import ops
-from floe.error_budget import Result, error_budget, relative_error
-from floe.selection.masks import solve_mask, solve_two_class
+from floe.numerics import Result, error_budget, relative_error
+from floe.selection.masks.determine import solve_mask, solve_two_class
 
 Found = tuple[str, float, float]  # output, error, budget
 Compared = tuple[str, Tensor, Tensor, Tensor]  # output, ours, in float64, plain torch's

@@ -9,46 +9,57 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 LAYERS = [  # a module imports its own layer and those before it
-    ["atomic", "errors", "error_budget", "strict_yaml"],
-    ["config", "progress", "runs", "training.schedule", "training.memory", "training.checkpoints"],
-    ["ops", "importance.npz", "importance.scores", "importance.statistics", "selection", "report"],
-    ["blocks", "chat", "losses", "readers", "adapters.moe_lora", "adapters.shared_input"],
+    ["errors", "numerics", "storage", "strict_yaml"],
+    [
+        "config",
+        "progress",
+        "pipeline.run_folder",
+        "training.schedule",
+        "training.memory",
+        "training.checkpoints",
+    ],
+    ["ops", "importance.scores", "importance.statistics", "selection", "report"],
+    ["decoder_blocks", "adapters.linear", "adapters.shared_input"],
     ["adapters", "data"],
-    ["adapters.files", "adapters.export", "adapters.hydralora", "importance", "selection.tuning"],
-    ["training", "evaluate", "routers"],
+    [
+        "adapters.files",
+        "adapters.plain_lora",
+        "adapters.hydralora",
+        "importance",
+        "selection.masks.tuning",
+    ],
+    ["training", "evaluation"],
     ["rank_search"],
     ["doctor", "selfcheck", "pipeline"],
     ["cli", "__main__"],
 ]
 LAZY = {  # loaded inside a function, by a caller that asked for it
-    ("selection.selection", "selection.tuning"),
+    ("selection.select", "selection.masks.tuning"),
 }
 PLACES = {  # library -> the only modules (and packages) that may import it
     "torch": [
         "ops",
-        "blocks",
-        "losses",
+        "decoder_blocks",
         "adapters",
         "importance",
-        "selection.tuning",
-        "selection.selection",
+        "selection.masks.tuning",
+        "selection.select",
         "data",
         "training",
-        "evaluate",
-        "routers",
+        "evaluation",
         "rank_search",
         "doctor",
-        "error_budget",
+        "numerics",
         "selfcheck",
-        "pipeline.workspace",
+        "pipeline.inputs",
         "pipeline.profiling",
         "pipeline.scoring",  # torchrun's workers
     ],
     "floe_triton": ["ops", "selfcheck"],  # the self-test compares each op with its definition
-    "transformers": ["training", "evaluate", "pipeline.workspace"],
+    "transformers": ["training", "evaluation", "pipeline.inputs"],
     "peft": ["adapters"],
     "safetensors": ["adapters"],
-    "datasets": ["readers"],
+    "datasets": ["data"],
     "optuna": ["rank_search"],
     "pydantic": ["config"],
     "yaml": ["config", "strict_yaml"],
@@ -132,11 +143,15 @@ def test_each_library_is_imported_in_its_place_only(library):
 
 @pytest.mark.parametrize(
     "name",
-    [n for n in FILES if re.match("selection|report|config|runs|errors|importance.s.*s$", n)],
+    [
+        name
+        for name in FILES
+        if re.match("selection|report|config|pipeline.run_folder|errors|importance.s.*s$", name)
+    ],
 )
 def test_what_runs_on_a_laptop_without_torch(name):
     """At import time; the mask tuning and the functions that hand over to it need torch."""
-    if name != "selection.tuning":
+    if name != "selection.masks.tuning":
         heavy = {full.split(".")[0] for full in imports(FILES[name], inside_functions=False)}
         assert not heavy & {"torch", "transformers", "peft", "floe_triton"}
 
@@ -149,7 +164,7 @@ def test_the_report_reads_artifacts_only():
         for full in imports(path)
     }
     used = {full for full in used if full.startswith("floe") and not full.startswith("floe.report")}
-    allowed = {"atomic", "errors", "importance.scores", "runs", "selection.placement"}
+    allowed = {"storage", "errors", "importance.scores", "selection.placement"}
     assert {innermost(full.removeprefix("floe."), FILES) for full in used} <= allowed, used
 
 

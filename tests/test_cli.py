@@ -7,7 +7,7 @@ import sys
 import time
 
 import pytest
-from tiny_run import write_config, write_inputs
+from helpers.tiny_run import write_config, write_inputs
 
 from floe import cli
 
@@ -91,7 +91,7 @@ def test_bad_input_is_named_and_leaves_nothing_half_written(case, config, tmp_pa
 
 
 def test_a_model_without_such_blocks_is_refused(config, tmp_path, floe):
-    from tiny import tiny_tokenizer
+    from helpers.tiny import tiny_tokenizer
     from transformers import GPT2Config, GPT2LMHeadModel
 
     model = GPT2LMHeadModel(GPT2Config(vocab_size=320, n_embd=32, n_layer=2, n_head=2))
@@ -299,7 +299,7 @@ def test_an_audit_needs_a_finished_selection(config, tmp_path, floe):
 
 
 def test_an_audit_from_saved_scores_loads_no_model(audited, floe, monkeypatch):
-    from floe.pipeline.workspace import Workspace
+    from floe.pipeline.inputs import Workspace
 
     path, folder = audited
     config_text = (folder / "config.yaml").read_bytes()
@@ -342,7 +342,7 @@ def test_an_audit_measures_once_and_enters_the_report(audited, floe):
     assert time.monotonic() - began < 60
     assert document == json.loads((folder / "audit/audit.json").read_text())
 
-    from floe.report.build import sections
+    from floe.report.page import sections
     from floe.report.read import read_run
 
     (part,) = [part for part in sections(read_run(folder)) if part.key == "audit"]

@@ -293,9 +293,9 @@ def test_the_configuration_knows_every_policy_and_score():
     from typing import get_args
 
     from floe.config import ModulePolicy, Policy, Preset, Schedule, SelectConfig
+    from floe.selection.masks.presets import PRESETS
     from floe.selection.modules import MODULE_POLICIES
     from floe.selection.policies import POLICIES
-    from floe.selection.presets import PRESETS
     from floe.selection.ranking import How
     from floe.training.layer_schedule import SCHEDULES
 

@@ -1,8 +1,8 @@
 import json
 
-import budget as rule
 import pytest
 import torch
+from helpers import budget as rule
 
 from floe import doctor, ops, selfcheck
 from floe.doctor import auto_dtype, diagnose, error_budget, relative_error, selftest

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from budget import assert_within_budget
 from floe_triton import draw_seed, reference
+from helpers.budget import assert_within_budget
 from torch import nn
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "examples" / "embed"))

@@ -27,7 +27,8 @@ def test_floe_itself_loads_next_to_nothing():
 
 
 def test_the_command_line_and_a_run_s_files_load_no_torch():
-    assert not loaded_by("floe.config", "floe.runs", "floe.errors", "floe.cli") & HEAVY
+    names = ("floe.config", "floe.pipeline.run_folder", "floe.errors", "floe.cli")
+    assert not loaded_by(*names) & HEAVY
 
 
 def test_selection_and_the_report_run_without_torch():

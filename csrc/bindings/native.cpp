@@ -190,7 +190,7 @@ py::dict build_info() {
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
-  m.doc() = "floe's mask solvers; see floe.selection.masks for the documented interface.";
+  m.doc() = "floe's mask solvers; see floe.selection.masks.determine for the documented interface.";
   // std::invalid_argument becomes ValueError.
   m.def("solve_two_class", &solve_two_class, "head_value"_a.noconvert(),
         "neuron_value"_a.noconvert(), "head_cost"_a, "neuron_cost"_a, "budget"_a, "literal"_a);

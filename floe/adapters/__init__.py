@@ -4,9 +4,9 @@ Importing this package registers floe with PEFT.
 """
 
 from floe.adapters.config import FloeConfig
-from floe.adapters.moe_lora import MoELoRALinear, separate_base
-from floe.adapters.peft_tuner import get_model, remove_adapters
+from floe.adapters.linear import MoELoRALinear, separate_base
 from floe.adapters.targets import adapted_layers, adapted_modules, parameter_counts
+from floe.adapters.tuner import get_model, remove_adapters
 
 __all__ = [
     "FloeConfig",

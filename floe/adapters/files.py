@@ -15,7 +15,7 @@ from torch import nn
 
 from floe.adapters.config import FloeConfig
 from floe.adapters.folder import check_own
-from floe.adapters.peft_tuner import (
+from floe.adapters.tuner import (
     check_adapter_name,
     embeddings_resized,
     loaded_config,
@@ -24,8 +24,8 @@ from floe.adapters.peft_tuner import (
     take_off_unheld,
     wrap,
 )
-from floe.atomic import CARD, publish, staging
 from floe.errors import FileError
+from floe.storage import CARD, publish, staging
 
 _REFUSALS = (ValueError, TypeError, RuntimeError, OSError, KeyError)
 

@@ -10,8 +10,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from floe.adapters.moe_lora import MoELoRALinear
-from floe.blocks import base_of, find_blocks, linear_at
+from floe.adapters.linear import MoELoRALinear
+from floe.decoder_blocks import base_of, find_blocks, linear_at
 
 _UNREAD = "-"
 _ROWS = 4096  # of a tensor at once

@@ -17,8 +17,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
 
-from floe.atomic import STAGING, write_bytes
 from floe.errors import FileError
+from floe.storage import STAGING, write_bytes
 
 CONFIG, TENSORS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 _LONGEST_CONFIG = 10 << 20

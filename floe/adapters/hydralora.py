@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from floe.adapters.config import DTYPES, FloeConfig
 from floe.adapters.files import save_adapter
 from floe.adapters.folder import CONFIG, PICKLE, TENSORS, check_new, read_bytes, read_settings
-from floe.adapters.peft_tuner import get_model, remove_adapters
 from floe.adapters.targets import adapted_modules
-from floe.blocks import find_blocks
+from floe.adapters.tuner import get_model, remove_adapters
+from floe.decoder_blocks import find_blocks
 from floe.errors import FileError
 
 _KEY = re.compile(

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from floe import ops
 
 if TYPE_CHECKING:
-    from floe.adapters.moe_lora import MoELoRALinear
+    from floe.adapters.linear import MoELoRALinear
 
 
 class _Part(NamedTuple):

@@ -8,9 +8,9 @@ from typing import cast
 from torch import nn
 
 from floe.adapters.config import FloeConfig
-from floe.adapters.moe_lora import MoELoRALinear
+from floe.adapters.linear import MoELoRALinear
 from floe.adapters.shared_input import SharedInput, link
-from floe.blocks import Block, base_of, find_blocks
+from floe.decoder_blocks import Block, base_of, find_blocks
 
 
 def adapted_modules(model: nn.Module) -> dict[str, MoELoRALinear]:

@@ -12,11 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-from floe.importance.capture import Capture, RowGradients
+from floe.importance.chunk_store import Arrays, Workbook
+from floe.importance.fingerprints import data_fingerprint, model_fingerprint
 from floe.importance.frozen import Batch
-from floe.importance.identity import data_fingerprint, model_fingerprint
+from floe.importance.gradients import Capture, RowGradients
 from floe.importance.rows import Row, chunks, collate, passes, rows_of
-from floe.importance.workbook import Arrays, Workbook
 
 FloatArray = NDArray[np.float64]
 Progress = Callable[[int, int, str], None]
@@ -88,7 +88,7 @@ def measure_fisher(
         reduction: "sample" squares each row's gradient (Eq. 8-9); "batch" squares the gradient of
             each given batch's mean loss, so opposite rows cancel; "token" squares each token's
             product (a diagnostic).
-        scope, head_unit: see :class:`~floe.importance.capture.Capture`.
+        scope, head_unit: see :class:`~floe.importance.gradients.Capture`.
         masks, adapters: what to measure; adapters also gives every row's norms and gate gradients.
         keep_samples: also return each row's mask gradients (not with "token"). first_order: also
             return their mean.

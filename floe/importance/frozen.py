@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from floe.blocks import base_of, find_blocks
-from floe.losses import row_losses
+from floe.data.loss import row_losses
+from floe.decoder_blocks import base_of, find_blocks
 
 Batch = Mapping[str, Any]
 

@@ -16,17 +16,17 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 import floe
-from floe.adapters.moe_lora import MoELoRALinear, module_generator
+from floe.adapters.linear import MoELoRALinear, module_generator
 from floe.adapters.targets import adapted_layers, adapted_modules
-from floe.blocks import base_of, find_blocks
-from floe.importance.adapter import active_adapters
+from floe.decoder_blocks import base_of, find_blocks
+from floe.importance.adapter_gradients import active_adapters
+from floe.importance.chunk_store import Workbook
+from floe.importance.fingerprints import data_fingerprint, model_fingerprint
 from floe.importance.fisher import Fisher, FisherPlan, Progress
 from floe.importance.frozen import Batch
-from floe.importance.identity import data_fingerprint, model_fingerprint
 from floe.importance.rows import CHUNK_ROWS, PASS_TOKENS, rows_of
 from floe.importance.scores import Scores
 from floe.importance.taylor import Taylor, TaylorPlan
-from floe.importance.workbook import Workbook
 
 TAYLOR_ROWS = 32
 _PACKAGES = ("torch", "transformers", "peft", "numpy")

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from floe import storage
 from floe.errors import FileError
-from floe.importance import npz
 
 FORMAT = 1
 FloatArray = NDArray[np.float64]
@@ -100,7 +100,7 @@ class Scores:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write an npz file, whole or not at all; equal scores give equal bytes."""
-        npz.save(path, "scores", {"format": FORMAT, "meta": self.meta}, self._arrays())
+        storage.save_arrays(path, "scores", {"format": FORMAT, "meta": self.meta}, self._arrays())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Scores:
@@ -109,7 +109,7 @@ class Scores:
         Raises:
             FileError: the file is missing, damaged, or of another format.
         """
-        header, arrays = npz.load(path, "scores", FORMAT)
+        header, arrays = storage.load_arrays(path, "scores", FORMAT)
         missing = [name for name in _REQUIRED if name not in arrays]
         unknown = [name for name in arrays if name not in _FIELDS]
         if missing or unknown:

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from floe import storage
 from floe.errors import FileError
-from floe.importance import npz
 
 FORMAT = 1
 FloatArray = NDArray[np.float64]
@@ -93,7 +93,7 @@ class LayerStatistics:
         """
         header = {"format": FORMAT, "layers": self.layers, "meta": self.meta}
         arrays = {name: self.values[name] for name in sorted(self.values)}
-        npz.save(path, "statistics", header, arrays)
+        storage.save_arrays(path, "statistics", header, arrays)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> LayerStatistics:
@@ -102,7 +102,7 @@ class LayerStatistics:
         Raises:
             FileError: the file is missing, damaged, or of another format.
         """
-        header, arrays = npz.load(path, "statistics", FORMAT)
+        header, arrays = storage.load_arrays(path, "statistics", FORMAT)
         try:
             return cls(header["layers"], arrays, header["meta"])
         except KeyError as error:

@@ -10,8 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from floe.blocks import Geometry, find_blocks, geometry, linear_at
-from floe.importance.capture import HEAD_UNITS, Capture, RowGradients
+from floe.decoder_blocks import Geometry, find_blocks, geometry, linear_at
+from floe.importance.block_replay import record_backward
+from floe.importance.chunk_store import Arrays, Workbook
+from floe.importance.fingerprints import data_fingerprint
 from floe.importance.fisher import Progress, added
 from floe.importance.frozen import (
     Batch,
@@ -19,11 +21,9 @@ from floe.importance.frozen import (
     for_loss,
     frozen,
 )
-from floe.importance.identity import data_fingerprint
-from floe.importance.replay import record_backward
+from floe.importance.gradients import HEAD_UNITS, Capture, RowGradients
 from floe.importance.rows import Row, chunks, collate, passes, rows_of
 from floe.importance.weight_costs import block_costs
-from floe.importance.workbook import Arrays, Workbook
 
 FloatArray = NDArray[np.float64]
 Announce = Callable[[int, int], None]

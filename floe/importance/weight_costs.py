@@ -17,9 +17,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from floe.blocks import Block, linear_at
-from floe.importance.capture import tap_output
-from floe.importance.replay import BackwardRecord, call_block, device_of_block
+from floe.decoder_blocks import Block, linear_at
+from floe.importance.block_replay import BackwardRecord, call_block, device_of_block
+from floe.importance.gradients import tap_output
 
 FloatArray = NDArray[np.float64]
 TILE_ROWS = 256

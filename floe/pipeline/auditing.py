@@ -14,15 +14,16 @@ from floe.config import RunConfig
 from floe.errors import FileError
 from floe.importance.scores import Scores
 from floe.importance.statistics import LayerStatistics
-from floe.pipeline import inputs as deciding
+from floe.pipeline import identity as deciding
+from floe.pipeline.run_folder import FORMAT, RunFolder
 from floe.progress import Progress
-from floe.runs import FORMAT, RunFolder, read_json
 from floe.selection.artifact import Selection
 from floe.selection.audit import Audit, audit
 from floe.selection.policies import NEEDS
+from floe.storage import read_json
 
 if TYPE_CHECKING:
-    from floe.pipeline.workspace import Workspace
+    from floe.pipeline.inputs import Workspace
 
 CHEAP = ("gradient_norm", "layer_card", "spectrum", "eva", "lamp", "angular", "angular_all")
 """Policies whose statistics take no more than a few passes over the rows, and no passes a layer."""
@@ -204,7 +205,7 @@ class _Measurements:
     def __init__(
         self, config: RunConfig, folder: RunFolder, rows: int, count: int, progress: Progress
     ) -> None:
-        from floe.pipeline.workspace import Workspace
+        from floe.pipeline.inputs import Workspace
 
         self.folder, self.progress, self.rows, self.count = folder, progress, rows, count
         self.work: Workspace = Workspace(config)
@@ -276,15 +277,15 @@ class _Measurements:
         measured.save(folder / "statistics.npz")
 
     def _measure_routers(self, folder: Path) -> None:
-        from floe.atomic import write_json
-        from floe.pipeline.workspace import plain
-        from floe.routers import router_statistics
+        from floe.evaluation.routers import router_statistics
+        from floe.pipeline.inputs import plain
+        from floe.storage import write_json
 
         found = self._on_model(router_statistics)
         write_json(folder / "routers.json", {"modules": plain(found)})
 
     def _on_model(self, measure: Any) -> Any:
-        from floe.data import sample
+        from floe.data.rows import sample
 
         settings = self.work.config.score
         rows = sample(self.work.calibration_rows, self.rows, settings.seed)

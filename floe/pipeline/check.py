@@ -20,23 +20,23 @@ from floe.adapters.targets import (
     parameter_counts,
     projection_shapes,
 )
-from floe.atomic import write_json
-from floe.blocks import find_blocks, geometry
 from floe.config import RunConfig
-from floe.data import Encoded, TokenRow
+from floe.data.rows import Encoded, TokenRow
+from floe.decoder_blocks import find_blocks, geometry
 from floe.errors import CheckError, DataError, FileError
 from floe.importance.scores import Scores
 from floe.importance.statistics import STATISTICS, LayerStatistics
 from floe.pipeline.choice import choose, place_baseline, placed
+from floe.pipeline.inputs import PARTS, Workspace
 from floe.pipeline.placing import size_options
+from floe.pipeline.run_folder import REFUSED
 from floe.pipeline.scoring import statistics_of
 from floe.pipeline.sweep import swept_counts
-from floe.pipeline.workspace import PARTS, Workspace
 from floe.rank_search.space import SearchSpace
-from floe.runs import REFUSED
-from floe.selection.counts import ADAM_BYTES, saved_bytes_per_token
+from floe.selection.layer_count import ADAM_BYTES, saved_bytes_per_token
 from floe.selection.placement import Placement
 from floe.selection.policies import NEEDS
+from floe.storage import write_json
 from floe.training.train import check_rows
 
 _FIRST = 20  # so many of the rows that lost something are named

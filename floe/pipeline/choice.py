@@ -9,14 +9,14 @@ from typing import Any, get_args
 from floe.adapters.targets import input_widths, parameter_counts
 from floe.config import Baseline, Schedule
 from floe.importance.scores import Scores
+from floe.pipeline.inputs import Workspace
 from floe.pipeline.placing import capacity_gain, place, size_options
 from floe.pipeline.scoring import load_statistics
-from floe.pipeline.workspace import Workspace
-from floe.runs import read_json
-from floe.selection.counts import layer_memory, saved_bytes_per_token
+from floe.selection.layer_count import layer_memory, saved_bytes_per_token
+from floe.selection.masks.presets import PRESETS, Preset
 from floe.selection.placement import Placement
-from floe.selection.presets import PRESETS, Preset
-from floe.selection.selection import Selection, select
+from floe.selection.select import Selection, select
+from floe.storage import read_json
 
 
 def choose(work: Workspace, run: Path, progress: Any, count: int | None = None) -> Selection:
@@ -52,7 +52,7 @@ def check_tuning(work: Workspace) -> None:
     """
     if not work.config.select.tune:
         return
-    from floe.selection.tuning import NotTunable, check_tunable
+    from floe.selection.masks.tuning import NotTunable, check_tunable
 
     try:
         check_tunable(work.base_model, work.batches(work.calibration_rows[:1], 1))

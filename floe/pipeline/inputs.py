@@ -1,195 +1,459 @@
-"""What decides the result of each stage: every setting of a run is sorted here, once.
+"""What the stages of a run share: the base model, the tokenizer, the rows.
 
-A setting counts by its value (``BY_VALUE``), or by what it leads to: rows, files, another stage's
-result (``BY_CONTENT``), or not at all (``NOTHING``). A stage whose inputs are the same is not made
-again; one whose inputs differ is refused unless the user says ``--redo``.
+Each is loaded when first needed.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
-from collections.abc import Callable
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from floe.config import RunConfig
-from floe.runs import hash_of
+import torch
+from torch import nn
 
-ORDER = ("search", "score", "statistics", "select", "arms", "sweep", "train", "profile", "eval")
-_MODEL = " ".join(ORDER)
-_TRAINED = "search sweep train"
+from floe.adapters import FloeConfig, get_model, remove_adapters
+from floe.adapters.files import load_adapter
+from floe.config import DataSource, RunConfig
+from floe.data.rows import (
+    Collator,
+    Encoded,
+    Rows,
+    TokenRow,
+    encode,
+    encode_choices,
+    encode_questions,
+    fingerprint,
+    make_batches,
+    rows_of_both,
+    sample,
+    split,
+)
+from floe.data.sources import Row, load_rows
+from floe.doctor import auto_dtype
+from floe.errors import FileError
+from floe.selection.placement import Placement
+from floe.storage import hash_of, read_json
+from floe.training.schedule import TrainSettings
 
-BY_VALUE: dict[str, str] = {
-    "model.attention": _MODEL,
-    "data.template": "eval",
-    "data.max_length": "eval",
-    "adapter.r": "search",  # without trials; else the search decides
-    "adapter.num_experts": "search",
-    "adapter.alpha": _TRAINED,
-    "adapter.dropout": _TRAINED + " profile",
-    "adapter.target_modules": _TRAINED + " profile",
-    "adapter.scaling": _TRAINED,
-    "adapter.adapter_dtype": _TRAINED + " profile",
-    "adapter.share_input": _TRAINED + " profile",
-    "adapter.backend": "profile",  # every backend computes the same; here its time is measured
-    "train.learning_rate": _TRAINED,
-    "train.batch_size": "profile",
-    "train.grad_accum": "profile",
-    "train.warmup_ratio": _TRAINED,
-    "train.schedule": _TRAINED,
-    "train.weight_decay": _TRAINED,
-    "train.max_grad_norm": _TRAINED,
-    "train.group_by_length": _TRAINED,
-    "train.seed": _TRAINED,
-    "search.trials": "search",  # more of them go on with the same search
-    "search.rank": "search",
-    "search.num_experts": "search",
-    "search.sampler": "search",
-    "search.startup_trials": "search",
-    "search.prune": "search",
-    "search.seed": "search",
-    "score.keep_samples": "score",
-    "score.first_order": "score",
-    "score.reduction": "score",
-    "score.mask_scope": "score",
-    "score.taylor_kind": "score",
-    "score.taylor_aggregate": "score",
-    "score.taylor_tokens": "score",
-    "score.seed": "score statistics",
-    "select.policy": "select",
-    "select.preset": "select",
-    "select.first_order": "select",
-    "select.budget": "select",
-    "select.layers": "select",
-    "select.choose": "arms",
-    "select.r0": "arms",
-    "select.pick": "select",
-    "select.score": "select",
-    "select.budget_path": "select",
-    "select.tune": "select",
-    "select.tune_tokens": "select",
-    "select.seed": "select",
-    "baselines": "arms",
-    "eval.accuracy": "eval",
-    "eval.choice_score": "eval",
-    "eval.max_new_tokens": "eval",
-    "eval.seed": "eval",
-    "profile.steps": "profile",
-    "profile.points": "profile",
-}
-
-BY_CONTENT: dict[str, str] = {
-    "model.path": _MODEL,  # the files in it, or the commit on the hub
-    "model.revision": _MODEL,
-    "model.gguf_file": _MODEL,
-    "model.dtype": _MODEL,  # what `auto` comes to here
-    "model.device": _MODEL,
-    "data.train": _MODEL,  # the rows as tokens
-    "data.validation": _MODEL,
-    "data.test": "eval",
-    "data.columns": _MODEL,
-    "data.template": _MODEL,
-    "data.max_length": _MODEL,
-    "data.val_fraction": _MODEL,
-    "data.seed": _MODEL,
-    "train.batch_size": _TRAINED,  # the rows of a step, however it is cut
-    "train.grad_accum": _TRAINED,
-    "train.epochs": _TRAINED,  # the length that is in force
-    "train.max_steps": _TRAINED,
-    "warmup.fraction": "search score",
-    "warmup.max_steps": "search",
-    "warmup.seed": "search score",
-    "score.rows": "score",
-    "score.taylor_rows": "score",
-    "score.taylor_data": "score",
-    "score.statistic_rows": "statistics",
-    "eval.limit": "eval",
-}
-
-NOTHING: dict[str, str] = {
-    "name": "where the run is",
-    "output_dir": "where the run is",
-    "train.gradient_checkpointing": "the same gradients in less memory",
-    "train.validations": "how often the loss is looked at",
-    "train.save_steps": "how often a checkpoint is written",
-    "search.storage": "where the trials are kept",
-    "data.max_dropped": "beyond it a run stops before its first stage",
-    "score.batch_size": "rows are measured one by one",
-    "eval.batch_size": "rows are measured one by one",
-}
-
-WEIGHTS = "weights"
-"""The input that holds the base model's weights. Adapters of weights that are gone are of no use:
-when a file was replaced, and no setting changed, nothing is asked."""
-
-_WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".ckpt")
-_TOKENIZER_FILES = (".json", ".jinja", ".model", ".tiktoken", ".spm")
-_OF_TOKENIZER = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-    "vocab.json", "chat_template.json", "generation_config.json", "preprocessor_config.json",
-    "processor_config.json",
-)  # fmt: skip
-_OF_TRAINER = ("training_args.bin", "optimizer.pt", "optimizer.bin", "scheduler.pt", "scaler.pt")
+Batch = dict[str, Any]
 
 
-def values(config: RunConfig, stage: str) -> dict[str, Any]:
-    """The settings that decide a stage's result by their value, by name."""
-    found = flat(config)
-    return {name: found[name] for name, stages in BY_VALUE.items() if stage in stages.split()}
+class Workspace:
+    """The loaded inputs of one configuration.
 
+    The base model is shared: adapters go when their user is done.
+    """
 
-def notes(config: RunConfig, stage: str) -> dict[str, Any]:
-    """The settings that count up to a stage, to say what may stand behind inputs that differ."""
-    found, upto = flat(config), set(ORDER[: ORDER.index(stage) + 1])
-    counting = (BY_VALUE | BY_CONTENT).items()
-    own = values(config, stage).keys() - BY_CONTENT.keys()
-    return {k: found[k] for k, stages in counting if upto & set(stages.split()) and k not in own}
+    def __init__(self, config: RunConfig) -> None:
+        self.config = config
+        self.unused_weights: list[str] = []
+        self._encoded: dict[str, Encoded] = {}
 
+    @cached_property
+    def device(self) -> torch.device:
+        """Device of the model: as configured, else the first CUDA device where there is one."""
+        wanted = self.config.model.device
+        if wanted == "cuda" and not torch.cuda.is_available():
+            raise ValueError(
+                "model.device must be cpu or auto on this machine, got cuda: "
+                "no CUDA device is there"
+            )
+        if wanted == "auto":
+            wanted = "cuda" if torch.cuda.is_available() else "cpu"
+        if wanted == "cuda" and "LOCAL_RANK" in os.environ:  # one of torchrun's workers
+            return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        return torch.device(wanted)
 
-def flat(config: RunConfig) -> dict[str, Any]:
-    """Every setting by its name; sources of data, columns and baselines as a whole."""
-    found: dict[str, Any] = {}
-    for section, value in config.model_dump(mode="json").items():
-        if isinstance(value, dict):
-            found |= {f"{section}.{name}": one for name, one in value.items()}
+    @property
+    def device_memory(self) -> int:
+        """Bytes of the device's memory, in all."""
+        if self.device.type == "cuda":
+            return int(torch.cuda.get_device_properties(self.device).total_memory)
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+    @cached_property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the base weights."""
+        named = self.config.model.dtype
+        return auto_dtype(self.device) if named == "auto" else getattr(torch, named)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The model's tokenizer."""
+        from transformers import AutoTokenizer
+
+        path = self.config.model.path
+        with _reading(path, "cannot be loaded as a tokenizer"):
+            return AutoTokenizer.from_pretrained(path, trust_remote_code=False, **self._source)
+
+    @cached_property
+    def base_model(self) -> nn.Module:
+        """The frozen base model, in eval mode on the run's device."""
+        named = self.config.model
+        model, self.unused_weights = load_base(
+            named.path, dtype=self.dtype, attention=named.attention, **self._source
+        )
+        model.config.use_cache = False
+        base: nn.Module = model.to(self.device).eval().requires_grad_(False)
+        return base
+
+    @cached_property
+    def structure(self) -> Any:
+        """The base model without values, on the meta device; the weights' names are checked.
+
+        Only where they lie in a folder as they are: a hub model's may not be here yet, and GGUF and
+        quantised ones are known when they are loaded.
+        """
+        named, source = self.config.model, self._source
+        model = structure(named.path, attention=named.attention, **source)
+        quantised = getattr(model.config, "quantization_config", None) is not None
+        if Path(named.path).is_dir() and named.gguf_file is None and not quantised:
+            model, self.unused_weights = load_base(
+                named.path, dtype=self.dtype, attention=named.attention, device="meta", **source
+            )
+        return model
+
+    @property
+    def _source(self) -> dict[str, str]:
+        """Which files of ``model.path`` are meant, as transformers names it."""
+        model = self.config.model
+        source = {"revision": model.revision or "main"}
+        return source if model.gguf_file is None else source | {"gguf_file": model.gguf_file}
+
+    @cached_property
+    def _split_rows(self) -> tuple[list[TokenRow], list[TokenRow]]:
+        data = self.config.data
+        rows = self.encoded("train").rows
+        if data.validation is not None:
+            return rows, self.encoded("validation").rows
+        return split(rows, data.val_fraction, data.seed)
+
+    @property
+    def train_rows(self) -> list[TokenRow]:
+        """Rows to train on, without those held out for validation."""
+        return self._split_rows[0]
+
+    @property
+    def validation_rows(self) -> list[TokenRow]:
+        """Rows the search and the validation loss use."""
+        return self._split_rows[1]
+
+    @cached_property
+    def warmup_rows(self) -> list[TokenRow]:
+        """The warm-up's share of the training rows."""
+        count = max(1, round(len(self.train_rows) * self.config.warmup.fraction))
+        return sample(self.train_rows, count, self.config.warmup.seed)
+
+    @cached_property
+    def calibration_rows(self) -> list[TokenRow]:
+        """Warm-up rows the Fisher information is measured on."""
+        return sample(self.warmup_rows, self.config.score.rows, self.config.score.seed)
+
+    @cached_property
+    def statistic_rows(self) -> list[TokenRow]:
+        """Calibration rows the layer statistics are measured on."""
+        settings = self.config.score
+        return sample(self.calibration_rows, settings.statistic_rows, settings.seed)
+
+    @cached_property
+    def taylor_rows(self) -> list[TokenRow]:
+        """Rows of the Taylor cost: general text where given, else some of the calibration's."""
+        settings = self.config.score
+        if settings.taylor_data is None:
+            return sample(self.calibration_rows, settings.taylor_rows, settings.seed)
+        return sample(self.encoded("taylor").rows, settings.taylor_rows, settings.seed)
+
+    @cached_property
+    def _test(self) -> tuple[list[Row], str, Encoded, list[TokenRow]]:
+        """Test rows as text, what counts as accuracy, and the rows that every figure is made of."""
+        data, settings = self.config.data, self.config.eval
+        source = data.test or data.validation
+        if source is None:
+            rows, numbers = self._read(data.train), [row.index for row in self.validation_rows]
         else:
-            found[section] = value
-    return found
+            rows = self._read(source)
+            numbers = list(range(len(rows)))
+        chosen = {number: rows[number] for number in numbers[: settings.limit]}
+        encoded, kind = self._encode(chosen, "data.test"), settings.accuracy
+        if kind == "auto":
+            kind = "choices" if all("choices" in row for row in chosen.values()) else "generation"
+        common: dict[str, Any] = {"template": data.template, "max_length": data.max_length}
+        common["source"] = "data.test"
+        if kind == "choices":
+            other = encode_choices(chosen, self.tokenizer, **common)
+        elif kind == "generation":
+            common["max_new_tokens"] = settings.max_new_tokens
+            other = encode_questions(chosen, self.tokenizer, **common)
+        else:
+            other = encoded
+        encoded = rows_of_both(encoded, other, data.max_length, "data.test")
+        return [chosen[row.index] for row in encoded.rows], kind, encoded, other.rows
+
+    @property
+    def test_examples(self) -> list[Row]:
+        """Test rows as text, those of ``test_rows``; of the validation data where none is named."""
+        return self._test[0]
+
+    @property
+    def test_rows(self) -> list[TokenRow]:
+        """Test rows as tokens; one that cannot be used for loss and accuracy is in neither."""
+        return self._test[2].rows
+
+    @property
+    def accuracy(self) -> str:
+        """How answers are measured: ``choices``, ``generation`` or ``none``."""
+        return self._test[1]
+
+    @property
+    def answer_rows(self) -> list[TokenRow]:
+        """Test rows as tokens in the way that accuracy reads them: every choice, or the prompt."""
+        return self._test[3]
+
+    def encoded(self, part: str) -> Encoded:
+        """Rows of a part of the data (see PARTS) as tokens, and which were dropped, why."""
+        if part == "test":
+            return self._test[2]
+        if part not in self._encoded:
+            source = self.source(part)
+            assert source is not None
+            self._encoded[part] = self._encode(self._read(source), PARTS[part])
+        return self._encoded[part]
+
+    def _encode(self, rows: Rows, name: str) -> Encoded:
+        data = self.config.data
+        return encode(
+            rows, self.tokenizer, template=data.template, max_length=data.max_length, source=name
+        )
+
+    def source(self, part: str) -> DataSource | None:
+        """Where a part of the data comes from; None where the configuration names none."""
+        data, taylor = self.config.data, self.config.score.taylor_data
+        sources = {"train": data.train, "validation": data.validation, "test": data.test}
+        return taylor if part == "taylor" else sources[part]
+
+    def probe(self, part: str) -> None:
+        """Read the first row of a part of the data, to see that it can be read."""
+        source = self.source(part)
+        if source is not None:
+            self._read(source.model_copy(update={"limit": 1}))
+
+    def _read(self, source: DataSource) -> list[Row]:
+        columns = {k: v for k, v in self.config.data.columns.model_dump().items() if v is not None}
+        hub = (
+            {}
+            if source.path
+            else {"split": source.split, "revision": source.revision, "subset": source.name}
+        )
+        return load_rows(source.path or str(source.hub), columns=columns, limit=source.limit, **hub)
+
+    def batches(self, rows: list[TokenRow], batch_size: int) -> list[Batch]:
+        """Batches for measuring: longest rows first, on the model's own collator."""
+        collator = Collator.for_model(self.base_model, self.tokenizer.pad_token_id or 0)
+        return make_batches(rows, batch_size, True, collator)
+
+    def settings(self, max_steps: int | None = None) -> TrainSettings:
+        """The training's settings; ``max_steps`` replaces the configuration's."""
+        values = self.config.train.model_dump()
+        points = values.pop("validations")
+        values["validation_points"] = tuple((i + 1) / points for i in range(points))
+        values["eval_batch_size"] = self.config.eval.batch_size
+        if max_steps is not None:
+            values["max_steps"] = max_steps
+        return TrainSettings(**values)
+
+    def adapter_config(
+        self, rank: int, experts: int, placement: Placement | None = None
+    ) -> FloeConfig:
+        """The adapter's settings at this size, where the placement says so (None = all layers)."""
+        adapter = self.config.adapter.model_dump()
+        adapter |= {"r": rank, "num_experts": experts}
+        if placement is not None:
+            adapter |= placement.patterns
+            if placement.modules:  # they name their targets themselves
+                del adapter["target_modules"]
+        named = self.config.model
+        return FloeConfig(
+            **adapter, seed=self.config.train.seed,
+            base_model_name_or_path=named.path, revision=named.revision,
+        )  # fmt: skip
+
+    def fresh(self, rank: int, experts: int, placement: Placement | None = None) -> Any:
+        """The base model with fresh adapters."""
+        return get_model(self.base_model, self.adapter_config(rank, experts, placement))
+
+    @contextmanager
+    def adapted(self, folder: Path) -> Iterator[Any]:
+        """The base model with the adapter saved in ``folder``; afterwards without it again."""
+        model = load_adapter(self.base_model, folder)
+        try:
+            yield model
+        finally:
+            remove_adapters(model)
+
+    def data_identity(self) -> dict[str, str]:
+        """Hashes of the rows, as tokens."""
+        return {
+            "train": fingerprint(self.train_rows),
+            "validation": fingerprint(self.validation_rows),
+        }
+
+    def test_identity(self) -> str:
+        """Hash of the test rows, as numbers and text."""
+        return hash_of([[row.index for row in self.test_rows], self.test_examples])
+
+    @cached_property
+    def commit(self) -> str:
+        """The commit of a hub model, which names all its files."""
+        from transformers.utils import cached_file
+
+        model = self.config.model
+        wanted = model.gguf_file or "config.json"
+        with _reading(model.path, "cannot be loaded as a model"):
+            file = cached_file(model.path, wanted, revision=model.revision or "main")
+        return Path(file).parents[wanted.count("/")].name
 
 
-def may_discard(changed: set[str]) -> bool:
-    """Whether work made from other inputs may go unasked: the base model itself was replaced."""
-    return WEIGHTS in changed and not changed & (BY_VALUE | BY_CONTENT).keys()
+PARTS = {
+    "train": "data.train", "validation": "data.validation", "test": "data.test",
+    "taylor": "score.taylor_data",
+}  # fmt: skip
+"""Parts of the data, and the settings that name them."""
 
 
-def model_files(folder: Path, gguf_file: str | None) -> dict[str, list[Path]]:
-    """The files of a model's folder that count: its weights, its settings, its tokenizer's."""
-    files = [f for f in sorted(folder.iterdir()) if f.is_file() and not f.name.startswith(".")]
-    weights = [f for f in files if f.suffix in _WEIGHT_FILES and f.name not in _OF_TRAINER]
-    for index in (f for f in files if f.name.endswith(".index.json")):
-        weights += [folder / name for name in _shards(index)]
-    if gguf_file is not None:
-        weights = [folder / gguf_file]
-    words = [f for f in files if f.name in (*_OF_TOKENIZER, "vocab.txt", "merges.txt")]
-    words += [f for f in files if f.suffix in _TOKENIZER_FILES and f.suffix != ".json"]
-    settings = [f for f in files if f.suffix == ".json" and f not in words]
-    return {WEIGHTS: sorted({*weights}), "model": settings, "tokenizer": sorted({*words})}
+def load_base(
+    name: str,
+    *,
+    dtype: torch.dtype,
+    attention: str | None,
+    device: str | None = None,
+    **source: Any,
+) -> tuple[Any, list[str]]:
+    """A causal language model as transformers loads it, and names of weights it has no use for.
+
+    Raises:
+        FileError: it cannot be loaded, is an adapter or an encoder-decoder, or its files lack
+            weights of the model, which transformers would draw at random.
+    """
+    from transformers import AutoModelForCausalLM
+
+    if "gguf_file" in source:  # it takes seconds to read, and holds no encoder
+        _refuse_no_base(name, source["revision"])
+    else:
+        _configuration(name, **source)
+    settings: dict[str, Any] = source | ({} if device is None else {"device_map": device})
+    if attention is not None:
+        settings["attn_implementation"] = attention
+    with _reading(name, _unloadable(attention)):
+        model, info = AutoModelForCausalLM.from_pretrained(
+            name, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True,
+            trust_remote_code=False, **settings,
+        )  # fmt: skip
+    for tensor, came, wanted in sorted(info["mismatched_keys"]):
+        raise FileError(
+            name, f"{tensor} must be {list(wanted)} as config.json says, got {list(came)}"
+        )
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise FileError(
+            name,
+            f"must hold every weight, {len(missing)} are missing: {', '.join(missing[:3])}; they "
+            "would be random numbers: config.json must describe the weights, their number of "
+            "layers for example",
+        )
+    return model, sorted(info["unexpected_keys"])
 
 
-def _shards(index: Path) -> set[str]:
-    """Files that an index of weights names, in whatever folder; a damaged one names none."""
+def structure(name: str, *, attention: str | None = None, **source: Any) -> nn.Module:
+    """A causal language model without weights, on the meta device, from its configuration alone.
+
+    Raises:
+        FileError: there is none in this folder or of this hub name.
+    """
+    from transformers import AutoModelForCausalLM
+
+    config = _configuration(name, **source)
+    settings = {} if attention is None else {"attn_implementation": attention}
+    with _reading(name, _unloadable(attention)), torch.device("meta"):
+        model: nn.Module = AutoModelForCausalLM.from_config(
+            config, trust_remote_code=False, **settings
+        )
+    return model
+
+
+def _unloadable(attention: str | None) -> str:
+    how = f" with model.attention: {attention}" if attention else ""
+    return f"cannot be loaded as a model{how}"
+
+
+def _configuration(name: str, **source: Any) -> Any:
+    """The model's configuration, if a base model is there."""
+    from transformers import AutoConfig
+
+    _refuse_no_base(name, source.get("revision"))
+    with _reading(name, "cannot be read as a model's configuration"):
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False, **source)
+    if getattr(config, "is_encoder_decoder", False):
+        raise FileError(
+            name, f"must be a causal language model, got the encoder-decoder {config.model_type}"
+        )
+    return config
+
+
+def _refuse_no_base(name: str, revision: str | None) -> None:
+    """Of an adapter transformers would load the base, and the adapter on top or not at all."""
+    from transformers.utils import find_adapter_config_file
+
+    if not Path(name).exists() and (Path(name).is_absolute() or name.startswith((".", "~"))):
+        raise FileError(name, "does not exist")
+    with _reading(name, "cannot be loaded as a model"):
+        found = find_adapter_config_file(name, revision=revision)
+    if found is not None:
+        adapter = read_json(Path(found))
+        kind, base = adapter.get("peft_type"), adapter.get("base_model_name_or_path")
+        raise FileError(
+            name,
+            f"holds an adapter ({kind}), no base model: name its base, {base!r}; a LoRA can be "
+            "merged into it first (peft's merge_and_unload), in a folder of its own",
+        )
+
+
+@contextmanager
+def _reading(path: str, problem: str) -> Iterator[None]:
+    """A FileError for whatever a library raises while it reads a model's files.
+
+    Which types those are is nobody's promise: tokenizers raise Exception itself, weights their own
+    errors, a missing package ImportError, a config of odd values AttributeError or TypeError.
+    """
     try:
-        names = {str(name) for name in json.loads(index.read_text())["weight_map"].values()}
-        return {name for name in names if not Path(name).is_absolute()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return set()
+        yield
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+        if "trust_remote_code" in reason:
+            reason = "it needs Python code of its own, and floe runs no code of a model"
+        raise FileError(path, f"{problem}: {reason}") from error
 
 
-def digests(folder: Path, files: list[Path], digest: Callable[[Path], str]) -> dict[str, str]:
-    """Digests by name within the folder; a file that is not there has none."""
-    return {f.relative_to(folder).as_posix(): digest(f) for f in files if f.is_file()}
+def plain(value: Any) -> Any:
+    """A dataclass or pydantic model as plain JSON values."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = dataclasses.asdict(value)
+    return json.loads(json.dumps(value, default=str))
 
 
-def adapter_digest(folder: Path, digest: Callable[[Path], str]) -> str:
-    """What tells adapters apart: their tensors and their configuration."""
-    return hash_of([digest(folder / f"adapter_{n}") for n in ("config.json", "model.safetensors")])
+def calm_libraries() -> None:
+    """Our own progress speaks; libraries keep their errors and lose their bars and one notice."""
+    import warnings
+
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    notice = "`is_gradient_checkpointing` is deprecated"  # of transformers, raised by PEFT's calls
+    warnings.filterwarnings("ignore", message=notice, category=FutureWarning)

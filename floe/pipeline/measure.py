@@ -8,9 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from floe.atomic import write_json
-from floe.data import row_order
-from floe.evaluate import (
+from floe.data.rows import row_order
+from floe.evaluation.evaluate import (
     Answers,
     Losses,
     evaluate_choices,
@@ -20,9 +19,9 @@ from floe.evaluate import (
     paired_difference,
     summarise_loss,
 )
-from floe.pipeline.workspace import Workspace, plain
-from floe.routers import router_statistics
-from floe.runs import read_json
+from floe.evaluation.routers import router_statistics
+from floe.pipeline.inputs import Workspace, plain
+from floe.storage import read_json, write_json
 
 INTERVALS = "95 %: bootstrap over rows for loss, Wilson for accuracy"
 

@@ -9,11 +9,11 @@ import numpy as np
 from floe.adapters.targets import projection_shapes
 from floe.config import SearchConfig
 from floe.importance.scores import Scores
-from floe.pipeline.workspace import Workspace
+from floe.pipeline.inputs import Workspace
 from floe.selection.allocate import Options, Saturating, fit_gain, option_costs
 from floe.selection.modules import module_scores
 from floe.selection.placement import Placement, place_modules, place_sizes
-from floe.selection.selection import Selection
+from floe.selection.select import Selection
 
 
 def place(

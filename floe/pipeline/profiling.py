@@ -10,10 +10,10 @@ from typing import Any
 import torch
 
 from floe.adapters import remove_adapters
-from floe.atomic import write_json
-from floe.blocks import find_blocks
-from floe.pipeline.workspace import Workspace
+from floe.decoder_blocks import find_blocks
+from floe.pipeline.inputs import Workspace
 from floe.selection.placement import Placement
+from floe.storage import write_json
 from floe.training.memory import PeakMemory
 
 

@@ -12,7 +12,7 @@ from floe.importance.layer_statistics import measure_statistics
 from floe.importance.score import score
 from floe.importance.scores import Scores
 from floe.importance.statistics import LayerStatistics
-from floe.pipeline.workspace import Workspace
+from floe.pipeline.inputs import Workspace
 from floe.selection.policies import NEEDS
 
 

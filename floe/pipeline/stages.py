@@ -9,12 +9,12 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-from floe.atomic import copy_folder, write_json, write_text
 from floe.config import Baseline, RunConfig, Schedule, dump_config, load_config
-from floe.pipeline import inputs as deciding
+from floe.pipeline import identity as deciding
+from floe.pipeline.run_folder import RunFolder, environment
 from floe.progress import Progress
-from floe.runs import RunFolder, environment, read_json
 from floe.selection.placement import Placement
+from floe.storage import copy_folder, read_json, write_json, write_text
 
 if TYPE_CHECKING:
     from floe.pipeline.check import Account
@@ -159,7 +159,7 @@ class _Stages:
     def __init__(
         self, config: RunConfig, folder: RunFolder, progress: Progress, redo: bool
     ) -> None:
-        from floe.pipeline.workspace import Workspace
+        from floe.pipeline.inputs import Workspace
 
         self.config, self.folder, self.progress, self.redo = config, folder, progress, redo
         self.work = Workspace(config)
@@ -379,7 +379,7 @@ class _Stages:
         """Where the adapters of every arm go; quickly done, so made anew without a question."""
         from floe.pipeline import scoring
         from floe.pipeline.choice import place_baseline, placed
-        from floe.selection.selection import Selection
+        from floe.selection.select import Selection
 
         inputs = self._scored() | deciding.values(self.config, "arms") | {
             "selection": self.folder.digest(self.path / "select/selection.json"),
@@ -472,7 +472,7 @@ class _Stages:
     def _train(self, arm: str, policy: str, placement: Placement, folder: Path) -> None:
         from floe.adapters import remove_adapters
         from floe.adapters.files import save_adapter
-        from floe.pipeline.workspace import plain
+        from floe.pipeline.inputs import plain
         from floe.training.train import train
 
         rank, experts = self.size
@@ -556,7 +556,7 @@ def _always(changed: set[str]) -> bool:
 
 
 def _fingerprint(rows: Any) -> str:
-    from floe.data import fingerprint
+    from floe.data.rows import fingerprint
 
     return fingerprint(rows)
 
@@ -573,10 +573,10 @@ def _name_of(baseline: Baseline) -> str:
 
 def export_run(config: RunConfig, output: Path, rows: int) -> Any:
     """The finished run's adapter as one plain LoRA, averaged over ``rows`` training rows."""
-    from floe.adapters.export import export_lora
     from floe.adapters.folder import check_new
-    from floe.data import sample
-    from floe.pipeline.workspace import Workspace
+    from floe.adapters.plain_lora import export_lora
+    from floe.data.rows import sample
+    from floe.pipeline.inputs import Workspace
 
     check_new(output)  # before the model is loaded
     work = Workspace(config)

@@ -5,12 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from floe.atomic import write_json
-from floe.blocks import find_blocks
-from floe.evaluate import evaluate_rows
-from floe.pipeline.workspace import Workspace, plain
-from floe.runs import read_json
-from floe.selection.counts import CountChoice, choose_count
+from floe.decoder_blocks import find_blocks
+from floe.evaluation.evaluate import evaluate_rows
+from floe.pipeline.inputs import Workspace, plain
+from floe.selection.layer_count import CountChoice, choose_count
+from floe.storage import read_json, write_json
 
 LOSSES = "losses.json"
 

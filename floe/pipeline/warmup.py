@@ -11,11 +11,11 @@ from typing import Any
 
 from floe.adapters import remove_adapters
 from floe.adapters.files import save_adapter
-from floe.atomic import copy_folder, write_json
 from floe.config import storage_url
-from floe.pipeline.workspace import Workspace, plain
+from floe.pipeline.inputs import Workspace, plain
 from floe.rank_search.search import remove_trials, search
 from floe.rank_search.space import SearchSpace
+from floe.storage import copy_folder, write_json
 from floe.training.checkpoints import remove_checkpoints
 from floe.training.train import train
 

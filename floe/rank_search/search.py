@@ -19,11 +19,10 @@ from torch import nn
 
 from floe.adapters import FloeConfig, adapted_modules, get_model, remove_adapters
 from floe.adapters.files import load_adapter, save_adapter
-from floe.atomic import STAGING, copy_folder
-from floe.data import TokenRow, fingerprint
+from floe.data.rows import TokenRow, fingerprint
 from floe.errors import SearchError
-from floe.evaluate import evaluate_rows, mean_loss
-from floe.importance.identity import model_fingerprint
+from floe.evaluation.evaluate import evaluate_rows, mean_loss
+from floe.importance.fingerprints import model_fingerprint
 from floe.rank_search.proposals import propose, sampler_settings
 from floe.rank_search.space import Point, SearchSpace
 from floe.rank_search.storage import mask
@@ -44,6 +43,7 @@ from floe.rank_search.studies import (
     quiet_optuna,
     should_stop,
 )
+from floe.storage import STAGING, copy_folder
 from floe.training.checkpoints import remove_checkpoints
 from floe.training.train import TrainSettings, train
 

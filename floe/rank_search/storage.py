@@ -22,8 +22,8 @@ from sqlalchemy.engine import make_url
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.pool import NullPool
 
-from floe.atomic import write_bytes
 from floe.errors import SearchError, hide_secrets, one_line
+from floe.storage import write_bytes
 
 PATIENCE = 60.0
 """Seconds another program may hold a SQLite database before a search gives up."""

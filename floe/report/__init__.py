@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from floe.report.build import build_report
+from floe.report.page import build_report
 
 __all__ = ["build_report"]

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from floe import runs
+from floe import storage
 from floe.errors import FileError, shown
 
 Floats = NDArray[np.float64]
@@ -145,5 +145,5 @@ def read_text(path: Path) -> str:
 
 
 def read_json(path: Path) -> Record:
-    """The JSON object in ``path``; see :func:`floe.runs.read_json`."""
-    return Record(runs.read_json(path), path)
+    """The JSON object in ``path``; see :func:`floe.storage.read_json`."""
+    return Record(storage.read_json(path), path)

@@ -1,8 +1,8 @@
 """Which layers get adapters: masks, layer scores, policies. Only ``tuning`` needs torch."""
 
 from floe.selection.budget_path import path_score
-from floe.selection.counts import choose_count, layer_memory
-from floe.selection.masks import (
+from floe.selection.layer_count import choose_count, layer_memory
+from floe.selection.masks.determine import (
     MaskSolution,
     determine,
     refine_masks,
@@ -10,11 +10,11 @@ from floe.selection.masks import (
     solve_two_class,
     solve_two_class_literal,
 )
+from floe.selection.masks.presets import PRESETS, Preset
 from floe.selection.modules import choose_modules
 from floe.selection.policies import POLICIES
-from floe.selection.presets import PRESETS, Preset
 from floe.selection.ranking import choose_layers, layer_score, rank_layers, spearman
-from floe.selection.selection import Selection, select
+from floe.selection.select import Selection, select
 
 __all__ = [
     "POLICIES",

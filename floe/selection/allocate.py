@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from floe import _native
-from floe.selection.solvers import Floats, count, number, numbers
+from floe.selection.masks.solvers import Floats, count, number, numbers
 
 Options = Sequence[tuple[int, int]]
 

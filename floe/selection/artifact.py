@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from floe.atomic import write_bytes
 from floe.errors import FileError
-from floe.selection.solvers import Floats
+from floe.selection.masks.solvers import Floats
+from floe.storage import write_bytes
 
 FORMAT = 3  # 2: pick and budget_path; 3: untuned
 PICKS = ("top", "bottom")

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from floe.selection.masks import determine
-from floe.selection.presets import Preset
+from floe.selection.masks.determine import determine
+from floe.selection.masks.presets import Preset
+from floe.selection.masks.solvers import Floats, number
 from floe.selection.ranking import layer_score
-from floe.selection.solvers import Floats, number
 
 if TYPE_CHECKING:
     from floe.importance.scores import Scores

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from floe.selection.solvers import DEFAULT_NODES, Flags, Floats, count, numbers, solve_mask
+from floe.selection.masks.solvers import DEFAULT_NODES, Flags, Floats, count, numbers, solve_mask
 
 if TYPE_CHECKING:
     from floe.importance.scores import Scores

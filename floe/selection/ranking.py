@@ -14,7 +14,7 @@ from typing import Literal, get_args
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from floe.selection.solvers import Floats
+from floe.selection.masks.solvers import Floats
 
 LayerCount = int | float | Mapping[str, int]
 """A count of layers, a fraction of all (float in (0, 1]), or a budget: {"params": n} adapter

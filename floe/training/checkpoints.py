@@ -9,8 +9,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from floe.atomic import write_json
 from floe.errors import FileError
+from floe.storage import write_json
 
 DONE = "floe_done.json"
 _FORMAT = 1

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback
 
-from floe.adapters.moe_lora import MoELoRALinear
+from floe.adapters.linear import MoELoRALinear
 from floe.adapters.targets import adapted_layers
-from floe.blocks import base_of, find_blocks
+from floe.decoder_blocks import base_of, find_blocks
 
 RECORD = "floe_layer_schedule"
 

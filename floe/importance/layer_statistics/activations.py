@@ -11,11 +11,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from floe.blocks import Block, find_blocks, linear_at
+from floe.decoder_blocks import Block, find_blocks, linear_at
+from floe.importance.block_replay import Call, CallRecorder, call_block, device_of_block
 from floe.importance.fisher import Progress
 from floe.importance.frozen import Batch, base_only, device_of, frozen, on_device, token_mask
 from floe.importance.layer_statistics.states import forward_states
-from floe.importance.replay import Call, CallRecorder, call_block, device_of_block
 
 FloatArray = NDArray[np.float64]
 _TOKENS_AT_ONCE = 128

@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from floe.adapters.targets import adapted_layers
-from floe.blocks import find_blocks
+from floe.data.loss import IGNORE_INDEX
+from floe.decoder_blocks import find_blocks
 from floe.importance.fisher import Progress
 from floe.importance.frozen import (
     Batch,
@@ -23,7 +24,6 @@ from floe.importance.frozen import (
     on_device,
 )
 from floe.importance.layer_statistics.states import forward_states, starting_at
-from floe.losses import IGNORE_INDEX
 
 FloatArray = NDArray[np.float64]
 Flags = NDArray[np.bool_]

@@ -9,7 +9,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from floe.blocks import find_blocks, linear_at
+from floe.decoder_blocks import find_blocks, linear_at
+from floe.importance.block_replay import call_block, device_of_block
 from floe.importance.fisher import Progress
 from floe.importance.frozen import (
     Batch,
@@ -22,7 +23,6 @@ from floe.importance.frozen import (
     token_mask,
 )
 from floe.importance.layer_statistics.states import forward_states, starting_at
-from floe.importance.replay import call_block, device_of_block
 from floe.importance.taylor import is_quantised
 
 FloatArray = NDArray[np.float64]

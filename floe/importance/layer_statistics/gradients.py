@@ -10,8 +10,14 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from floe.adapters.targets import adapted_layers
-from floe.blocks import Block, find_blocks
-from floe.importance.adapter import active_adapters
+from floe.decoder_blocks import Block, find_blocks
+from floe.importance.adapter_gradients import active_adapters
+from floe.importance.block_replay import (
+    BackwardRecord,
+    call_block,
+    device_of_block,
+    record_backward,
+)
 from floe.importance.fisher import Progress
 from floe.importance.frozen import (
     Batch,
@@ -22,7 +28,6 @@ from floe.importance.frozen import (
     losses,
     on_device,
 )
-from floe.importance.replay import BackwardRecord, call_block, device_of_block, record_backward
 from floe.importance.score import fresh_adapters
 
 FloatArray = NDArray[np.float64]

@@ -12,10 +12,10 @@ from torch import nn
 
 import floe
 from floe.adapters.targets import adapted_layers
-from floe.blocks import find_blocks
+from floe.decoder_blocks import find_blocks
+from floe.importance.fingerprints import data_fingerprint
 from floe.importance.fisher import Progress
 from floe.importance.frozen import Batch, token_mask
-from floe.importance.identity import data_fingerprint
 from floe.importance.layer_statistics import activations as activations
 from floe.importance.layer_statistics import adapters as adapters
 from floe.importance.layer_statistics import forward as forward

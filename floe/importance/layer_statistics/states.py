@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from floe.blocks import Block, find_blocks
+from floe.decoder_blocks import Block, find_blocks
+from floe.importance.block_replay import Call, CallRecorder, hidden_of
 from floe.importance.frozen import Batch, device_of, for_loss, losses, on_device
-from floe.importance.replay import Call, CallRecorder, hidden_of
 
 
 @dataclass

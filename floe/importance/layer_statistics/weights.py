@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from floe.blocks import find_blocks, linear_at
+from floe.decoder_blocks import find_blocks, linear_at
 from floe.importance.fisher import Progress
 from floe.importance.taylor import is_quantised
 

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from floe.atomic import write_json
 from floe.errors import FileError
 from floe.selection.audit.policies import (
     NAMES,
@@ -40,10 +39,11 @@ from floe.selection.audit.stability import (
     subset_policy,
 )
 from floe.selection.audit.verdicts import judge
-from floe.selection.counts import choose_count
-from floe.selection.masks import determine
+from floe.selection.layer_count import choose_count
+from floe.selection.masks.determine import determine
+from floe.selection.masks.solvers import count, number
 from floe.selection.ranking import count_layers
-from floe.selection.solvers import count, number
+from floe.storage import write_json
 
 if TYPE_CHECKING:
     from floe.importance.scores import Scores
@@ -170,8 +170,8 @@ def audit(
         layers: K, a count or a fraction, as in select.
         policy: the one that decided, or "masks/<preset>".
         statistics: of the layers, for the policies that need them.
-        router, trained_router: what floe.routers.router_statistics found on the adapter that was
-            scored, and on the one that was trained afterwards.
+        router, trained_router: what floe.evaluation.routers.router_statistics found on
+            the adapter that was scored, and on the one that was trained afterwards.
         losses: number of layers -> per-row losses of an arm with so many, on the same rows.
         budget, score: of the masks; see select. seed: of every draw.
         bootstrap: draws, >= 1.

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from floe.selection.budget_path import path_score
-from floe.selection.masks import determine
+from floe.selection.masks.determine import determine
+from floe.selection.masks.presets import PRESETS
+from floe.selection.masks.solvers import Floats
 from floe.selection.policies import NEEDS, POLICIES, Situation
-from floe.selection.presets import PRESETS
 from floe.selection.ranking import (
     choose_layers,
     expected_overlap,
@@ -19,7 +20,6 @@ from floe.selection.ranking import (
     rank_layers,
     spearman,
 )
-from floe.selection.solvers import Floats
 
 if TYPE_CHECKING:
     from floe.importance.scores import Scores

@@ -1,4 +1,4 @@
-"""Flags on the routers' statistics that floe.routers measures. No torch."""
+"""Flags on the routers' statistics that floe.evaluation.routers measures. No torch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ UNSPECIALISED = 0.01
 
 @dataclass(frozen=True)
 class RouterHealth:
-    """One module's router over real tokens; see floe.routers for the entropies.
+    """One module's router over real tokens; see floe.evaluation.routers for the entropies.
 
     Attributes:
         usage: [M], mean gate of every expert.
@@ -37,7 +37,7 @@ class RouterHealth:
 
 
 def router_health(measured: Iterable[Mapping[str, Any]]) -> tuple[RouterHealth, ...]:
-    """Flags for what floe.routers.router_statistics returned.
+    """Flags for what floe.evaluation.routers.router_statistics returned.
 
     Raises:
         KeyError: an entry lacks one of its values.

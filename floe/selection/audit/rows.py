@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from floe.selection.audit.policies import KEEP_SAMPLES
-from floe.selection.solvers import Floats
+from floe.selection.masks.solvers import Floats
 
 if TYPE_CHECKING:
     from floe.importance.scores import Scores

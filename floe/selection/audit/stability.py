@@ -11,10 +11,10 @@ import numpy as np
 from floe.selection.audit.policies import Options, PolicyResult, result_of, score_layers
 from floe.selection.audit.rows import Rows, bootstrap_weights, looks_at_masks
 from floe.selection.budget_path import BUDGET_PATH
+from floe.selection.masks.presets import PRESETS
+from floe.selection.masks.solvers import Floats
 from floe.selection.policies import POLICIES, Situation
-from floe.selection.presets import PRESETS
 from floe.selection.ranking import overlap, spearman
-from floe.selection.solvers import Floats
 
 if TYPE_CHECKING:
     from floe.importance.scores import Scores

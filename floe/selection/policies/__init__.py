@@ -32,7 +32,7 @@ from floe.selection.policies.from_scores import (
     taylor_low,
 )
 from floe.selection.policies.from_statistics import NEEDS
-from floe.selection.policies.situation import Policy, Situation
+from floe.selection.policies.inputs import Policy, Situation
 
 __all__ = ["NEEDS", "POLICIES", "Policy", "Situation", "even_layers", "segment_of"]
 

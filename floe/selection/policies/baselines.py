@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from floe.selection.policies.situation import Situation, by_position
-from floe.selection.solvers import Floats
+from floe.selection.masks.solvers import Floats
+from floe.selection.policies.inputs import Situation, by_position
 
 
 def random(situation: Situation) -> Floats:

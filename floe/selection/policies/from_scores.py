@@ -7,14 +7,14 @@ import math
 import numpy as np
 from numpy.typing import ArrayLike
 
-from floe.selection.policies.situation import Policy, Situation, best_window, finite
-from floe.selection.solvers import Floats
+from floe.selection.masks.solvers import Floats
+from floe.selection.policies.inputs import Policy, Situation, best_window, finite
 
 
 def masks(situation: Situation) -> Floats:
     """The FLoE paper's rule: the more of a layer is masked, the more it should be adapted.
 
-    Source: the paper's three mask stages under a preset (floe.selection.presets), scored by
+    Source: the paper's three mask stages under a preset (floe.selection.masks.presets), scored by
     ranking.layer_score. Assumes that units of low Fisher information can be changed at no cost and
     that a dense mask means a layer worth adapting. None of its readings beat random layers in our
     runs; the "paper_layer" preset was worse.

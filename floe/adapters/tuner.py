@@ -1,0 +1,603 @@
+"""floe as a PEFT method: everything built on PEFT takes a ``FloeConfig``.
+
+``get_peft_model``, the Hugging Face ``Trainer``, ``save_pretrained`` and
+``PeftModel.from_pretrained`` work as for any method of PEFT's own, once this module has been
+imported in the process.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import re
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial, wraps
+from pathlib import Path
+from typing import Any, ClassVar
+
+import peft
+import torch
+from peft.auto import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
+from peft.tuners.tuners_utils import BaseTuner
+from peft.utils import register_peft_method
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+
+from floe.adapters.config import DTYPES, FloeConfig, peft_type
+from floe.adapters.fingerprint import fingerprint, foreign_adapters, same_base
+from floe.adapters.folder import CONFIG, TENSORS, holds_adapter, local, read_settings, read_tensors
+from floe.adapters.linear import MoELoRALinear, module_generator
+from floe.adapters.shared_input import unlink
+from floe.adapters.targets import (
+    adapted_modules,
+    adapter_shapes,
+    by_path,
+    feed_forward,
+    linear_of,
+    link_shared_inputs,
+    target_paths,
+)
+from floe.decoder_blocks import base_of, find_blocks
+
+# Where transformers keeps what PEFT has it put on the embeddings of a checkpointed base.
+_INPUT_HOOKS = ("_require_grads_hooks", "_require_grads_hook")
+_WRAPPERS = (MoELoRALinear, AuxiliaryTrainingWrapper)
+# Base model -> its tuner: whether somebody still holds the adapted model.
+_TUNERS: weakref.WeakKeyDictionary[nn.Module, weakref.ref[FloeModel]] = weakref.WeakKeyDictionary()
+
+
+class FloeModel(BaseTuner):
+    """PEFT's tuner of floe: wraps the chosen projections in :class:`MoELoRALinear`.
+
+    Adapters of other methods that the base model carries belong to it: they stay as they are,
+    frozen, and are not saved.
+    """
+
+    prefix = "floe_"
+    tuner_layer_cls = MoELoRALinear
+    target_module_mapping: ClassVar[dict[str, list[str]]] = {}
+
+    def __init__(
+        self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any
+    ) -> None:
+        _check_bare(model, adapter_name)
+        bare = not adapted_modules(model)
+        if bare:
+            model._floe_base = {  # type: ignore[assignment]
+                "trainable": [n for n, p in model.named_parameters() if p.requires_grad],
+                "peft_config": model.__dict__.pop("peft_config", None),
+                "hooks": {name: vars(model)[name] for name in _INPUT_HOOKS if name in vars(model)},
+            }
+        try:
+            super().__init__(model, peft_config, adapter_name, *args, **kwargs)
+        except BaseException:
+            if bare:
+                remove_adapters(model)
+            raise
+        _TUNERS[model] = weakref.ref(self)
+
+    def inject_adapter(
+        self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
+    ) -> None:
+        """Check the adapter's name, later a folder's, then add the adapter.
+
+        Every way to add one comes through here.
+        """
+        check_adapter_name(adapter_name)
+        config = self.peft_config[adapter_name]
+        if _READ in vars(config):  # nothing large is made, or wrapped, for a file that does not fit
+            found = current_names(vars(config)[_READ])
+            own = {name: tensor for name, tensor in found.items() if f".{self.prefix}" in name}
+            check_tensors(own, adapter_shapes(model, config))
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        link_shared_inputs(model)
+        for module in foreign_adapters(model):
+            module.requires_grad_(False)  # PEFT leaves them trainable
+
+    def _prepare_adapter_config(
+        self, peft_config: FloeConfig, model_config: dict[str, Any]
+    ) -> FloeConfig:
+        return peft_config
+
+    def _prepare_model(self, peft_config: FloeConfig, model: nn.Module) -> None:
+        targets = target_paths(model, peft_config)
+        for path in targets:  # all of them, before the first is wrapped
+            linear_of(model.get_submodule(path), path)
+        model._floe_fingerprint = fingerprint(model)  # type: ignore[assignment]
+        _check_base(peft_config, model)
+        if peft_config.target_modules is None:
+            names = {name for block in find_blocks(model) for name in feed_forward(block)}
+            peft_config.target_modules = sorted(names)
+        # Not fields: they follow from the others, and PEFT writes fields to disk.
+        peft_config._targets = targets  # type: ignore[attr-defined]
+        peft_config.rank_pattern = by_path("rank_pattern", peft_config.rank_pattern, targets)
+        peft_config.expert_pattern = by_path("expert_pattern", peft_config.expert_pattern, targets)
+
+    @staticmethod
+    def _check_target_module_exists(peft_config: FloeConfig, key: str) -> bool:
+        return key in peft_config._targets  # type: ignore[attr-defined]
+
+    def _create_and_replace(
+        self,
+        peft_config: FloeConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+    ) -> None:
+        rank = peft_config.rank_pattern.get(current_key, peft_config.r)
+        experts = peft_config.expert_pattern.get(current_key, peft_config.num_experts)
+        layer = (
+            target
+            if isinstance(target, MoELoRALinear)
+            else MoELoRALinear(linear_of(target, current_key))
+        )
+        layer.update_layer(
+            adapter_name, rank, experts, peft_config.scale(rank), float(peft_config.dropout),
+            module_generator(peft_config.seed, current_key), DTYPES[peft_config.adapter_dtype],
+            peft_config.backend, peft_config.share_input, _runs_on(layer.base_layer, self.model),
+        )  # fmt: skip
+        if layer is not target:
+            if adapter_name not in self.active_adapters:
+                layer.requires_grad_(False)
+            setattr(parent, target_name, layer)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """Nothing: ``adapter_dtype`` says what the adapter is stored in."""
+
+    def _enable_adapter_layers(self, enabled: bool = True) -> None:
+        wrappers: list[Any] = [m for m in self.model.modules() if isinstance(m, _WRAPPERS)]
+        for wrapper in wrappers:
+            wrapper.enable_adapters(enabled)
+
+    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kw: Any) -> nn.Module:
+        if merge:
+            next(iter(adapted_modules(self.model).values())).merge()  # raises, and says why
+        return remove_adapters(self.model)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """PEFT's mixed batches: hand ``adapter_names`` to every layer that can act on it."""
+        names = kwargs.get("adapter_names")
+        if names is None:
+            yield
+            return
+        if self.training:
+            raise ValueError("adapter_names must be None in training mode, got names")
+        unknown = sorted(set(names) - {"__base__"} - set(self.peft_config))
+        if unknown:
+            raise ValueError(
+                f"adapter_names must be among {sorted(self.peft_config)} or '__base__', "
+                f"got {unknown}"
+            )
+        beams = kwargs.get("num_beams") or 1
+        repeated = [name for name in names for _ in range(beams)]
+        handles = [
+            module.register_forward_pre_hook(partial(_name_rows, names=repeated), with_kwargs=True)
+            for module in self.model.modules()
+            if isinstance(module, _WRAPPERS)
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: Any,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, Tensor]:
+        """The adapter's tensors, whole; its configuration then says what they are.
+
+        Raises:
+            ValueError: a tensor is missing or not whole, as on one of several workers, or they
+                differ in dtype.
+        """
+        found = {}
+        for name, shape in _adapter_tensors(model, adapter_name).items():
+            tensor = state_dict.get(name)
+            if tensor is None or tuple(tensor.shape) != shape or tensor.is_meta:
+                came = "nothing" if tensor is None else f"{tuple(tensor.shape)} on {tensor.device}"
+                raise ValueError(
+                    f"{name} must be whole, {shape}, to be saved, got {came}: "
+                    "gather sharded parameters first"
+                )
+            found[name] = tensor
+        dtypes = {tensor.dtype for tensor in found.values()}
+        known = {dtype: name for name, dtype in DTYPES.items()}
+        if len(dtypes) != 1 or not dtypes <= known.keys():
+            raise ValueError(
+                f"adapter {adapter_name!r} must be of one dtype, of {sorted(DTYPES)}, to be saved, "
+                f"got {sorted(map(str, dtypes))}"
+            )
+        for name, tensor in found.items():
+            if not tensor.isfinite().all():
+                raise ValueError(f"{name} must hold finite values to be saved, got NaN or infinity")
+        _check_config(model, config, adapter_name)
+        config.adapter_dtype = known[dtypes.pop()]  # not what it was made as: what it is
+        config._on_base = getattr(base_of(model), "_floe_fingerprint", None)
+        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+            # else weights may be parts, whose digests are their own
+            config._on_base = fingerprint(model) or config._on_base
+        return found
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """The file's names as the model's.
+
+        Beside the adapter there may be modules that are saved whole, and embeddings that were
+        resized. Tensors that came with the configuration are what is loaded, whatever PEFT has read
+        since; where they are refused, the adapter that was made for them is taken off again.
+
+        Raises:
+            ValueError: for missing, foreign or damaged tensors, which PEFT would let pass.
+        """
+        came = vars(config).pop(_READ, None)
+        if came is not None:
+            try:
+                came = _with_adapter_name(model, adapter_name, came)
+                return cls._remap_adapter_state_dict_for_load(model, config, adapter_name, came)
+            except BaseException:
+                adapted: Any = model
+                if list(adapted.peft_config) == [adapter_name]:
+                    remove_adapters(adapted)
+                else:
+                    adapted.delete_adapter(adapter_name)
+                raise
+        _check_resumed(model, adapter_name, state_dict)
+        expected = {
+            n.removeprefix(_PREFIX): s for n, s in _adapter_tensors(model, adapter_name).items()
+        }
+        own = {name.replace(f".{adapter_name}.weight", ".weight"): name for name in expected}
+        found = {own.get(name, name): tensor for name, tensor in current_names(state_dict).items()}
+        state, beside = model.state_dict(), _saved_whole(model)
+        places = {name.removeprefix(_PREFIX): name for name in state}
+        expected |= {n: tuple(state[places[n]].shape) for n in found if places.get(n) in beside}
+        check_tensors(found, expected)
+        return {places[name]: tensor for name, tensor in found.items()}
+
+
+_PREFIX = "base_model.model."
+
+
+def _check_config(model: nn.Module, config: FloeConfig, adapter_name: str) -> None:
+    """ValueError where the configuration is no longer what the adapter was made by."""
+    for path, module in adapted_modules(model).items():
+        if adapter_name not in module.r:
+            continue
+        path = path.replace("_fsdp_wrapped_module.", "")
+        rank = config.rank_pattern.get(path, config.r)
+        experts = config.expert_pattern.get(path, config.num_experts)
+        says = (rank, experts, config.scale(rank))
+        made = (module.r[adapter_name], module.num_experts[adapter_name],
+                module.scaling[adapter_name])  # fmt: skip
+        if says != made:
+            raise ValueError(
+                f"adapter {adapter_name!r} has rank, experts and scaling {made} at {path}, "
+                f"which its configuration must say, got {says}"
+            )
+
+
+_just_read: list[tuple[FloeConfig, dict[str, Tensor]]] = []  # the last folder's, until it is loaded
+
+
+def _check_resumed(model: nn.Module, adapter_name: str, tensors: dict[str, Tensor]) -> None:
+    """ValueError where a folder is loaded into an adapter that is there, of another function."""
+    ids = {*map(id, tensors.values())}
+    read = [config for config, own in _just_read if ids & {*map(id, own.values())}]
+    _just_read.clear()
+    for config in read:
+        _check_base(config, base_of(model))
+        _check_config(model, config, adapter_name)
+
+
+def _adapter_tensors(model: nn.Module, adapter_name: str) -> dict[str, tuple[int, ...]]:
+    """Name in the model's state -> whole shape of every tensor of the adapter."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for path, module in model.named_modules():
+        if isinstance(module, MoELoRALinear) and adapter_name in module.r:
+            path = path.replace("_fsdp_wrapped_module.", "")
+            rank, experts = module.r[adapter_name], module.num_experts[adapter_name]
+            for kind, shape in (
+                ("shrink", (rank + experts, module.in_features)),
+                ("expand", (module.out_features, experts, rank)),
+            ):
+                shapes[f"{path}.floe_{kind}.{adapter_name}.weight"] = shape
+    return shapes
+
+
+def _with_adapter_name(
+    model: nn.Module, adapter_name: str, tensors: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """A file's tensors of modules that are saved whole under their names in the model."""
+    renamed = dict(tensors)
+    for path, module in model.named_modules():
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            for saved, own in module.adapter_state_dict_load_map(adapter_name).items():
+                if f"{path}.{saved}" in renamed:
+                    renamed[f"{path}.{own}"] = renamed.pop(f"{path}.{saved}")
+    return renamed
+
+
+def _saved_whole(model: nn.Module) -> set[str]:
+    """Names in the model's state that a file may hold beside the adapter."""
+    base: Any = base_of(model)
+    resized = embeddings_resized(model)
+    embeddings = [base.get_input_embeddings(), base.get_output_embeddings()] if resized else []
+    paths = tuple(
+        f"{path}."
+        for path, module in model.named_modules()
+        if isinstance(module, AuxiliaryTrainingWrapper) or any(module is e for e in embeddings)
+    )
+    return {name for name in model.state_dict() if paths and name.startswith(paths)}
+
+
+def embeddings_resized(model: nn.Module) -> bool:
+    """Whether the vocabulary differs from that of the checkpoint the base was loaded from.
+
+    Asks files of this machine alone; False where the checkpoint is not among them.
+    """
+    base: Any = base_of(model)
+    config: Any = getattr(base, "config", None)
+    path = getattr(base, "name_or_path", "")
+    if not path or not hasattr(config, "get_text_config"):
+        return False
+    try:
+        before = type(config).from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError):
+        return False
+    return bool(before.get_text_config().vocab_size != config.get_text_config().vocab_size)
+
+
+def current_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of a file under the names of today's format, without PEFT's prefix.
+
+    Raises:
+        ValueError: two names are one.
+    """
+    found: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        new = re.sub(r"\.floe_(shrink|expand)$", r".floe_\1.weight", name.removeprefix(_PREFIX))
+        if new in found:
+            raise ValueError(f"an adapter file must name a tensor once, got {new} twice")
+        found[new] = tensor
+    return found
+
+
+def _check_base(config: FloeConfig, model: nn.Module) -> None:
+    """ValueError where the configuration belongs to a base model of other weights."""
+    own, here = config.base_fingerprint, getattr(model, "_floe_fingerprint", None)
+    if own is not None and here is not None and not same_base(own, here):
+        raise ValueError(
+            f"base model must have the weights that the adapter was trained on (fingerprint {own}, "
+            f"base_model_name_or_path {config.base_model_name_or_path!r}), got {here}; for an "
+            "adapter on another base set base_fingerprint to None (load_adapter: other_base=True)"
+        )
+
+
+def _check_bare(model: nn.Module, adapter_name: str) -> None:
+    """ValueError where the model carries this adapter already, which a new one would replace."""
+    carries = getattr(model, "peft_config", {}) if adapted_modules(model) else {}
+    if isinstance(model, peft.PeftModel) or adapter_name in carries:
+        raise ValueError(
+            "base model must not carry an adapter, got one that has "
+            f"{sorted(getattr(model, 'peft_config', {}))}: floe.adapters.remove_adapters takes "
+            "them off, add_adapter of the adapted model adds another"
+        )
+
+
+def _runs_on(base_layer: nn.Module, model: nn.Module) -> torch.device | None:
+    """Where an offloaded layer computes; None where its own device says so."""
+    hook = getattr(base_layer, "_hf_hook", None)
+    for each in getattr(hook, "hooks", [hook]):
+        place = getattr(each, "execution_device", None)
+        if place is not None:
+            return torch.device(place)
+    offloaded = hasattr(model, "hf_device_map") and any(p.is_meta for p in base_layer.parameters())
+    return torch.device("cpu") if offloaded else None
+
+
+def _name_rows(module: nn.Module, args: Any, kwargs: dict[str, Any], names: list[str]) -> Any:
+    return args, kwargs | {"adapter_names": names}
+
+
+def check_adapter_name(name: str) -> None:
+    """Names become folders and parameter names, so no path and no dot; ValueError otherwise."""
+    if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+        raise ValueError(f"adapter_name must hold only letters, digits, '_' and '-', got {name!r}")
+
+
+def check_tensors(found: dict[str, Tensor], shapes: dict[str, tuple[int, ...]]) -> None:
+    """Exactly the expected names and shapes, and finite floating-point values.
+
+    Raises:
+        ValueError: naming the first that is not.
+    """
+    missing, extra = sorted(shapes.keys() - found.keys()), sorted(found.keys() - shapes.keys())
+    if missing or extra:
+        raise ValueError(
+            f"an adapter file must hold exactly this adapter's tensors, got {len(missing)} missing "
+            f"(first: {missing[:1]}) and {len(extra)} that are none of its own (first: {extra[:1]})"
+        )
+    for name, tensor in found.items():
+        if tuple(tensor.shape) != shapes[name]:
+            raise ValueError(f"{name} must be {shapes[name]}, got {tuple(tensor.shape)}")
+        if not tensor.is_floating_point():
+            raise ValueError(f"{name} must be floating point, got {tensor.dtype}")
+        if tensor.device.type != "meta" and not tensor.isfinite().all():
+            raise ValueError(f"{name} must hold finite values, got NaN or infinity")
+
+
+def get_model(base_model: nn.Module, config: FloeConfig, seed: int | None = None) -> peft.PeftModel:
+    """``base_model`` with fresh adapters, all other parameters frozen.
+
+    B is zero, so outputs are unchanged.
+
+    Args:
+        base_model: a Hugging Face model, changed in place (its projections are wrapped). Adapters
+            of an adapted model that nobody holds any more are taken off first.
+        config: which layers, rank, experts. Its task type is CAUSAL_LM where none is given and the
+            model generates.
+        seed: replaces ``config.seed`` when given.
+
+    Raises:
+        ValueError: for layers or modules the model does not have, or a model that carries a floe
+            adapter; the model is then as it was.
+    """
+    if not isinstance(config, FloeConfig):
+        raise TypeError(f"config must be a FloeConfig, got {type(config).__name__}")
+    config = dataclasses.replace(config) if seed is None else dataclasses.replace(config, seed=seed)
+    if config.task_type is None and hasattr(base_model, "prepare_inputs_for_generation"):
+        config.task_type = "CAUSAL_LM"
+    take_off_unheld(base_model)
+    config.base_model_name_or_path = getattr(base_model, "name_or_path", None) or None
+    return wrap(base_model, config)
+
+
+def wrap(
+    base_model: nn.Module, config: FloeConfig, adapter_name: str = "default"
+) -> peft.PeftModel:
+    """The adapted model, of PEFT's class for the task; the base as it was where that fails."""
+    if not isinstance(base_model, nn.Module) or not isinstance(config, FloeConfig):
+        came = type(base_model).__name__, type(config).__name__
+        raise TypeError(f"base_model and config must be a module and a FloeConfig, got {came}")
+    kind = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, peft.PeftModel)
+    try:
+        return kind(base_model, config, adapter_name, autocast_adapter_dtype=False)
+    except AttributeError as error:
+        remove_adapters(base_model)
+        raise ValueError(
+            f"task_type must be one that a {type(base_model).__name__} can do, "
+            f"got {config.task_type}: {error}"
+        ) from error
+
+
+def take_off_unheld(base_model: nn.Module) -> None:
+    """Remove floe's adapters where the adapted model is gone, and its base is used again.
+
+    Raises:
+        ValueError: the adapted model is still held.
+    """
+    if isinstance(base_model, peft.PeftModel) or _held(base_model):
+        raise ValueError(
+            "base_model must not carry an adapter, got one with "
+            f"{sorted(getattr(base_model, 'peft_config', {}))}: "
+            "floe.adapters.remove_adapters(model) takes it off, model.add_adapter adds another"
+        )
+    if adapted_modules(base_model):
+        remove_adapters(base_model)
+
+
+def _held(base_model: nn.Module) -> bool:
+    if not adapted_modules(base_model):
+        return False
+    gc.collect()  # of a cycle through the adapted model
+    tuner = _TUNERS.get(base_model)
+    return tuner is not None and tuner() is not None
+
+
+def remove_adapters(model: Any) -> nn.Module:
+    """Take floe's adapters off; the base model is as it was before, and is returned."""
+    base = base_of(model)
+    for module in list(base.modules()):
+        unlink(module)
+        for name, child in list(module.named_children()):
+            if isinstance(child, MoELoRALinear):
+                setattr(module, name, child.base_layer)
+            elif isinstance(child, AuxiliaryTrainingWrapper):
+                setattr(module, name, child.unload_and_optionally_merge_module(False, False, None))
+    _restore(base)
+    return base
+
+
+def _restore(base: nn.Module) -> None:
+    """What the first adapter changed beside the modules."""
+    before = base.__dict__.pop("_floe_base", None)
+    if before is None:
+        return
+    for name in ("peft_config", "_floe_fingerprint"):
+        base.__dict__.pop(name, None)
+    if before["peft_config"] is not None:  # of another method
+        base.peft_config = before["peft_config"]
+    else:
+        base.__dict__.pop("_hf_peft_config_loaded", None)
+    for name in before["trainable"]:
+        base.get_parameter(name).requires_grad_(True)
+    hooks = before["hooks"].get(_INPUT_HOOKS[0], [])
+    for hook in vars(base).get(_INPUT_HOOKS[0], []):
+        if hook not in hooks:
+            hook.remove()
+    for name in _INPUT_HOOKS:
+        vars(base).pop(name, None)
+    vars(base).update(before["hooks"])
+
+
+_READ = "_read_tensors"  # attribute of a configuration whose tensors are yet to be loaded
+
+
+def loaded_config(folder: Path) -> FloeConfig:
+    """Configuration of the adapter in ``folder``, carrying its tensors until they are loaded.
+
+    Raises:
+        FileError: they are not what was saved.
+    """
+    settings, raw = read_settings(folder)
+    config = FloeConfig.from_settings(settings, folder)
+    setattr(config, _READ, read_tensors(folder, settings, raw))
+    return config
+
+
+def loaded_tensors(config: FloeConfig) -> dict[str, Tensor]:
+    """The tensors that a configuration carries."""
+    tensors: dict[str, Tensor] = vars(config)[_READ]
+    return tensors
+
+
+class _Loaded(FloeConfig):
+    """What PEFT makes a saved adapter's configuration with."""
+
+    def __new__(cls, *args: Any, **settings: Any) -> Any:
+        return FloeConfig(*args, **settings)
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: Any, subfolder: str | None = None, **options: Any
+    ) -> FloeConfig:
+        """PeftModel.from_pretrained and load_adapter call this, then load the tensors."""
+        files = (CONFIG, TENSORS)
+        return loaded_config(local(pretrained_model_name_or_path, files, subfolder, **options))
+
+
+def _strictly(load: Callable[..., Any]) -> Callable[..., Any]:
+    """PEFT's reading of tensors, and from floe's folders what was saved, or a FileError.
+
+    PEFT asks no method where it loads into an adapter that is there, as the Trainer does to resume.
+    """
+
+    @wraps(load)
+    def load_strictly(model_id: Any, *args: Any, **options: Any) -> Any:
+        folder = Path(model_id, options.get("subfolder") or "")
+        if not holds_adapter(folder):
+            return load(model_id, *args, **options)
+        settings, raw = read_settings(folder)
+        tensors = read_tensors(folder, settings, raw)
+        _just_read[:] = [(FloeConfig.from_settings(settings, folder), tensors)]
+        return tensors
+
+    return load_strictly
+
+
+peft_type()
+if "FLOE" not in {getattr(key, "value", key) for key in peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING}:
+    register_peft_method(name="floe", config_cls=_Loaded, model_cls=FloeModel, prefix="floe_")
+    peft.peft_model.load_peft_weights = _strictly(peft.peft_model.load_peft_weights)

@@ -1,0 +1,1 @@
+"""Rows: read, encoded, batched, and their loss."""

@@ -1,0 +1,1 @@
+"""Loss, accuracy and router health on test rows."""

@@ -1,0 +1,405 @@
+"""Loss, accuracy and router health of a model on rows, each with its 95 % interval."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from floe.data.loss import row_losses
+from floe.data.rows import (
+    Collator,
+    TokenRow,
+    encode_choices,
+    encode_questions,
+    make_batches,
+    row_order,
+    stop_tokens,
+    to_device,
+)
+from floe.decoder_blocks import base_of
+from floe.errors import DataError
+
+RESAMPLES = 2000
+_Z = 1.959963984540054  # the normal's 97.5 % point
+Floats = NDArray[np.float64]
+
+
+class _ByRow:
+    """What is measured for rows that have numbers: places are looked up, never assumed."""
+
+    rows: NDArray[np.int64]
+
+    def _number(self, count: int, *others: int) -> None:
+        """Check the lengths; rows without numbers are numbered as they come."""
+        rows = np.arange(count) if self.rows is None else np.asarray(self.rows, dtype=np.int64)
+        if {len(rows), *others} != {count}:
+            raise ValueError(f"all values must be of {count} rows, got {[len(rows), *others]}")
+        object.__setattr__(self, "rows", rows)
+
+    def places(self, numbers: Sequence[int]) -> list[int]:
+        """Where the rows of these numbers stand; ValueError for one that is not here just once."""
+        found = {int(number): place for place, number in enumerate(self.rows)}
+        missing = [number for number in numbers if number not in found]
+        if missing or len(found) < len(self.rows):
+            what = f"no row {missing[0]}" if missing else "numbers that occur twice"
+            raise ValueError(f"numbers must be of rows that were measured once, got {what}")
+        return [found[number] for number in numbers]
+
+
+@dataclass(frozen=True)
+class Losses(_ByRow):
+    """Per row: summed negative log-likelihood, nats, float64 [n]; and target tokens, int64 [n].
+
+    ``rows`` are the rows' numbers in their data, int64 [n]; None counts them as they come.
+    """
+
+    nll: Floats
+    tokens: NDArray[np.int64]
+    rows: NDArray[np.int64] = None  # type: ignore[assignment]  # filled in below
+
+    def __post_init__(self) -> None:
+        self._number(len(self.nll), len(self.tokens))
+
+    def take(self, numbers: Sequence[int]) -> Losses:
+        """Only the rows of these numbers; ValueError for a row that is not there."""
+        places = self.places(numbers)
+        return Losses(self.nll[places], self.tokens[places], np.array(numbers, dtype=np.int64))
+
+
+@dataclass(frozen=True)
+class LossSummary:
+    """Mean negative log-likelihood per target token, with its 95 % bootstrap interval over rows."""
+
+    value: float
+    low: float
+    high: float
+    rows: int
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Share of correct rows with its 95 % Wilson interval."""
+
+    value: float
+    low: float
+    high: float
+    correct: int
+    rows: int
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Mean loss of a minus that of b on the same rows, with its 95 % paired bootstrap interval."""
+
+    value: float
+    low: float
+    high: float
+    rows: int
+
+
+@dataclass(frozen=True)
+class Answers(_ByRow):
+    """Per row: the answer given and whether it was right; ``rows`` as in :class:`Losses`."""
+
+    given: list[Any]
+    correct: NDArray[np.bool_]
+    rows: NDArray[np.int64] = None  # type: ignore[assignment]  # filled in below
+
+    def __post_init__(self) -> None:
+        self._number(len(self.given), len(self.correct))
+
+    def accuracy(self, numbers: Sequence[int] | None = None) -> Accuracy:
+        """Accuracy over all rows, or over those of these numbers."""
+        chosen = self.correct if numbers is None else self.correct[self.places(numbers)]
+        return wilson(int(chosen.sum()), len(chosen))
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode without gradients or key-value cache; every module's mode is restored after it."""
+    modes = [(module, module.training) for module in model.modules()]
+    config = getattr(model, "config", None)
+    cache = getattr(config, "use_cache", None)
+    model.eval()
+    if cache is not None:
+        config.use_cache = False  # type: ignore[union-attr]
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+        if cache is not None:
+            config.use_cache = cache  # type: ignore[union-attr]
+
+
+def evaluate_loss(model: nn.Module, batches: Sequence[Mapping[str, Any]]) -> Losses:
+    """Loss of every row of the batches, in order; the loss is :func:`~floe.data.loss.row_losses`.
+
+    Raises:
+        ValueError: if there is no batch.
+        FloatingPointError: if a row's loss is NaN or infinite.
+    """
+    if not batches:
+        raise ValueError("batches must not be empty")
+    nll: list[Floats] = []
+    tokens: list[NDArray[np.int64]] = []
+    with evaluating(model):
+        for batch in batches:
+            values, counts = batch_losses(model, batch)
+            nll.append(values.double().cpu().numpy())
+            tokens.append(counts.cpu().numpy())
+    losses = Losses(np.concatenate(nll), np.concatenate(tokens))
+    bad = np.flatnonzero(~np.isfinite(losses.nll))
+    if len(bad):
+        raise FloatingPointError(
+            f"the loss of row {bad[0]} must be finite, got {losses.nll[bad[0]]}"
+        )
+    return losses
+
+
+def batch_losses(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    """``row_losses`` of the model on one batch, in the model's current mode."""
+    inputs = to_device(batch, next(model.parameters()).device)
+    labels = inputs.pop("labels")
+    return row_losses(model(**inputs).logits, labels)
+
+
+def evaluate_rows(
+    model: nn.Module, rows: Sequence[TokenRow], batch_size: int = 16, pad_id: int = 0
+) -> Losses:
+    """Loss of every row, in the order of the rows whatever the batching, with their ``index``."""
+    batches = make_batches(rows, batch_size, True, Collator.for_model(model, pad_id))
+    losses = evaluate_loss(model, batches).take(np.argsort(row_order(rows)).tolist())
+    return replace(losses, rows=np.array([row.index for row in rows], dtype=np.int64))
+
+
+def validation_loss(model: nn.Module, batches: Sequence[Mapping[str, Any]]) -> float:
+    """Token-weighted mean loss of the batches, nats per target token."""
+    losses = evaluate_loss(model, batches)
+    return mean_loss(losses)
+
+
+def summarise_loss(losses: Losses, *, resamples: int = RESAMPLES, seed: int = 41) -> LossSummary:
+    """Token-weighted mean and its percentile bootstrap interval over rows.
+
+    Raises:
+        ValueError: if there is no row or no target token.
+    """
+    value = mean_loss(losses)
+    low, high = _interval(losses, losses.nll, resamples, seed)
+    return LossSummary(value, low, high, len(losses.nll), int(losses.tokens.sum()))
+
+
+def paired_difference(
+    a: Losses, b: Losses, *, resamples: int = RESAMPLES, seed: int = 41
+) -> Difference:
+    """Mean loss of ``a`` minus that of ``b`` on the same rows; both arms share every resample.
+
+    Raises:
+        ValueError: if the rows differ.
+    """
+    if not (np.array_equal(a.tokens, b.tokens) and np.array_equal(a.rows, b.rows)):
+        raise ValueError("a and b must be losses of the same rows, got other numbers or tokens")
+    low, high = _interval(a, a.nll - b.nll, resamples, seed)
+    return Difference(mean_loss(a) - mean_loss(b), low, high, len(a.nll))
+
+
+def mean_loss(losses: Losses) -> float:
+    """Summed loss over summed target tokens, nats per token; ValueError without any token."""
+    if losses.tokens.sum() == 0:
+        raise ValueError("losses must cover at least one target token, got none")
+    return float(losses.nll.sum() / losses.tokens.sum())
+
+
+def _interval(losses: Losses, sums: Floats, resamples: int, seed: int) -> tuple[float, float]:
+    if resamples < 1:
+        raise ValueError(f"resamples must be at least 1, got {resamples}")
+    rng, count = np.random.default_rng(seed), len(sums)
+    means: list[Floats] = []
+    at_once = max(1, 4_000_000 // count)
+    for start in range(0, resamples, at_once):
+        drawn = rng.integers(0, count, (min(at_once, resamples - start), count))
+        # A resample of rows without any target has no mean; it leaves the interval.
+        tokens = losses.tokens[drawn].sum(1)
+        means.append(sums[drawn].sum(1)[tokens > 0] / tokens[tokens > 0])
+    low, high = np.percentile(np.concatenate(means), [2.5, 97.5])
+    return float(low), float(high)
+
+
+def wilson(correct: int, rows: int) -> Accuracy:
+    """Share ``correct / rows`` with its 95 % Wilson score interval.
+
+    Raises:
+        ValueError: unless 0 <= correct <= rows and rows >= 1.
+    """
+    if not (0 <= correct <= rows and rows >= 1):
+        raise ValueError(f"correct must be in [0, rows] with rows >= 1, got {correct} of {rows}")
+    share, spread = correct / rows, _Z * _Z / rows
+    middle = (share + spread / 2) / (1 + spread)
+    half = _Z * math.sqrt(share * (1 - share) / rows + spread / (4 * rows)) / (1 + spread)
+    return Accuracy(share, max(0.0, middle - half), min(1.0, middle + half), correct, rows)
+
+
+def group_by_task(rows: Sequence[Mapping[str, Any] | TokenRow]) -> dict[str, list[int]]:
+    """Numbers of the rows of each task, tasks sorted; rows without one are left out.
+
+    A token row's number is its ``index``, another's its place.
+    """
+    groups: dict[str, list[int]] = {}
+    for place, row in enumerate(rows):
+        if isinstance(row, TokenRow):
+            task, number = row.task, row.index
+        else:
+            task, number = row.get("task"), place
+        if task is not None:
+            groups.setdefault(task, []).append(number)
+    return dict(sorted(groups.items()))
+
+
+def evaluate_choices(
+    model: nn.Module,
+    tokenizer: Any,
+    rows: Sequence[Mapping[str, Any]],
+    *,
+    template: str | None = None,
+    max_length: int = 1024,
+    batch_size: int = 16,
+    score: Literal["mean", "sum"] = "mean",
+    source: str = "rows",
+) -> Answers:
+    """Answer each row by the choice most likely after its prompt; ties go to the lower index.
+
+    ``score="mean"`` compares log-likelihood per token of the choice (eos not counted), ``"sum"``
+    the total. Long prompts lose their left, the same for all of a row's choices.
+
+    Returns:
+        ``given``: the index chosen per row.
+
+    Raises:
+        ValueError: for another ``score`` or no rows.
+        DataError: for a row without choices, or with one that does not fit in ``max_length``.
+    """
+    if score not in ("mean", "sum"):
+        raise ValueError(f"score must be 'mean' or 'sum', got {score!r}")
+    if not rows:
+        raise ValueError("rows must not be empty")
+    encoded = encode_choices(
+        rows, tokenizer, template=template, max_length=max_length, source=source
+    )
+    for place in sorted(place for places in encoded.dropped.values() for place in places):
+        message = f"prompt and choices must hold tokens and fit in max_length={max_length}"
+        raise DataError(source, message, place)
+    losses = evaluate_rows(model, encoded.rows, batch_size, tokenizer.pad_token_id or 0)
+    values = -losses.nll / (losses.tokens if score == "mean" else 1)
+    starts = np.cumsum([0] + [len(row["choices"]) for row in rows])
+    given = [int(np.argmax(values[start:stop])) for start, stop in pairwise(starts)]
+    right = [row["answer"] == answer for row, answer in zip(rows, given, strict=True)]
+    return Answers(given, np.array(right, dtype=bool))
+
+
+def evaluate_generation(
+    model: Any,
+    tokenizer: Any,
+    rows: Sequence[Mapping[str, Any]],
+    *,
+    template: str | None = None,
+    max_length: int = 1024,
+    max_new_tokens: int = 32,
+    batch_size: int = 16,
+    ignore_case: bool = False,
+    ignore_space: bool = True,
+    source: str = "rows",
+) -> Answers:
+    """Answer each row by greedy generation; right if it equals the completion.
+
+    An answer ends at the first of eos, the model's own stop tokens (``generation_config``) and the
+    chat template's end of turn. Nothing else of the ``generation_config`` is used: no penalties, no
+    least length. ``ignore_space`` compares with runs of white space as one blank and none at the
+    ends, ``ignore_case`` without case.
+
+    Returns:
+        ``given``: the generated text per row, without special tokens.
+
+    Raises:
+        ValueError: for no rows, or ``max_new_tokens`` outside [1, max_length).
+        DataError: for a row without a prompt.
+    """
+    if not rows:
+        raise ValueError("rows must not be empty")
+    encoded = encode_questions(
+        rows, tokenizer, template=template, max_length=max_length,
+        max_new_tokens=max_new_tokens, source=source,
+    )  # fmt: skip
+    for places in encoded.dropped.values():
+        raise DataError(source, "prompt must hold at least one token", places[0])
+    stops = _stop_tokens(model, tokenizer, template)
+    given = [""] * len(rows)
+    order = row_order(encoded.rows)
+    with evaluating(model):
+        for start in range(0, len(order), batch_size):
+            places = order[start : start + batch_size]
+            chosen = [encoded.rows[i] for i in places]
+            texts = _generate(model, tokenizer, chosen, max_new_tokens, stops)
+            for place, text in zip(places, texts, strict=True):
+                given[place] = text
+    same = _comparison(ignore_case, ignore_space)
+    right = [same(text) == same(row["completion"]) for text, row in zip(given, rows, strict=True)]
+    return Answers(given, np.array(right, dtype=bool))
+
+
+def _stop_tokens(model: nn.Module, tokenizer: Any, template: str | None) -> list[int]:
+    own = getattr(getattr(base_of(model), "generation_config", None), "eos_token_id", None)
+    listed = own if isinstance(own, list | tuple) else [own]
+    return sorted({*stop_tokens(tokenizer, template), *(t for t in listed if t is not None)})
+
+
+def _generate(
+    model: Any, tokenizer: Any, rows: list[TokenRow], max_new_tokens: int, stops: list[int]
+) -> list[str]:
+    from transformers import GenerationConfig
+
+    pad = next((t for t in (tokenizer.pad_token_id, *stops) if t is not None), 0)
+    batch = to_device(Collator(pad, keep_logits=False)(rows), next(model.parameters()).device)
+    settings = GenerationConfig(
+        do_sample=False,
+        num_beams=1,
+        max_new_tokens=max_new_tokens,
+        pad_token_id=pad,
+        eos_token_id=stops or None,
+        use_cache=True,
+    )
+    base: Any = base_of(model)
+    own = base.generation_config
+    base.generation_config = settings  # generate() fills what is not set here from the model's own
+    try:
+        out = model.generate(
+            input_ids=batch["input_ids"],
+            attention_mask=batch["attention_mask"],
+            generation_config=settings,
+        )
+    finally:
+        base.generation_config = own
+    new = out[:, batch["input_ids"].shape[1] :].tolist()
+    ends = (next((i for i, token in enumerate(row) if token in stops), None) for row in new)
+    answers = [row[:end] for row, end in zip(new, ends, strict=True)]
+    texts: list[str] = tokenizer.batch_decode(answers, skip_special_tokens=True)
+    return texts
+
+
+def _comparison(ignore_case: bool, ignore_space: bool) -> Callable[[str], str]:
+    def normal(text: str) -> str:
+        text = " ".join(text.split()) if ignore_space else text
+        return text.casefold() if ignore_case else text
+
+    return normal

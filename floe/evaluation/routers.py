@@ -1,0 +1,115 @@
+"""How the routers of an adapted model use their experts, measured on real tokens."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from floe.adapters import MoELoRALinear, adapted_layers
+from floe.data.rows import to_device
+from floe.evaluation.evaluate import evaluating
+
+
+def router_statistics(
+    model: nn.Module, batches: Sequence[Mapping[str, Any]], adapter: str | None = None
+) -> list[dict[str, Any]]:
+    """Use of the experts by each adapted module over all tokens that are not padding.
+
+    With gates w[t, i] of token t and expert i: usage = mean_t w[t]; load entropy = H(usage) / ln M;
+    token entropy = mean_t H(w[t]) / ln M; mutual information = their difference: 0 when every token
+    is routed alike. With one expert both entropies are 1.
+
+    Args:
+        model: an adapted model. adapter: its adapter's name; None = the active one.
+        batches: as :func:`floe.data.rows.make_batches` makes them.
+
+    Returns:
+        One dict per module, by layer then module name: layer (0-based), module, usage [M],
+        load_entropy, token_entropy, mutual_information.
+
+    Raises:
+        ValueError: if nothing is adapted or there is no batch.
+    """
+    layers = adapted_layers(model)
+    if not layers:
+        raise ValueError("model must have adapted layers, got none")
+    if not batches:
+        raise ValueError("batches must not be empty")
+    watched = [
+        _Watched(layer, name, module, adapter or _active(module))
+        for layer, modules in sorted(layers.items())
+        for name, module in sorted(modules.items())
+    ]
+    mask: list[Tensor] = []
+    handles = [w.linear.register_forward_pre_hook(partial(_observe, w, mask)) for w in watched]
+    try:
+        with evaluating(model):
+            for batch in batches:
+                inputs = to_device(batch, next(model.parameters()).device)
+                inputs.pop("labels", None)
+                mask[:] = [inputs["attention_mask"].bool()]
+                model(**inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [w.summary() for w in watched]
+
+
+def _active(module: Any) -> str:
+    return str(module.active_adapters[0])
+
+
+def gate_statistics(gates: Tensor) -> dict[str, Any]:
+    """The statistics of :func:`router_statistics` for gates [T, M], any floating dtype."""
+    gates = gates.double()
+    return _summary(gates.sum(0), float(_entropy(gates).sum()), gates.shape[0])
+
+
+@dataclass
+class _Watched:
+    layer: int
+    name: str
+    linear: MoELoRALinear
+    adapter: str
+    usage: Tensor | float = 0.0  # float64 [M]: sum over tokens
+    entropy: float = 0.0
+    tokens: int = field(default=0)
+
+    def summary(self) -> dict[str, Any]:
+        assert isinstance(self.usage, Tensor)
+        found = _summary(self.usage, self.entropy, self.tokens)
+        return {"layer": self.layer, "module": self.name, **found}
+
+
+def _observe(
+    watched: _Watched, mask: list[Tensor], module: nn.Module, args: tuple[Any, ...]
+) -> None:
+    x: Tensor = args[0][mask[0]]  # [P, K]: tokens that are not padding
+    router = watched.linear.router_weight(watched.adapter)
+    gates = torch.softmax(x.float() @ router.float().T, dim=-1).double()
+    watched.usage = watched.usage + gates.sum(0).cpu()
+    watched.entropy += float(_entropy(gates).sum())
+    watched.tokens += gates.shape[0]
+
+
+def _entropy(p: Tensor) -> Tensor:
+    return -torch.xlogy(p, p).sum(-1)
+
+
+def _summary(usage: Tensor, entropy: float, tokens: int) -> dict[str, Any]:
+    usage = usage / tokens
+    scale = math.log(len(usage))
+    load = float(_entropy(usage)) / scale if scale else 1.0
+    token = entropy / tokens / scale if scale else 1.0
+    return {
+        "usage": usage.tolist(),
+        "load_entropy": load,
+        "token_entropy": token,
+        "mutual_information": load - token,
+    }

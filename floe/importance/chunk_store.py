@@ -1,0 +1,133 @@
+"""Work in pieces, each done by one worker and kept in a file that any later run can use.
+
+Workers are the processes of ``torch.distributed`` (torchrun starts them); without it there is one.
+A piece is a function of what the workbook's identity names, so it does not matter who did it, or
+when: a killed run continues with the pieces that are missing.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import zipfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import distributed
+
+from floe.errors import FileError
+from floe.storage import write_bytes
+
+Arrays = dict[str, NDArray[Any]]
+
+
+def worker() -> tuple[int, int]:
+    """This process's number and how many work together: (0, 1) unless torch.distributed is up."""
+    if distributed.is_available() and distributed.is_initialized():
+        return distributed.get_rank(), distributed.get_world_size()
+    return 0, 1
+
+
+class Workbook:
+    """The pieces of one measurement, in files ``<name>.npz`` of a folder, or in memory.
+
+    Args:
+        folder: made if it is not there, the same for all workers; None = in memory, for one worker.
+        identity: whatever decides the pieces' content (JSON values). Files written under another
+            identity are written anew.
+
+    Raises:
+        ValueError: several workers without a folder, or with different identities.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str] | None, identity: Mapping[str, Any]) -> None:
+        text = json.dumps(identity, sort_keys=True, allow_nan=False)
+        self.identity = sha256(text.encode()).hexdigest()
+        self.number, self.count = worker()
+        self.folder = None if folder is None else Path(folder)
+        if self.count > 1:
+            self._check_agreement()
+        if self.folder is not None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        self._kept: dict[str, Arrays] = {}
+
+    def missing(self, names: Sequence[str], first_worker: int = 0) -> Iterator[tuple[int, str]]:
+        """Pieces this worker has to do, with their places in ``names``: every ``count``-th."""
+        for place, name in enumerate(names):
+            if (place + first_worker) % self.count == self.number and not self._has(name):
+                yield place, name
+
+    def work(
+        self, names: Sequence[str], build: Callable[[int], Arrays], first_worker: int = 0
+    ) -> None:
+        """Do this worker's pieces: ``build(place in names)`` returns one's arrays."""
+        for place, name in self.missing(names, first_worker):
+            self._put(name, build(place))
+
+    def wait(self) -> None:
+        """Until every worker has done its pieces."""
+        if self.count > 1:
+            distributed.barrier()
+
+    def take(self, name: str) -> Arrays:
+        """A finished piece.
+
+        Raises:
+            FileError: it is not there or cannot be read.
+        """
+        if self.folder is None:
+            return self._kept.pop(name)
+        found = _read(self._file(name), self.identity)
+        if found is None:
+            raise FileError(self._file(name), "must hold a finished piece of the scores, got none")
+        return found
+
+    def _has(self, name: str) -> bool:
+        if self.folder is None:
+            return name in self._kept
+        return _read(self._file(name), self.identity) is not None
+
+    def _put(self, name: str, arrays: Arrays) -> None:
+        if self.folder is None:
+            self._kept[name] = arrays
+            return
+        buffer = io.BytesIO()
+        np.savez(buffer, allow_pickle=False, identity=np.array(self.identity), **arrays)
+        try:
+            write_bytes(self._file(name), buffer.getvalue())
+        except OSError as error:
+            raise FileError(self._file(name), f"cannot be written: {error.strerror}") from error
+
+    def _file(self, name: str) -> Path:
+        assert self.folder is not None
+        return self.folder / f"{name}.npz"
+
+    def _check_agreement(self) -> None:
+        if self.folder is None:
+            raise ValueError(
+                f"folder must be one that all {self.count} workers share, got None: "
+                "they exchange what they measured through it"
+            )
+        everyone: list[Any] = [None] * self.count
+        distributed.all_gather_object(everyone, self.identity)
+        different = [number for number, other in enumerate(everyone) if other != everyone[0]]
+        if different:
+            raise ValueError(
+                "all workers must hold the same model, rows and options, got others in workers "
+                f"{different} than in worker 0"
+            )
+
+
+def _read(path: Path, identity: str) -> Arrays | None:
+    """The arrays of a piece written under ``identity``; None if there is no such piece."""
+    try:
+        with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile):
+        return None  # absent, or damaged: it will be made again
+    return arrays if str(arrays.pop("identity", "")) == identity else None

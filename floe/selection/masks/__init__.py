@@ -1,0 +1,1 @@
+"""The paper's masks: determined, refined, tuned."""

@@ -1,0 +1,181 @@
+"""Masks of a model: the FLoE paper's determination (Algorithm 1) and refinement (Algorithm 2).
+
+L layers of H heads and I neurons; a unit is one of either, True means retained. Needs no torch.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from floe.selection.masks.presets import Preset, preset_of
+from floe.selection.masks.refinement import Refinement, Units, refine_masks
+from floe.selection.masks.solvers import (
+    Flags,
+    Floats,
+    MaskSolution,
+    number,
+    solve_mask,
+    solve_two_class,
+    solve_two_class_literal,
+)
+
+if TYPE_CHECKING:
+    from floe.importance.scores import Scores
+
+_TOLERANCE = 1e-12  # relative; a bound met this closely is met
+
+__all__ = [
+    "Determination",
+    "MaskSolution",
+    "Refinement",
+    "Units",
+    "determine",
+    "refine_masks",
+    "solve_mask",
+    "solve_two_class",
+    "solve_two_class_literal",
+]
+
+
+@dataclass(frozen=True, eq=False)
+class Determination:
+    """Binary masks of a model, [L, H] and [L, I] (True = retained), with their certificate.
+
+    certificate holds value, cost, budget, upper_bound, gap and optimal, summed over the layers if
+    each had a budget of its own; ``cost`` is what the budget limits, so for the printed algorithms
+    the cost of the masked units. moves counts the repairs, adds and swaps of the refinement.
+    """
+
+    head_mask: Flags
+    neuron_mask: Flags
+    certificate: dict[str, Any]
+    moves: dict[str, int]
+
+
+def determine(
+    scores: Scores, preset: str | Preset = "global", budget: float = 0.5
+) -> Determination:
+    """Determine and refine the masks of a model under a preset (stages 1 and 2 of the FLoE paper).
+
+    Args:
+        scores: head_fisher [L, H], neuron_fisher [L, I] are the values, head_taylor and
+            neuron_taylor the costs.
+        preset: a name or a Preset.
+        budget: fraction of the total Taylor mass, in (0, 1]; the paper gives none. With
+            granularity "layer" every layer gets the same absolute share, budget * total / L.
+
+    Raises:
+        ValueError: an unknown preset, a budget outside (0, 1], scores that are negative or not
+            finite.
+    """
+    chosen = preset_of(preset)
+    fraction = number("budget", budget)
+    if not 0 < fraction <= 1:
+        raise ValueError(f"budget must be a fraction in (0, 1], got {fraction}")
+    values = _values(scores, chosen.first_order)
+    units = Units(*values, scores.head_taylor, scores.neuron_taylor)
+    with np.errstate(over="ignore"):
+        limit = fraction * float(units.head_cost.sum() + units.neuron_cost.sum())
+    if math.isinf(limit):
+        raise ValueError("Taylor scores must sum to a finite number, got more")
+    if chosen.granularity == "global":
+        return _determine(units, chosen, limit)
+    layers = len(units.head_value)
+    return _joined([_determine(units.layer(i), chosen, limit / layers) for i in range(layers)])
+
+
+def _values(scores: Scores, first_order: bool) -> tuple[Floats, Floats]:
+    """What masking each unit costs, in Fisher information: [L, H] and [L, I].
+
+    Over S rows the loss rises by tau / 2 - sum_n g_n when a mask goes from 1 to 0 (Eq. 6 with the
+    empirical Fisher for the Hessian); twice that, or 0 where masking is predicted to help.
+    """
+    if not first_order:
+        return scores.head_fisher, scores.neuron_fisher
+    rows, found = scores.meta.get("rows"), []
+    for kind in ("head", "neuron"):
+        mean = getattr(scores, f"{kind}_mean")
+        if mean is None or rows is None:
+            raise ValueError(
+                f"first_order needs scores.{kind}_mean, got None; measure it with "
+                "floe.score(..., first_order=True)"
+            )
+        found.append(np.maximum(0.0, getattr(scores, f"{kind}_fisher") - 2 * int(rows) * mean))
+    return found[0], found[1]
+
+
+def _determine(units: Units, preset: Preset, limit: float) -> Determination:
+    """One budget's masks. The certificate is about the costs of the last stage that ran."""
+    literal = preset.objective == "alg1_literal"
+    solution = _first_masks(units, preset, limit)
+    if preset.refine == "none":
+        heads, neurons = units.split(solution.mask)
+        bound = solution.upper_bound
+        certificate = _certificate(solution, bound, solution.optimal, limit, literal)
+        return Determination(heads, neurons, certificate, _moves(None))
+    refined = _refined(units, preset, limit, solution.mask)
+    if literal:
+        bound = refined.value + refined.masked_value  # printed, masking nothing is feasible
+    else:
+        bound = solve_mask(units.value, units.cost, limit, max_nodes=0).upper_bound
+    bound = max(bound, refined.value)
+    optimal = bound - refined.value <= _TOLERANCE * bound
+    certificate = _certificate(refined, bound, optimal, limit, literal)
+    return Determination(refined.head_mask, refined.neuron_mask, certificate, _moves(refined))
+
+
+def _first_masks(units: Units, preset: Preset, limit: float) -> MaskSolution:
+    if preset.cost == "unit":
+        return solve_mask(units.value, units.cost, limit)
+    head_cost, neuron_cost = _mean(units.head_cost), _mean(units.neuron_cost)
+    solve = solve_two_class_literal if preset.objective == "alg1_literal" else solve_two_class
+    return solve(
+        units.head_value.ravel(), units.neuron_value.ravel(), head_cost, neuron_cost, limit
+    )
+
+
+def _refined(units: Units, preset: Preset, limit: float, mask: Flags) -> Refinement:
+    literal = preset.refine == "alg2_literal"
+    return refine_masks(units, limit, *units.split(mask), pairs=preset.pairs, literal=literal)
+
+
+def _certificate(
+    found: MaskSolution | Refinement, bound: float, optimal: bool, limit: float, literal: bool
+) -> dict[str, Any]:
+    return {
+        "value": found.value,
+        "cost": found.masked_cost if literal else found.cost,
+        "budget": limit,
+        "upper_bound": bound,
+        "gap": bound - found.value,
+        "optimal": optimal,
+    }
+
+
+def _moves(refined: Refinement | None) -> dict[str, int]:
+    if refined is None:
+        return {"repairs": 0, "adds": 0, "swaps": 0}
+    return {"repairs": refined.repairs, "adds": refined.adds, "swaps": refined.swaps}
+
+
+def _mean(costs: Floats) -> float:
+    return float(costs.mean()) if costs.size else 0.0
+
+
+def _joined(parts: list[Determination]) -> Determination:
+    certificate: dict[str, Any] = {
+        key: sum(part.certificate[key] for part in parts)
+        for key in parts[0].certificate
+        if key != "optimal"
+    }
+    certificate["optimal"] = all(part.certificate["optimal"] for part in parts)
+    return Determination(
+        np.concatenate([part.head_mask for part in parts]),
+        np.concatenate([part.neuron_mask for part in parts]),
+        certificate,
+        {move: sum(part.moves[move] for part in parts) for move in ("repairs", "adds", "swaps")},
+    )

@@ -1,0 +1,36 @@
+"""The benchmark of each kernel alone repeats what one call launched."""
+
+import sys
+from pathlib import Path
+
+import torch
+from floe_triton import launch
+
+sys.path.append(str(Path(__file__).resolve().parents[3]))
+
+from benchmarks import pieces
+from benchmarks.impls import Problem
+
+
+def test_every_launch_is_repeated_and_counted():
+    problem = Problem.draw(
+        40, 64, 48, 4, 3, 0.25, torch.float32, torch.float32, torch.device("cpu")
+    )
+    rows = pieces.measure(problem, "gemm", rounds=1)
+    names = [row["kernel"].split()[1] for row in rows]
+    assert names[0] == "shrink_kernel"
+    assert {"expand_kernel", "grad_x_kernel", "grad_y_kernel"} <= set(names)
+    assert all(row["gigabytes_per_second"] > 0 for row in rows)
+    assert "shrink_kernel" in pieces.show(rows)
+
+
+def test_a_repeated_launch_gives_the_same_bits():
+    x, seed = torch.randn(20, 64), torch.tensor(5)
+    from floe_triton.masked import masked
+
+    with launch.watching() as launches:
+        first = masked(x, 0.5, seed).clone()
+    (one,) = launches
+    one.arguments["out"].zero_()
+    launch.again(one)
+    assert torch.equal(one.arguments["out"], first)
