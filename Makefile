@@ -16,8 +16,8 @@ demo: $(VENV)/ready ## the whole pipeline on a real model and real data; ends wi
 	$(BIN)/python examples/demo/prepare.py $(DEMO)
 	$(BIN)/floe run examples/demo/demo.yaml
 
-test: $(VENV)/ready $(VENV)/peers/ready browser ## the test suite
-	$(BIN)/python -m pytest
+test: $(VENV)/ready $(VENV)/peers/ready browser ## the test suite, two files at a time
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-slow: $(VENV)/ready browser ## the long tests: many kills, many shapes
 	$(BIN)/python -m pytest -m "slow and not cuda"
