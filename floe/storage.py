@@ -18,9 +18,9 @@ from typing import Any
 
 import numpy as np
 from numpy.lib import format as npy
-from numpy.typing import NDArray
 
 from floe.errors import FileError
+from floe.types import Array
 
 STAGING = ".floe-"  # how names begin that are gone when their writer is done
 CARD = "README.md"
@@ -241,7 +241,7 @@ def save_arrays(
 
 def load_arrays(
     path: str | os.PathLike[str], what: str, version: int
-) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
+) -> tuple[dict[str, Any], dict[str, Array]]:
     """Header and arrays of a file of format ``version``.
 
     Raises:
@@ -269,7 +269,7 @@ def load_arrays(
     return header, arrays
 
 
-def _read_arrays(path: str | os.PathLike[str]) -> dict[str, NDArray[Any]]:
+def _read_arrays(path: str | os.PathLike[str]) -> dict[str, Array]:
     arrays = {}
     with zipfile.ZipFile(path) as archive:
         for entry in archive.infolist():

@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 LAYERS = [  # a module imports its own layer and those before it
-    ["errors", "numerics", "storage", "strict_yaml"],
+    ["errors", "numerics", "storage", "strict_yaml", "types"],
     [
         "config",
         "progress",
@@ -164,7 +164,7 @@ def test_the_report_reads_artifacts_only():
         for full in imports(path)
     }
     used = {full for full in used if full.startswith("floe") and not full.startswith("floe.report")}
-    allowed = {"storage", "errors", "importance.scores", "selection.placement"}
+    allowed = {"types", "storage", "errors", "importance.scores", "selection.placement"}
     assert {innermost(full.removeprefix("floe."), FILES) for full in used} <= allowed, used
 
 

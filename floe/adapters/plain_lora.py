@@ -22,6 +22,7 @@ from floe.adapters.linear import MoELoRALinear
 from floe.adapters.targets import adapted_modules
 from floe.ops import moe_lora_add
 from floe.storage import publish, staging
+from floe.types import Batch
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class ExportReport:
 def export_lora(
     model: peft.PeftModel,
     path: str | os.PathLike[str],
-    batches: Iterable[dict[str, Any]],
+    batches: Iterable[Batch],
     adapter_name: str = "default",
 ) -> ExportReport:
     """Write the plain LoRA whose experts are mixed by their mean gate, and say how far off it is.
@@ -88,7 +89,7 @@ def export_lora(
 
 
 def _mean_gates(
-    model: nn.Module, modules: dict[str, MoELoRALinear], batches: list[dict[str, Any]], name: str
+    model: nn.Module, modules: dict[str, MoELoRALinear], batches: list[Batch], name: str
 ) -> dict[str, Tensor]:
     sums = {p: torch.zeros(m.num_experts[name], dtype=torch.float64) for p, m in modules.items()}
     tokens = dict.fromkeys(modules, 0)
@@ -107,7 +108,7 @@ def _mean_gates(
 def _errors(
     model: nn.Module,
     modules: dict[str, MoELoRALinear],
-    batches: list[dict[str, Any]],
+    batches: list[Batch],
     name: str,
     gates: dict[str, Tensor],
 ) -> dict[str, float]:
@@ -127,7 +128,7 @@ def _errors(
 
 
 def _visit(
-    model: nn.Module, modules: dict[str, MoELoRALinear], batches: list[dict[str, Any]], observe: Any
+    model: nn.Module, modules: dict[str, MoELoRALinear], batches: list[Batch], observe: Any
 ) -> None:
     """Call ``observe(path, layer, x [tokens, K])`` for every adapted layer and every batch.
 

@@ -16,6 +16,7 @@ from floe.data.chat import ChatTemplate, Turn
 from floe.data.loss import IGNORE_INDEX
 from floe.data.sources import load_rows
 from floe.errors import DataError
+from floe.types import Batch
 
 __all__ = [
     "Collator",
@@ -38,7 +39,6 @@ __all__ = [
     "to_device",
 ]
 
-Batch = dict[str, Any]
 Item = TypeVar("Item")
 Rows = Sequence[Mapping[str, Any]] | Mapping[int, Mapping[str, Any]]
 
@@ -391,7 +391,7 @@ class Collator:
             ids[s, width - len(row) :] = torch.tensor(row.prompt + row.response)
             mask[s, width - len(row) :] = 1
             labels[s, width - len(row) :] = torch.tensor(row.labels)
-        batch: Batch = {
+        batch = {
             "input_ids": ids,
             "attention_mask": mask,
             "position_ids": (mask.cumsum(1) - 1).clamp(min=0),
@@ -399,8 +399,8 @@ class Collator:
         }
         if self.keep_logits:
             kept = min(width, 1 + max(len(row.response) for row in rows))
-            batch |= {"labels": labels[:, width - kept :].contiguous(),
-                      "logits_to_keep": torch.arange(width - kept, width)}  # fmt: skip
+            batch["labels"] = labels[:, width - kept :].contiguous()
+            batch["logits_to_keep"] = torch.arange(width - kept, width)
         return batch
 
 
@@ -472,6 +472,6 @@ def fingerprint(rows: Iterable[TokenRow]) -> str:
     return digest.hexdigest()
 
 
-def to_device(batch: Mapping[str, Any], device: torch.device) -> Batch:
+def to_device(batch: Batch, device: torch.device) -> dict[str, Any]:
     """The batch with its tensors on ``device``."""
     return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}

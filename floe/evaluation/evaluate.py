@@ -11,7 +11,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from floe.data.loss import row_losses
@@ -27,16 +26,16 @@ from floe.data.rows import (
 )
 from floe.decoder_blocks import base_of
 from floe.errors import DataError
+from floe.types import Batch, Flags, Floats, Integers
 
 RESAMPLES = 2000
 _Z = 1.959963984540054  # the normal's 97.5 % point
-Floats = NDArray[np.float64]
 
 
 class _ByRow:
     """What is measured for rows that have numbers: places are looked up, never assumed."""
 
-    rows: NDArray[np.int64]
+    rows: Integers
 
     def _number(self, count: int, *others: int) -> None:
         """Check the lengths; rows without numbers are numbered as they come."""
@@ -63,8 +62,8 @@ class Losses(_ByRow):
     """
 
     nll: Floats
-    tokens: NDArray[np.int64]
-    rows: NDArray[np.int64] = None  # type: ignore[assignment]  # filled in below
+    tokens: Integers
+    rows: Integers = None  # type: ignore[assignment]  # filled in below
 
     def __post_init__(self) -> None:
         self._number(len(self.nll), len(self.tokens))
@@ -112,8 +111,8 @@ class Answers(_ByRow):
     """Per row: the answer given and whether it was right; ``rows`` as in :class:`Losses`."""
 
     given: list[Any]
-    correct: NDArray[np.bool_]
-    rows: NDArray[np.int64] = None  # type: ignore[assignment]  # filled in below
+    correct: Flags
+    rows: Integers = None  # type: ignore[assignment]  # filled in below
 
     def __post_init__(self) -> None:
         self._number(len(self.given), len(self.correct))
@@ -143,7 +142,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             config.use_cache = cache  # type: ignore[union-attr]
 
 
-def evaluate_loss(model: nn.Module, batches: Sequence[Mapping[str, Any]]) -> Losses:
+def evaluate_loss(model: nn.Module, batches: Sequence[Batch]) -> Losses:
     """Loss of every row of the batches, in order; the loss is :func:`~floe.data.loss.row_losses`.
 
     Raises:
@@ -153,7 +152,7 @@ def evaluate_loss(model: nn.Module, batches: Sequence[Mapping[str, Any]]) -> Los
     if not batches:
         raise ValueError("batches must not be empty")
     nll: list[Floats] = []
-    tokens: list[NDArray[np.int64]] = []
+    tokens: list[Integers] = []
     with evaluating(model):
         for batch in batches:
             values, counts = batch_losses(model, batch)
@@ -168,7 +167,7 @@ def evaluate_loss(model: nn.Module, batches: Sequence[Mapping[str, Any]]) -> Los
     return losses
 
 
-def batch_losses(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+def batch_losses(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     """``row_losses`` of the model on one batch, in the model's current mode."""
     inputs = to_device(batch, next(model.parameters()).device)
     labels = inputs.pop("labels")
@@ -184,7 +183,7 @@ def evaluate_rows(
     return replace(losses, rows=np.array([row.index for row in rows], dtype=np.int64))
 
 
-def validation_loss(model: nn.Module, batches: Sequence[Mapping[str, Any]]) -> float:
+def validation_loss(model: nn.Module, batches: Sequence[Batch]) -> float:
     """Token-weighted mean loss of the batches, nats per target token."""
     losses = evaluate_loss(model, batches)
     return mean_loss(losses)

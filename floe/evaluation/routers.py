@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from floe.adapters import MoELoRALinear, adapted_layers
 from floe.data.rows import to_device
 from floe.evaluation.evaluate import evaluating
+from floe.types import Batch
 
 
 def router_statistics(
-    model: nn.Module, batches: Sequence[Mapping[str, Any]], adapter: str | None = None
+    model: nn.Module, batches: Sequence[Batch], adapter: str | None = None
 ) -> list[dict[str, Any]]:
     """Use of the experts by each adapted module over all tokens that are not padding.
 

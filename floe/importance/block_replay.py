@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from floe.decoder_blocks import Block
-from floe.importance.frozen import Batch, device_of, losses, on_device, token_mask
+from floe.importance.frozen import device_of, losses, on_device, token_mask
+from floe.types import Batch
 
 
 @dataclass

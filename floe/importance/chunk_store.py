@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from torch import distributed
 
 from floe.errors import FileError
 from floe.storage import write_bytes
+from floe.types import Array
 
-Arrays = dict[str, NDArray[Any]]
+Arrays = dict[str, Array]
 
 
 def worker() -> tuple[int, int]:

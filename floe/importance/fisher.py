@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from torch import nn
 
 from floe.importance.chunk_store import Arrays, Workbook
 from floe.importance.fingerprints import data_fingerprint, model_fingerprint
-from floe.importance.frozen import Batch
 from floe.importance.gradients import Capture, RowGradients
 from floe.importance.rows import Row, chunks, collate, passes, rows_of
+from floe.types import Array, Batch, Floats, Floats32, Progress
 
-FloatArray = NDArray[np.float64]
-Progress = Callable[[int, int, str], None]
 REDUCTIONS = ("sample", "batch", "token")
 _PER_ROW = ("adapter_samples", "gate_gradient", "head_gradient", "neuron_gradient")
 
@@ -45,18 +42,18 @@ class Fisher:
     rows: int
     tokens: int
     projections: tuple[str, ...] = ()
-    head: FloatArray | None = None
-    neuron: FloatArray | None = None
-    module: FloatArray | None = None
-    adapter_samples: FloatArray | None = None
-    gate_gradient: NDArray[np.float32] | None = None
-    head_mean: FloatArray | None = None
-    neuron_mean: FloatArray | None = None
-    head_gradient: NDArray[np.float32] | None = None
-    neuron_gradient: NDArray[np.float32] | None = None
+    head: Floats | None = None
+    neuron: Floats | None = None
+    module: Floats | None = None
+    adapter_samples: Floats | None = None
+    gate_gradient: Floats32 | None = None
+    head_mean: Floats | None = None
+    neuron_mean: Floats | None = None
+    head_gradient: Floats32 | None = None
+    neuron_gradient: Floats32 | None = None
 
     @property
-    def adapter(self) -> FloatArray | None:
+    def adapter(self) -> Floats | None:
         """``module`` summed over projections, [L] float64."""
         return None if self.module is None else self.module.sum(axis=1)
 
@@ -235,7 +232,7 @@ def _in_row_order(capture: Capture, rows: Sequence[Row], chunk: range) -> RowGra
     )
 
 
-def added(rows: NDArray[Any]) -> FloatArray:
+def added(rows: Array) -> Floats:
     """The sum of the rows, one after the other, in float64."""
     total = np.zeros(rows.shape[1:])
     for row in rows:
@@ -243,7 +240,7 @@ def added(rows: NDArray[Any]) -> FloatArray:
     return total
 
 
-def terms(gradients: FloatArray, reduction: str, batches: Sequence[int]) -> FloatArray:
+def terms(gradients: Floats, reduction: str, batches: Sequence[int]) -> Floats:
     """What is summed into the Fisher information, from the gradients [S, ...] of a chunk's rows.
 
     ``batches`` holds the number of the batch each row came in.
@@ -254,5 +251,5 @@ def terms(gradients: FloatArray, reduction: str, batches: Sequence[int]) -> Floa
         numbers = np.asarray(batches)
         means = [gradients[numbers == n].mean(axis=0) for n in dict.fromkeys(batches)]
         gradients = np.stack(means)
-    squares: FloatArray = np.square(gradients)
+    squares: Floats = np.square(gradients)
     return squares

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,8 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from floe.data.loss import row_losses
 from floe.decoder_blocks import base_of, find_blocks
-
-Batch = Mapping[str, Any]
+from floe.types import Batch
 
 
 @contextmanager

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -24,7 +23,6 @@ from floe.adapters.targets import adapted_layers
 from floe.decoder_blocks import Geometry, base_of, find_blocks, geometry, linear_at
 from floe.importance.adapter_gradients import AdapterGradients, adapter_gradients
 from floe.importance.frozen import (
-    Batch,
     device_of,
     for_loss,
     frozen,
@@ -32,6 +30,7 @@ from floe.importance.frozen import (
     on_device,
     token_mask,
 )
+from floe.types import Batch, Floats, Integers
 
 SCOPES = ("base", "full")
 HEAD_UNITS = ("head", "kv_group")
@@ -48,11 +47,11 @@ class RowGradients:
     g of a factor g = 1 on what that adapter adds. ``tokens`` [S] int64: labels in the loss.
     """
 
-    head: NDArray[np.float64] | None
-    neuron: NDArray[np.float64] | None
-    adapter: NDArray[np.float64] | None
-    gate: NDArray[np.float64] | None
-    tokens: NDArray[np.int64]
+    head: Floats | None
+    neuron: Floats | None
+    adapter: Floats | None
+    gate: Floats | None
+    tokens: Integers
 
 
 class Capture:
@@ -197,7 +196,7 @@ class Capture:
 
         return sink
 
-    def _stacked(self, kind: str) -> NDArray[np.float64]:
+    def _stacked(self, kind: str) -> Floats:
         missing = [block.index for block in self.blocks if (kind, block.index) not in self._found]
         if missing:
             raise RuntimeError(
@@ -205,10 +204,10 @@ class Capture:
                 "must call its projections as modules and keep its graph"
             )
         layers = [self._found.pop((kind, block.index)).cpu().numpy() for block in self.blocks]
-        values: NDArray[np.float64] = np.stack(layers, axis=1)
+        values: Floats = np.stack(layers, axis=1)
         return values
 
-    def _of_adapters(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    def _of_adapters(self) -> tuple[Floats, Floats]:
         """Squared norms and gate gradients, [S, L, P] each; 0 where a layer has no adapter."""
         shape = (len(self._mask), len(self.blocks), len(self.projections))
         squared, gate = np.zeros(shape), np.zeros(shape)
@@ -219,7 +218,7 @@ class Capture:
                 gate[:, layer, place] = found.gate.cpu().numpy()
         return squared, gate
 
-    def _check_finite(self, found: dict[str, NDArray[np.float64]], numbers: Sequence[int]) -> None:
+    def _check_finite(self, found: dict[str, Floats], numbers: Sequence[int]) -> None:
         """Name the last layer's first bad value: gradients come from behind, so it arose there."""
         for layer in reversed(range(len(self.blocks))):
             for what, values in found.items():

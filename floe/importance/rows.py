@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from floe.data.loss import IGNORE_INDEX
-from floe.importance.frozen import Batch, token_mask
+from floe.importance.frozen import token_mask
+from floe.types import Batch
 
 CHUNK_ROWS = 32
 PASS_TOKENS = 2048  # padded tokens of one forward pass; part of what a score is, like the chunks

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 import floe
@@ -22,11 +21,11 @@ from floe.decoder_blocks import base_of, find_blocks
 from floe.importance.adapter_gradients import active_adapters
 from floe.importance.chunk_store import Workbook
 from floe.importance.fingerprints import data_fingerprint, model_fingerprint
-from floe.importance.fisher import Fisher, FisherPlan, Progress
-from floe.importance.frozen import Batch
+from floe.importance.fisher import Fisher, FisherPlan
 from floe.importance.rows import CHUNK_ROWS, PASS_TOKENS, rows_of
 from floe.importance.scores import Scores
 from floe.importance.taylor import Taylor, TaylorPlan
+from floe.types import Batch, Floats, Progress
 
 TAYLOR_ROWS = 32
 _PACKAGES = ("torch", "transformers", "peft", "numpy")
@@ -144,9 +143,7 @@ def _draw(module: MoELoRALinear, name: str, generator: torch.Generator) -> None:
     expand.zero_()
 
 
-def _assemble(
-    fisher: Fisher, taylor: Taylor, meta: dict[str, Any], probe: NDArray[np.float64] | None
-) -> Scores:
+def _assemble(fisher: Fisher, taylor: Taylor, meta: dict[str, Any], probe: Floats | None) -> Scores:
     assert fisher.head is not None
     assert fisher.neuron is not None
     assert fisher.adapter is not None

@@ -8,13 +8,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from floe import storage
 from floe.errors import FileError
+from floe.types import Array, Floats, Floats32
 
 FORMAT = 1
-FloatArray = NDArray[np.float64]
 
 # Dimensions of every field: L layers, H heads, I neurons, P adapted projections, S samples.
 _FIELDS = {
@@ -60,20 +59,20 @@ class Scores:
             unit.
     """
 
-    head_fisher: FloatArray
-    neuron_fisher: FloatArray
-    head_taylor: FloatArray
-    neuron_taylor: FloatArray
-    adapter_fisher: FloatArray
+    head_fisher: Floats
+    neuron_fisher: Floats
+    head_taylor: Floats
+    neuron_taylor: Floats
+    adapter_fisher: Floats
     meta: dict[str, Any] = field(default_factory=dict)
-    probe_fisher: FloatArray | None = None
-    module_fisher: FloatArray | None = None
-    adapter_samples: FloatArray | None = None
-    gate_gradient: NDArray[np.float32] | None = None
-    head_mean: FloatArray | None = None
-    neuron_mean: FloatArray | None = None
-    head_gradient: NDArray[np.float32] | None = None
-    neuron_gradient: NDArray[np.float32] | None = None
+    probe_fisher: Floats | None = None
+    module_fisher: Floats | None = None
+    adapter_samples: Floats | None = None
+    gate_gradient: Floats32 | None = None
+    head_mean: Floats | None = None
+    neuron_mean: Floats | None = None
+    head_gradient: Floats32 | None = None
+    neuron_gradient: Floats32 | None = None
 
     def __post_init__(self) -> None:
         for name, array in self._arrays().items():
@@ -121,7 +120,7 @@ class Scores:
         except (ValueError, TypeError) as error:
             raise FileError(path, str(error)) from error
 
-    def _arrays(self) -> dict[str, NDArray[Any]]:
+    def _arrays(self) -> dict[str, Array]:
         """Every array that is there, by name."""
         values = {name: getattr(self, name) for name in _FIELDS}
         return {name: v for name, v in values.items() if v is not None or name in _REQUIRED}
@@ -149,7 +148,7 @@ def _check_type(name: str, array: Any) -> None:
         raise TypeError(f"{name} must be a numpy array of {np.dtype(dtype).name}, got {came}")
 
 
-def _check_values(name: str, array: NDArray[Any]) -> None:
+def _check_values(name: str, array: Array) -> None:
     signed = name in _GRADIENTS
     bad = ~np.isfinite(array) if signed else ~(np.isfinite(array) & (array >= 0))
     if not bad.any():

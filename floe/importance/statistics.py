@@ -10,13 +10,12 @@ from types import MappingProxyType
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from floe import storage
 from floe.errors import FileError
+from floe.types import Floats
 
 FORMAT = 1
-FloatArray = NDArray[np.float64]
 
 STATISTICS: dict[str, tuple[str, ...]] = {
     "gradient_norm": ("L",),
@@ -72,7 +71,7 @@ class LayerStatistics:
     """
 
     layers: int
-    values: Mapping[str, FloatArray]
+    values: Mapping[str, Floats]
     meta: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

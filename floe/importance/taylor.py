@@ -7,16 +7,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from floe.decoder_blocks import Geometry, find_blocks, geometry, linear_at
 from floe.importance.block_replay import record_backward
 from floe.importance.chunk_store import Arrays, Workbook
 from floe.importance.fingerprints import data_fingerprint
-from floe.importance.fisher import Progress, added
+from floe.importance.fisher import added
 from floe.importance.frozen import (
-    Batch,
     base_only,
     for_loss,
     frozen,
@@ -24,8 +22,8 @@ from floe.importance.frozen import (
 from floe.importance.gradients import HEAD_UNITS, Capture, RowGradients
 from floe.importance.rows import Row, chunks, collate, passes, rows_of
 from floe.importance.weight_costs import block_costs
+from floe.types import Batch, Floats, Progress
 
-FloatArray = NDArray[np.float64]
 Announce = Callable[[int, int], None]
 KINDS = ("element", "vector")
 AGGREGATES = ("abs_of_mean", "mean_of_abs")
@@ -39,8 +37,8 @@ class Taylor:
     possible.
     """
 
-    head: FloatArray
-    neuron: FloatArray
+    head: Floats
+    neuron: Floats
     rows: int
     tokens: int
     kind: str
@@ -150,8 +148,8 @@ def is_quantised(model: nn.Module) -> bool:
 
 
 def unit_costs(
-    parts: dict[str, FloatArray], sizes: Geometry, head_unit: str = "head"
-) -> tuple[FloatArray, FloatArray]:
+    parts: dict[str, Floats], sizes: Geometry, head_unit: str = "head"
+) -> tuple[Floats, Floats]:
     """Heads' and neurons' costs of one block, ([H], [I]) float64, from its projections' sums.
 
     Args:
@@ -213,7 +211,7 @@ def _element(plan: TaylorPlan, groups: list[list[int]], announce: Announce) -> t
     return head, neuron, sum(record.tokens for record in records)
 
 
-def _check_finite(head: FloatArray, neuron: FloatArray) -> None:
+def _check_finite(head: Floats, neuron: Floats) -> None:
     for kind, values in (("head", head), ("neuron", neuron)):
         if not np.isfinite(values).all():
             layer, unit = (int(i) for i in np.argwhere(~np.isfinite(values))[0])

@@ -12,16 +12,14 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from floe.decoder_blocks import Block, linear_at
 from floe.importance.block_replay import BackwardRecord, call_block, device_of_block
 from floe.importance.gradients import tap_output
+from floe.types import Floats
 
-FloatArray = NDArray[np.float64]
 TILE_ROWS = 256
 _COLUMNS = ("o", "down")  # projections whose columns, not rows, belong to a unit
 
@@ -97,7 +95,7 @@ def _wide(values: Tensor) -> torch.dtype:
 
 def block_costs(
     model: nn.Module, block: Block, records: Iterable[BackwardRecord], per_row: bool
-) -> dict[str, FloatArray]:
+) -> dict[str, Floats]:
     """``sum |w g|`` per row of the block's q, k, v (or qkv), gate, up; per column of o and down.
 
     ``g`` is the gradient of the sum of the row losses. Leaves in every record the gradient of the

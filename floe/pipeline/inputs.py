@@ -40,8 +40,7 @@ from floe.errors import FileError
 from floe.selection.placement import Placement
 from floe.storage import hash_of, read_json
 from floe.training.schedule import TrainSettings
-
-Batch = dict[str, Any]
+from floe.types import Batch
 
 
 class Workspace:

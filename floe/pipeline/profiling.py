@@ -15,6 +15,7 @@ from floe.pipeline.inputs import Workspace
 from floe.selection.placement import Placement
 from floe.storage import write_json
 from floe.training.memory import PeakMemory
+from floe.types import Batch
 
 
 def build(work: Workspace, rank: int, experts: int, folder: Path, progress: Any) -> None:
@@ -45,7 +46,7 @@ def build(work: Workspace, rank: int, experts: int, folder: Path, progress: Any)
 
 
 def _point(
-    work: Workspace, rank: int, experts: int, layers: list[int], batches: list[dict[str, Any]]
+    work: Workspace, rank: int, experts: int, layers: list[int], batches: list[Batch]
 ) -> dict[str, Any]:
     model = work.fresh(rank, experts, Placement(tuple(layers)))
     seconds = []
@@ -64,7 +65,7 @@ def _point(
     }  # fmt: skip
 
 
-def _step(model: Any, optimizer: Any, batches: list[dict[str, Any]], device: torch.device) -> float:
+def _step(model: Any, optimizer: Any, batches: list[Batch], device: torch.device) -> float:
     began = time.perf_counter()
     for batch in batches:
         inputs = {k: v.to(device) if hasattr(v, "to") else v for k, v in batch.items()}

@@ -46,11 +46,11 @@ from floe.rank_search.studies import (
 from floe.storage import STAGING, copy_folder
 from floe.training.checkpoints import remove_checkpoints
 from floe.training.train import TrainSettings, train
+from floe.types import Progress
 
 __all__ = ["SearchResult", "SearchSpace", "Trial", "search"]
 
 _ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "README.md")
-SearchProgress = Callable[[int, int, str], None]
 Sampler = Literal["tpe", "paper", "random", "grid"]
 
 
@@ -91,7 +91,7 @@ def search(
     settings: TrainSettings | None = None,
     adapter: Mapping[str, Any] | None = None,
     prune: bool = False,
-    on_progress: SearchProgress | None = None,
+    on_progress: Progress | None = None,
 ) -> SearchResult:
     """Train an adapter at up to ``trials`` points of the space; keep the best (FLoE section 4.1).
 
@@ -167,9 +167,7 @@ class _Search:
         self.owner = Owner.current()
         self.fingerprint = model_fingerprint(base)
 
-    def open(
-        self, storage: str | None, trials: int, on_progress: SearchProgress | None = None
-    ) -> None:
+    def open(self, storage: str | None, trials: int, on_progress: Progress | None = None) -> None:
         """The study, with the trials of dead processes given up."""
         self.trials, self.on_progress, self.done = trials, on_progress, 0
         self.wanted = min(trials, len(self.space.points()))

@@ -12,9 +12,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from floe.report.artifacts import Evaluation, Interval, Outcome, Run
-from floe.report.records import Floats
 from floe.report.tables import Cell, Picture, Table, decimals, label, percent, plural
 from floe.report.theme import Theme, new_figure
+from floe.types import Floats
 
 _MARKERS = ("^", "v", "P", "X", ">", "<", "p", "h")
 _TASKS_WITH_EVERY_ARM = 14

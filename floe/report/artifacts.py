@@ -8,7 +8,8 @@ from pathlib import PurePath
 
 from floe.importance.scores import Scores
 from floe.report.audit_read import Audited
-from floe.report.records import Floats, Record
+from floe.report.records import Record
+from floe.types import Floats
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from floe.report.records import Floats, Record
+from floe.report.records import Record
+from floe.types import Floats
 
 FORMAT = 1
 

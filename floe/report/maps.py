@@ -9,9 +9,9 @@ from matplotlib.figure import Figure
 
 from floe.report.arms import arm_names, looks
 from floe.report.artifacts import Run
-from floe.report.records import Floats
 from floe.report.tables import Picture, Table, label, percent, plural, significant
 from floe.report.theme import Theme, new_figure
+from floe.types import Floats
 
 _LOG_FACTOR = 20.0
 _BINS = 64

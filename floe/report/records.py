@@ -8,12 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from floe import storage
 from floe.errors import FileError, shown
-
-Floats = NDArray[np.float64]
+from floe.types import Floats
 
 
 class Record:

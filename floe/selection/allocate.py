@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from floe import _native
-from floe.selection.masks.solvers import Floats, count, number, numbers
+from floe.selection.masks.solvers import count, number, numbers
+from floe.types import Floats, Integers
 
 Options = Sequence[tuple[int, int]]
 
@@ -55,7 +56,7 @@ class Allocation:
         unit: the costs were counted in steps of this size.
     """
 
-    index: NDArray[np.int64]
+    index: Integers
     value: float
     cost: int
     budget: int
@@ -144,7 +145,7 @@ def allocate(
     return Allocation(index, value, cost, limit, bound, proven, unit)
 
 
-def option_costs(dimensions: Sequence[tuple[int, int]], options: Options) -> NDArray[np.int64]:
+def option_costs(dimensions: Sequence[tuple[int, int]], options: Options) -> Integers:
     """Adapter parameters of one layer for every option, [J] int64.
 
     A projection from K to N features takes ``r*K + M*N*r + M*K``: the shared A, M matrices B and
@@ -271,7 +272,7 @@ def _near(gains: Floats) -> tuple[Floats, float, int]:
     return np.ldexp(beyond, -exponent), float(least.sum()), int(exponent)
 
 
-def _costs(costs: ArrayLike, shape: tuple[int, int]) -> NDArray[np.int64]:
+def _costs(costs: ArrayLike, shape: tuple[int, int]) -> Integers:
     found = np.asarray(costs)
     if found.dtype.kind not in "iu":
         raise TypeError(f"costs must be an array of integers, got dtype {found.dtype}")

@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from floe.errors import FileError
-from floe.selection.masks.solvers import Floats
 from floe.storage import write_bytes
+from floe.types import Floats
 
 FORMAT = 3  # 2: pick and budget_path; 3: untuned
 PICKS = ("top", "bottom")

@@ -10,8 +10,9 @@ import numpy as np
 
 from floe.selection.masks.determine import determine
 from floe.selection.masks.presets import Preset
-from floe.selection.masks.solvers import Floats, number
+from floe.selection.masks.solvers import number
 from floe.selection.ranking import layer_score
+from floe.types import Floats
 
 if TYPE_CHECKING:
     from floe.importance.scores import Scores

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike
 
-from floe.selection.masks.solvers import Floats, count, number, numbers
+from floe.selection.masks.solvers import count, number, numbers
+from floe.types import Floats
 
 ADAM_BYTES = 16
 """Per float32 parameter: 4 of the weight, 4 of its gradient, 8 of Adam's two moments."""

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
-from floe.selection.masks.solvers import DEFAULT_NODES, Flags, Floats, count, numbers, solve_mask
+from floe.selection.masks.solvers import DEFAULT_NODES, count, numbers, solve_mask
+from floe.types import Flags, Floats, Integers
 
 if TYPE_CHECKING:
     from floe.importance.scores import Scores
@@ -114,7 +115,7 @@ def choose_modules(
     )
 
 
-def _integers(name: str, array: ArrayLike) -> NDArray[np.int64]:
+def _integers(name: str, array: ArrayLike) -> Integers:
     found = np.asarray(array)
     if found.dtype.kind not in "iu":
         raise TypeError(f"{name} must be integers, got dtype {found.dtype}")

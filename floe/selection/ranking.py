@@ -12,9 +12,9 @@ from numbers import Integral, Real
 from typing import Literal, get_args
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
-from floe.selection.masks.solvers import Floats
+from floe.types import Floats, Integers
 
 LayerCount = int | float | Mapping[str, int]
 """A count of layers, a fraction of all (float in (0, 1]), or a budget: {"params": n} adapter
@@ -59,7 +59,7 @@ def layer_score(head_mask: ArrayLike, neuron_mask: ArrayLike, how: str = "soft")
     return np.asarray(np.mean(means, axis=0), dtype=np.float64)
 
 
-def rank_layers(scores: ArrayLike) -> NDArray[np.int64]:
+def rank_layers(scores: ArrayLike) -> Integers:
     """Layers by descending score, [L] int64; ties to the lower index.
 
     Raises:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,7 @@ from floe.selection.artifact import PICKS, Masks, PaperSelection, Selection
 from floe.selection.budget_path import BUDGET_PATH, PathScore, path_score
 from floe.selection.masks.determine import Determination, determine
 from floe.selection.masks.presets import Preset, preset_of
-from floe.selection.masks.solvers import Floats, number
+from floe.selection.masks.solvers import number
 from floe.selection.policies import POLICIES, Policy, Situation
 from floe.selection.ranking import (
     LayerCount,
@@ -28,9 +28,10 @@ from floe.selection.ranking import (
     rank_layers,
     spearman,
 )
+from floe.types import Batch, Floats, Progress
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import nn
 
     from floe.importance.scores import Scores
     from floe.importance.statistics import LayerStatistics
@@ -38,13 +39,11 @@ if TYPE_CHECKING:
 
 __all__ = ["Masks", "PaperSelection", "Selection", "select"]
 
-Progress = Callable[[int, int, str], None]
-
 
 def select(
     scores: Scores,
     model: nn.Module | None = None,
-    batches: Iterable[Mapping[str, Tensor]] | None = None,
+    batches: Iterable[Batch] | None = None,
     *,
     policy: str = "adapter_fisher",
     preset: str | Preset = "global",
@@ -139,7 +138,7 @@ def select(
 
 def _tune(
     model: nn.Module,
-    batches: Iterable[Mapping[str, Tensor]],
+    batches: Iterable[Batch],
     masks: Masks,
     preset: Preset,
     max_tokens: int,

@@ -8,16 +8,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from floe.decoder_blocks import Block, find_blocks, linear_at
 from floe.importance.block_replay import Call, CallRecorder, call_block, device_of_block
-from floe.importance.fisher import Progress
-from floe.importance.frozen import Batch, base_only, device_of, frozen, on_device, token_mask
+from floe.importance.frozen import base_only, device_of, frozen, on_device, token_mask
 from floe.importance.layer_statistics.states import forward_states
+from floe.types import Batch, Floats, Progress
 
-FloatArray = NDArray[np.float64]
 _TOKENS_AT_ONCE = 128
 
 
@@ -27,7 +25,7 @@ def explained_variance(
     names: Sequence[str],
     rank: int = 8,
     progress: Progress | None = None,
-) -> FloatArray:
+) -> Floats:
     """Share of the variance of each projection's inputs in its ``rank`` leading directions, [L, P].
 
     Inputs are those of real tokens, their covariance is summed in float64 from float32 products.
@@ -90,7 +88,7 @@ def angles(
     batches: Sequence[Batch],
     names: Sequence[str],
     progress: Progress | None = None,
-) -> dict[str, FloatArray]:
+) -> dict[str, Floats]:
     """Mean angle over pi between the hidden states before layers i and j, each [L + 1, L + 1].
 
     Args:
@@ -126,7 +124,7 @@ def last_tokens(real: Tensor) -> Tensor:
     return real & (places == torch.where(real, places, -1).amax(1, keepdim=True))
 
 
-def _sum_of_angles(states: list[Tensor]) -> FloatArray:
+def _sum_of_angles(states: list[Tensor]) -> Floats:
     """Sum over tokens of the angles between L + 1 states, each [tokens, d]; float64."""
     total = np.zeros((len(states), len(states)))
     for start in range(0, len(states[0]), _TOKENS_AT_ONCE):

@@ -7,15 +7,12 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from floe.adapters.targets import adapted_layers
 from floe.data.loss import IGNORE_INDEX
 from floe.decoder_blocks import find_blocks
-from floe.importance.fisher import Progress
 from floe.importance.frozen import (
-    Batch,
     base_only,
     device_of,
     for_loss,
@@ -24,9 +21,8 @@ from floe.importance.frozen import (
     on_device,
 )
 from floe.importance.layer_statistics.states import forward_states, starting_at
+from floe.types import Batch, Flags, Floats, Progress
 
-FloatArray = NDArray[np.float64]
-Flags = NDArray[np.bool_]
 _RIDGE = 1e-9  # of the mean weight: decides only what the sets leave open
 _POSITIONS_AT_ONCE = 256
 
@@ -56,7 +52,7 @@ def closed_adapters(model: nn.Module, layers: Iterable[int]) -> Iterator[None]:
 
 def kl_to_full(
     model: nn.Module, batches: Sequence[Batch], progress: Progress | None = None
-) -> FloatArray:
+) -> Floats:
     """KL from the model with all adapters to the one with layer k's alone, [L] nats.
 
     sum_v p_all (log p_all - log p_k) at the positions that predict a label, mean over a row's
@@ -92,7 +88,7 @@ def shapley(
     sets: int | None = None,
     seed: int = 41,
     progress: Progress | None = None,
-) -> FloatArray:
+) -> Floats:
     """Shapley value of each layer's adapters for v(S) = -loss with only the layers S open, [L].
 
     From a linear surrogate of v over random sets of every size; see :func:`shapley_values` and
@@ -132,7 +128,7 @@ def forward_selection(
     batches: Sequence[Batch],
     steps: int | None = None,
     progress: Progress | None = None,
-) -> tuple[FloatArray, FloatArray]:
+) -> tuple[Floats, Floats]:
     """Open the layers' adapters one by one, each time the one that lowers the loss most.
 
     Loss: mean over rows of their mean NLL, in nats. Ties: the lower layer. Layers without adapters
@@ -170,9 +166,7 @@ def forward_selection(
     return places, joined
 
 
-def _losses_if_opened(
-    model: nn.Module, batches: Sequence[Batch], closed: Sequence[int]
-) -> FloatArray:
+def _losses_if_opened(model: nn.Module, batches: Sequence[Batch], closed: Sequence[int]) -> Floats:
     """Mean loss over rows with each of the ``closed`` layers open and the others closed."""
     blocks = find_blocks(model)
     total, rows = np.zeros(len(closed)), 0
@@ -211,7 +205,7 @@ def draw_sets(players: int, count: int, seed: int) -> Flags:
     return np.unique(drawn, axis=0)
 
 
-def shapley_values(sets: Flags, payoffs: FloatArray, empty: float, full: float) -> FloatArray:
+def shapley_values(sets: Flags, payoffs: Floats, empty: float, full: float) -> Floats:
     """Values of the best linear surrogate of a game that is exact for no and for all players, [n].
 
     Least squares under the Shapley kernel: a size s weighs (n - 1) / (s (n - s)), shared by the

@@ -6,14 +6,11 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from floe.decoder_blocks import find_blocks, linear_at
 from floe.importance.block_replay import call_block, device_of_block
-from floe.importance.fisher import Progress
 from floe.importance.frozen import (
-    Batch,
     base_only,
     device_of,
     for_loss,
@@ -24,14 +21,14 @@ from floe.importance.frozen import (
 )
 from floe.importance.layer_statistics.states import forward_states, starting_at
 from floe.importance.taylor import is_quantised
+from floe.types import Batch, Floats, Progress
 
-FloatArray = NDArray[np.float64]
 DISTURBANCE = 0.1  # relative size of the noise on a block's output: well above bfloat16's rounding
 
 
 def error_growth(
     model: nn.Module, batches: Sequence[Batch], seed: int = 41, progress: Progress | None = None
-) -> FloatArray:
+) -> Floats:
     """Relative error of the last block's output per relative error of block k's output, [L].
 
     Block k's output gets normal noise of DISTURBANCE times each token's own norm; later blocks are
@@ -65,7 +62,7 @@ def zeroth_order(
     seed: int = 41,
     probes: int = 1,
     progress: Progress | None = None,
-) -> FloatArray:
+) -> Floats:
     """||W_k|| times the root mean square of (L(W_k + e z) - L(W_k - e z)) / 2e over normal z, [L].
 
     W_k are the block's projections, L the rows' mean loss, e 1 % of the weights' root mean square

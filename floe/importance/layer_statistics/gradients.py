@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from floe.adapters.targets import adapted_layers
@@ -18,9 +17,7 @@ from floe.importance.block_replay import (
     device_of_block,
     record_backward,
 )
-from floe.importance.fisher import Progress
 from floe.importance.frozen import (
-    Batch,
     base_only,
     device_of,
     for_loss,
@@ -29,14 +26,14 @@ from floe.importance.frozen import (
     on_device,
 )
 from floe.importance.score import fresh_adapters
+from floe.types import Batch, Floats, Progress
 
-FloatArray = NDArray[np.float64]
 RIDGE = 1e-3  # of the covariance's mean eigenvalue; there may be fewer tokens than channels
 
 
 def gradient_norm(
     model: nn.Module, batches: Sequence[Batch], seed: int = 41, progress: Progress | None = None
-) -> FloatArray:
+) -> Floats:
     """|| sum_n dL_n / dB || over a layer's experts at fresh adapters (B = 0), [L].
 
     L_n is row n's mean NLL. The gradients of A and the router are zero there. A layer without
@@ -88,7 +85,7 @@ def _experts(model: nn.Module) -> list[tuple[int, nn.Parameter]]:
 
 def layer_card(
     model: nn.Module, batches: Sequence[Batch], progress: Progress | None = None
-) -> dict[str, FloatArray]:
+) -> dict[str, Floats]:
     """Residual norm [L], activation energy [L] and coupling [L, L] of linear adapters of blocks.
 
     Block k maps x [T, d] to y; an adapter y + x D^T at D = 0 has the gradient G = sum_t g_t x_t^T
@@ -124,7 +121,7 @@ def layer_card(
     }
 
 
-def _coupling(flat: list[Tensor], norms: FloatArray) -> FloatArray:
+def _coupling(flat: list[Tensor], norms: Floats) -> Floats:
     """Absolute cosines; 0 with a gradient of zero, 1 on the diagonal."""
     found = np.eye(len(flat))
     for i, one in enumerate(flat):

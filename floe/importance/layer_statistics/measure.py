@@ -6,16 +6,13 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
 from torch import nn
 
 import floe
 from floe.adapters.targets import adapted_layers
 from floe.decoder_blocks import find_blocks
 from floe.importance.fingerprints import data_fingerprint
-from floe.importance.fisher import Progress
-from floe.importance.frozen import Batch, token_mask
+from floe.importance.frozen import token_mask
 from floe.importance.layer_statistics import activations as activations
 from floe.importance.layer_statistics import adapters as adapters
 from floe.importance.layer_statistics import forward as forward
@@ -24,8 +21,7 @@ from floe.importance.layer_statistics import weights as weights
 from floe.importance.rows import rows_of
 from floe.importance.statistics import LayerStatistics
 from floe.selection.policies import NEEDS, POLICIES
-
-FloatArray = NDArray[np.float64]
+from floe.types import Batch, Floats, Progress
 
 
 def measure_statistics(
@@ -68,7 +64,7 @@ def measure_statistics(
         raise ValueError("batches must hold at least one row, got none")
     job = _Job(model, rows, seed, rank, keep, sets, probes, steps, progress)
     needed = {statistic for name in wanted for statistic in NEEDS.get(name, ())}
-    values: dict[str, FloatArray] = {}
+    values: dict[str, Floats] = {}
     for statistics, measure in _MEASURES.items():
         here = [name for name in statistics if name in needed]
         if here:
@@ -99,59 +95,59 @@ class _Job:
     progress: Progress | None
 
 
-def _signal(job: _Job, _names: Sequence[str]) -> dict[str, FloatArray]:
+def _signal(job: _Job, _names: Sequence[str]) -> dict[str, Floats]:
     return {"signal_share": weights.signal_share(job.model, job.progress)}
 
 
-def _lamp(job: _Job, _names: Sequence[str]) -> dict[str, FloatArray]:
+def _lamp(job: _Job, _names: Sequence[str]) -> dict[str, Floats]:
     return {"lamp_kept": weights.lamp_kept(job.model, job.keep, job.progress)}
 
 
-def _eva(job: _Job, _names: Sequence[str]) -> dict[str, FloatArray]:
+def _eva(job: _Job, _names: Sequence[str]) -> dict[str, Floats]:
     names = _targets(job.model)
     found = activations.explained_variance(job.model, job.batches, names, job.rank, job.progress)
     return {"explained_variance": found}
 
 
-def _angles(job: _Job, names: Sequence[str]) -> dict[str, FloatArray]:
+def _angles(job: _Job, names: Sequence[str]) -> dict[str, Floats]:
     return activations.angles(job.model, job.batches, names, job.progress)
 
 
-def _errors(job: _Job, _names: Sequence[str]) -> dict[str, FloatArray]:
+def _errors(job: _Job, _names: Sequence[str]) -> dict[str, Floats]:
     return {"error_growth": forward.error_growth(job.model, job.batches, job.seed, job.progress)}
 
 
-def _zeroth(job: _Job, _names: Sequence[str]) -> dict[str, FloatArray]:
+def _zeroth(job: _Job, _names: Sequence[str]) -> dict[str, Floats]:
     found = forward.zeroth_order(job.model, job.batches, job.seed, job.probes, job.progress)
     return {"zeroth_order": found}
 
 
-def _gradient(job: _Job, _names: Sequence[str]) -> dict[str, FloatArray]:
+def _gradient(job: _Job, _names: Sequence[str]) -> dict[str, Floats]:
     found = gradients.gradient_norm(job.model, job.batches, job.seed, job.progress)
     return {"gradient_norm": found}
 
 
-def _card(job: _Job, names: Sequence[str]) -> dict[str, FloatArray]:
+def _card(job: _Job, names: Sequence[str]) -> dict[str, Floats]:
     found = gradients.layer_card(job.model, job.batches, job.progress)
     return {name: found[name] for name in names}
 
 
-def _kl(job: _Job, _names: Sequence[str]) -> dict[str, FloatArray]:
+def _kl(job: _Job, _names: Sequence[str]) -> dict[str, Floats]:
     return {"kl_to_full": adapters.kl_to_full(job.model, job.batches, job.progress)}
 
 
-def _shapley(job: _Job, _names: Sequence[str]) -> dict[str, FloatArray]:
+def _shapley(job: _Job, _names: Sequence[str]) -> dict[str, Floats]:
     found = adapters.shapley(job.model, job.batches, job.sets, job.seed, job.progress)
     return {"shapley": found}
 
 
-def _forward_selection(job: _Job, names: Sequence[str]) -> dict[str, FloatArray]:
+def _forward_selection(job: _Job, names: Sequence[str]) -> dict[str, Floats]:
     place, loss = adapters.forward_selection(job.model, job.batches, job.steps, job.progress)
     found = {"forward_place": place, "forward_loss": loss}
     return {name: found[name] for name in names}
 
 
-_Measure = Callable[[_Job, Sequence[str]], dict[str, FloatArray]]
+_Measure = Callable[[_Job, Sequence[str]], dict[str, Floats]]
 _MEASURES: dict[tuple[str, ...], _Measure] = {
     ("signal_share",): _signal,
     ("lamp_kept",): _lamp,

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from floe.decoder_blocks import Block, find_blocks
 from floe.importance.block_replay import Call, CallRecorder, hidden_of
-from floe.importance.frozen import Batch, device_of, for_loss, losses, on_device
+from floe.importance.frozen import device_of, for_loss, losses, on_device
+from floe.types import Batch
 
 
 @dataclass

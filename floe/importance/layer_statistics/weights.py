@@ -7,20 +7,18 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from floe.decoder_blocks import find_blocks, linear_at
-from floe.importance.fisher import Progress
 from floe.importance.taylor import is_quantised
+from floe.types import Floats, Integers, Progress
 
-FloatArray = NDArray[np.float64]
 _POINTS = 100_000
 _SHIFT = 44  # of a float64's bits: sign, exponent and the mantissa's first 8 are left
 _BINS = 1 << 18  # scores are at most 1, whose bits are 0x3FF0...
 
 
-def signal_share(model: nn.Module, progress: Progress | None = None) -> FloatArray:
+def signal_share(model: nn.Module, progress: Progress | None = None) -> Floats:
     """Share of the singular values' sum above the edge of pure noise, [L, P] in [0, 1].
 
     A matrix of noise of standard deviation s has singular values up to s (sqrt(n) + sqrt(m)), the
@@ -67,7 +65,7 @@ def marchenko_pastur_median(ratio: float) -> float:
     return float(np.interp(0.5, mass / mass[-1], value))
 
 
-def lamp_kept(model: nn.Module, keep: float = 0.5, progress: Progress | None = None) -> FloatArray:
+def lamp_kept(model: nn.Module, keep: float = 0.5, progress: Progress | None = None) -> Floats:
     """Share of each layer's projection weights among the ``keep`` largest LAMP scores, [L].
 
     A weight's score is w^2 over the sum of w^2 of the weights of its matrix from it upwards; equal
@@ -103,9 +101,7 @@ def lamp_scores(weight: Tensor) -> Tensor:
     return torch.where(squares > 0, squares / upwards, 0.0)
 
 
-def _second_pass(
-    model: nn.Module, edge: int
-) -> tuple[NDArray[np.int64], NDArray[np.int64], list[FloatArray]]:
+def _second_pass(model: nn.Module, edge: int) -> tuple[Integers, Integers, list[Floats]]:
     """Per layer: how many scores lie above the bin, how many there are, and those in the bin."""
     kept, total, inside = [], [], []
     for block in _weights(model, None, "lamp"):
@@ -122,8 +118,8 @@ def _second_pass(
     return np.array(kept), np.array(total), inside
 
 
-def _histogram(scores: Tensor) -> NDArray[np.int64]:
-    counts: NDArray[np.int64] = torch.bincount(_bins(scores), minlength=_BINS).cpu().numpy()
+def _histogram(scores: Tensor) -> Integers:
+    counts: Integers = torch.bincount(_bins(scores), minlength=_BINS).cpu().numpy()
     return counts
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,13 +44,13 @@ from floe.selection.masks.determine import determine
 from floe.selection.masks.solvers import count, number
 from floe.selection.ranking import count_layers
 from floe.storage import write_json
+from floe.types import Progress
 
 if TYPE_CHECKING:
     from floe.importance.scores import Scores
     from floe.importance.statistics import LayerStatistics
 
 FORMAT = 1
-Progress = Callable[[int, int, str], None]
 
 
 @dataclass(frozen=True)

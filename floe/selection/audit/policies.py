@@ -10,7 +10,6 @@ import numpy as np
 from floe.selection.budget_path import path_score
 from floe.selection.masks.determine import determine
 from floe.selection.masks.presets import PRESETS
-from floe.selection.masks.solvers import Floats
 from floe.selection.policies import NEEDS, POLICIES, Situation
 from floe.selection.ranking import (
     choose_layers,
@@ -20,6 +19,7 @@ from floe.selection.ranking import (
     rank_layers,
     spearman,
 )
+from floe.types import Floats
 
 if TYPE_CHECKING:
     from floe.importance.scores import Scores

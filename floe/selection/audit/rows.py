@@ -12,10 +12,9 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from floe.selection.audit.policies import KEEP_SAMPLES
-from floe.selection.masks.solvers import Floats
+from floe.types import Array, Floats
 
 if TYPE_CHECKING:
     from floe.importance.scores import Scores
@@ -61,7 +60,7 @@ class Rows:
     """
 
     scores: Scores
-    arrays: dict[str, NDArray[Any]]
+    arrays: dict[str, Array]
 
     @property
     def count(self) -> int:

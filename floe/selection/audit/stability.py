@@ -12,9 +12,9 @@ from floe.selection.audit.policies import Options, PolicyResult, result_of, scor
 from floe.selection.audit.rows import Rows, bootstrap_weights, looks_at_masks
 from floe.selection.budget_path import BUDGET_PATH
 from floe.selection.masks.presets import PRESETS
-from floe.selection.masks.solvers import Floats
 from floe.selection.policies import POLICIES, Situation
 from floe.selection.ranking import overlap, spearman
+from floe.types import Floats
 
 if TYPE_CHECKING:
     from floe.importance.scores import Scores

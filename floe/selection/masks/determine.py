@@ -14,14 +14,13 @@ import numpy as np
 from floe.selection.masks.presets import Preset, preset_of
 from floe.selection.masks.refinement import Refinement, Units, refine_masks
 from floe.selection.masks.solvers import (
-    Flags,
-    Floats,
     MaskSolution,
     number,
     solve_mask,
     solve_two_class,
     solve_two_class_literal,
 )
+from floe.types import Flags, Floats
 
 if TYPE_CHECKING:
     from floe.importance.scores import Scores

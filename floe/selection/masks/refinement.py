@@ -10,7 +10,8 @@ from numpy.typing import ArrayLike
 
 from floe import _native
 from floe.selection.masks.presets import Pairs
-from floe.selection.masks.solvers import Flags, Floats, count, flags, number, numbers, totals
+from floe.selection.masks.solvers import count, flags, number, numbers, totals
+from floe.types import Flags, Floats
 
 
 @dataclass(frozen=True, eq=False)

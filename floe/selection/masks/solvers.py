@@ -12,12 +12,10 @@ from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from floe import _native
-
-Floats = NDArray[np.float64]
-Flags = NDArray[np.bool_]
+from floe.types import Array, Flags, Floats
 
 DEFAULT_NODES = 20_000_000  # about a second; a count, so that every machine stops at the same masks
 
@@ -225,7 +223,7 @@ def flags(name: str, mask: ArrayLike, shape: tuple[int, ...]) -> Flags:
     return np.ascontiguousarray(found != 0)
 
 
-def _plain(name: str, array: ArrayLike) -> NDArray[Any]:
+def _plain(name: str, array: ArrayLike) -> Array:
     if isinstance(array, np.ma.MaskedArray):
         raise TypeError(f"{name} must be a plain array, got a masked one, whose mask would be lost")
     return np.asarray(array)

@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from floe.adapters.linear import MoELoRALinear, separate_base
@@ -26,11 +25,11 @@ from floe.data.rows import accepts_logits_to_keep
 from floe.decoder_blocks import Block, base_of, find_blocks, geometry, linear_at
 from floe.importance.adapter_gradients import adapter_output
 from floe.importance.block_replay import Call, CallRecorder, call_block, device_of_block
-from floe.importance.frozen import Batch, device_of, frozen, on_device, token_mask
+from floe.importance.frozen import device_of, frozen, on_device, token_mask
 from floe.importance.least_squares import SOLVERS, UnitSystem
 from floe.importance.taylor import is_quantised
+from floe.types import Batch, Floats, Integers
 
-FloatArray = NDArray[np.float64]
 ON_REJECT = ("skip", "stop")
 _BY_ROW = ("input_ids", "attention_mask", "position_ids", "labels")
 _ADDITIVE = 0.05  # relative error below which a block counts as residual + attention + FFN
@@ -49,16 +48,16 @@ class TuningResult:
     sublayer's unmasked output.
     """
 
-    head_mask: FloatArray
-    neuron_mask: FloatArray
+    head_mask: Floats
+    neuron_mask: Floats
     records: list[dict[str, Any]]
 
 
 def tune_masks(
     model: nn.Module,
     batches: Iterable[Batch],
-    head_mask: FloatArray,
-    neuron_mask: FloatArray,
+    head_mask: Floats,
+    neuron_mask: Floats,
     *,
     ridge: float = 1e-3,
     bound: float = 10.0,
@@ -192,8 +191,8 @@ class _Layer:
         model: nn.Module,
         block: Block,
         streams: list[_Stream],
-        head: FloatArray,
-        neuron: FloatArray,
+        head: Floats,
+        neuron: Floats,
     ) -> None:
         self.block, self.streams = block, streams
         self.masks = {"attention": head, "ffn": neuron}  # views: tuning writes into the result
@@ -244,7 +243,7 @@ class _Layer:
             assert student.hidden is not None
             stream.teacher, stream.student = trace.hidden, student.hidden
 
-    def _system(self, component: str, kept: NDArray[np.int64]) -> UnitSystem:
+    def _system(self, component: str, kept: Integers) -> UnitSystem:
         """The normal equations of the retained units over all streams."""
         linear, mask = self.linears[component], self.masks[component]
         width = linear.in_features // len(mask)
@@ -363,8 +362,8 @@ def _check_options(
 
 
 def _checked(
-    model: nn.Module, head_mask: FloatArray, neuron_mask: FloatArray, blocks: list[Block]
-) -> tuple[FloatArray, FloatArray]:
+    model: nn.Module, head_mask: Floats, neuron_mask: Floats, blocks: list[Block]
+) -> tuple[Floats, Floats]:
     """Float64 copies of the masks, checked against the model's sizes."""
     sizes = geometry(model, blocks)
     result = []

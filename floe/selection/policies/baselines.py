@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from floe.selection.masks.solvers import Floats
 from floe.selection.policies.inputs import Situation, by_position
+from floe.types import Floats
 
 
 def random(situation: Situation) -> Floats:

@@ -7,8 +7,8 @@ import math
 import numpy as np
 from numpy.typing import ArrayLike
 
-from floe.selection.masks.solvers import Floats
 from floe.selection.policies.inputs import Policy, Situation, best_window, finite
+from floe.types import Floats
 
 
 def masks(situation: Situation) -> Floats:

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from floe.selection.masks.solvers import Floats
 from floe.selection.policies.inputs import Situation, best_window, by_position, finite
+from floe.types import Floats
 
 
 def gradient_norm(situation: Situation) -> Floats:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import ArrayLike
 
-from floe.selection.masks.solvers import Floats
+from floe.types import Floats
 
 if TYPE_CHECKING:
     from floe.importance.scores import Scores
