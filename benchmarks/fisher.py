@@ -80,7 +80,7 @@ def candidates(site: Site) -> list[Candidate]:
             "torch einsum float32",
             site.by_einsum,
             # adds one product after another, where sum() adds pairs
-            lambda: [Check("result", site.by_einsum(), exact, site.in_dtype(single), slack=32.0)],
+            lambda: [Check("result", site.by_einsum(), exact, site.in_dtype(single), factor=32.0)],
         ),
     ]
 

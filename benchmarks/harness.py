@@ -21,11 +21,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from floe.numerics import error_budget, relative_error
 from floe.pipeline.run_folder import environment, write_json
 
 _ROOT = Path(__file__).resolve().parent.parent
 DTYPES = ("bfloat16", "float16", "float32")
-SLACK = 4.0  # the gate asks "is it this function?"; how accurate it is, the tests hold
+FACTOR = 4.0  # the gate asks "is it this function?"; how accurate it is, the tests hold
 
 
 class WrongResult(Exception):
@@ -40,7 +41,7 @@ class Check:
     actual: Tensor
     exact: Tensor
     torchs: Tensor
-    slack: float = SLACK
+    factor: float = FACTOR
 
 
 @dataclass(frozen=True)
@@ -55,16 +56,15 @@ class Candidate:
 def gate(candidate: Candidate) -> float:
     """The candidate's largest relative RMS error; WrongResult if it computes something else.
 
-    Allowed: `slack` times the error of plain torch in the same dtype, plus the dtype's epsilon.
+    Allowed: `error_budget` with the check's factor.
     """
     worst = 0.0
     for check in candidate.checks():
         if check.actual.shape != check.exact.shape:
             shapes = f"{tuple(check.actual.shape)}, not {tuple(check.exact.shape)}"
             raise WrongResult(f"{candidate.name}: {check.output} has shape {shapes}; not timed")
-        error = _relative(check.actual, check.exact)
-        epsilon = torch.finfo(check.torchs.dtype).eps
-        allowed = check.slack * _relative(check.torchs, check.exact) + epsilon
+        error = relative_error(check.actual, check.exact)
+        allowed = error_budget(check.torchs, check.exact, factor=check.factor)
         if not error <= allowed:
             raise WrongResult(
                 f"{candidate.name}: {check.output} has relative error {error:.3g} against float64, "
@@ -232,10 +232,6 @@ def describe(environment: dict[str, Any]) -> str:
         f"torch {environment['torch']}, commit {str(environment['commit'])[:12]}{dirty}, "
         f"load {environment['load_average']:.1f}, {environment['time']}"
     )
-
-
-def _relative(actual: Tensor, exact: Tensor) -> float:
-    return float((actual.detach().double() - exact).norm() / exact.norm().clamp_min(1e-300))
 
 
 def _wait(device: torch.device) -> None:

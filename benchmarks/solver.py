@@ -172,7 +172,7 @@ def knapsack(units: Units) -> list[Candidate]:
             spent = max(units.budget, float(units.cost[mask].sum()))
             actual = torch.tensor([float(units.value[mask].sum()), spent], dtype=torch.float64)
             return [
-                Check(what, actual[i : i + 1], bound[i : i + 1], near[i : i + 1], slack=1.0)
+                Check(what, actual[i : i + 1], bound[i : i + 1], near[i : i + 1], factor=1.0)
                 for i, what in enumerate(("value", "cost above the budget"))
             ]
 

@@ -31,6 +31,7 @@ _TOKENS = (0, 1, 17, 513)  # none, decoding, a ragged block, several blocks
 _SHAPES = ((33, 47, 1, 1), (100, 7, 5, 3), (130, 96, 8, 4), (257, 64, 32, 10))
 _DROPOUT = 0.25
 _SCALING = 2.0
+_ONE_TOKEN = 2.5  # times torch's error: of one token it is that of a few sums, and luck weighs more
 _SEED = 0x5EED_0F_F10E  # both words of the dropout's key are in use
 
 
@@ -216,7 +217,7 @@ class _Linear:
         found = []
         for each in zip(*(compare(one) for one in several), strict=True):
             actual, exact, plain = (torch.cat([c[i].flatten() for c in each]) for i in (1, 2, 3))
-            budget = error_budget(plain, exact, self.dtype)
+            budget = error_budget(plain, exact, self.dtype, _ONE_TOKEN if self.tokens == 1 else 2.0)
             found.append((each[0][0], relative_error(actual, exact), budget))
         return found
 
