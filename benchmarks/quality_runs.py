@@ -23,7 +23,7 @@ from benchmarks.quality_data import MIXES, SPLITS, mix_rows, shorter_than, write
 from floe.adapters import remove_adapters
 from floe.adapters.files import save_adapter
 from floe.config import parse_config
-from floe.data.rows import TokenRow
+from floe.data.batches import TokenRow
 from floe.evaluation.evaluate import evaluate_rows, mean_loss
 from floe.importance.layer_statistics import measure_statistics
 from floe.importance.score import score

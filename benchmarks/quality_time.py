@@ -13,7 +13,7 @@ from benchmarks.harness import Candidate
 from benchmarks.quality_report import read
 from benchmarks.quality_runs import Study
 from floe.adapters import get_model
-from floe.data.rows import Collator
+from floe.data.batches import Collator
 from floe.pipeline.inputs import Workspace
 from floe.selection.placement import Placement
 from floe.storage import write_json

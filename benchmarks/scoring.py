@@ -24,10 +24,11 @@ from benchmarks.harness import Candidate, Check
 from floe.adapters import FloeConfig, adapted_modules, get_model
 from floe.adapters.linear import separate_base
 from floe.config import load_config
+from floe.data.batches import Collator, TokenRow, in_batches
+from floe.data.loss import evaluating, for_loss, losses
 from floe.decoder_blocks import find_blocks, linear_at
-from floe.importance.frozen import for_loss, frozen, losses
+from floe.importance.chunk_store import chunks, passes
 from floe.importance.gradients import Capture
-from floe.importance.rows import Row, chunks, collate, passes, rows_of
 from floe.importance.score import TAYLOR_ROWS
 from floe.importance.taylor import measure_taylor
 from floe.pipeline.inputs import Workspace
@@ -43,11 +44,12 @@ class Subject:
     """An adapted model and its calibration rows."""
 
     model: nn.Module
-    rows: list[Row]
+    rows: list[TokenRow]
 
-    def passes(self, rows: list[Row], tokens: str = "response") -> list[Pass]:
+    def passes(self, rows: list[TokenRow], tokens: str = "response") -> list[Pass]:
         """Batches and row numbers, in the passes that scoring would choose."""
         groups = [group for chunk in chunks(rows) for group in passes(rows, chunk)]
+        collate = Collator.for_model(self.model)
         return [(for_loss(collate([rows[n] for n in g]), tokens), g) for g in groups]
 
 
@@ -60,14 +62,14 @@ def smollm2(rows: int, rank: int, experts: int) -> Subject:
     for module in adapted_modules(model).values():
         expand = module.floe_expand["default"].weight.data
         expand.copy_(0.02 * torch.randn(expand.shape, generator=generator))
-    return Subject(model, rows_of(work.batches(work.train_rows[:rows], 8)))
+    return Subject(model, in_batches(work.train_rows[:rows], 8))
 
 
 def run_arm(subject: Subject, arm: str) -> None:
     """One measurement, or the plain passes it is compared with."""
     leading = subject.rows[:TAYLOR_ROWS]
     if arm == "taylor":
-        measure_taylor(subject.model, [collate(leading)])
+        measure_taylor(subject.model, leading)
     elif arm == "plain":
         plain(subject.model, subject.passes(subject.rows))
     elif arm == "plain, all tokens":
@@ -84,15 +86,19 @@ def run_arm(subject: Subject, arm: str) -> None:
 
 def plain(model: nn.Module, found: list[Pass]) -> None:
     """Forward and backward with every weight frozen; gradients reach the embeddings' output."""
-    with frozen(model, input_gradients=True):
+    with evaluating(model, input_gradients=True):
         for batch, numbers in found:
-            losses(model, batch, numbers)[0].sum().backward()
+            with torch.enable_grad():
+                losses(model, batch, numbers)[0].sum().backward()
 
 
 def check(subject: Subject) -> list[Check]:
     """One row's mask gradients in the middle layer against explicit masks, in float64."""
     row = sorted(subject.rows, key=len)[len(subject.rows) // 2]
-    batch, layer = for_loss(collate([row]), "response"), len(find_blocks(subject.model)) // 2
+    batch, layer = (
+        for_loss(Collator.for_model(subject.model)([row]), "response"),
+        len(find_blocks(subject.model)) // 2,
+    )
     with Capture(subject.model) as capture:
         neuron = capture.step(batch).neuron
     assert neuron is not None
@@ -107,7 +113,7 @@ def explicit(model: nn.Module, batch: dict[str, Any], layer: int) -> Tensor:
     mask = torch.ones(down.in_features, dtype=down.weight.dtype, requires_grad=True)
     hook = down.register_forward_pre_hook(lambda _m, args: (args[0] * mask,))
     try:
-        with frozen(model), separate_base(model):
+        with evaluating(model), separate_base(model), torch.enable_grad():
             loss, _ = losses(model, batch, [0])
             (gradient,) = torch.autograd.grad(loss.sum(), [mask])
     finally:

@@ -1,4 +1,4 @@
-"""A fingerprint of a base model's weights: an adapter is worth nothing on another base."""
+"""Fingerprints of a model's weights: an adapter is worth nothing on another base."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from floe.adapters.linear import MoELoRALinear
 from floe.decoder_blocks import base_of, find_blocks, linear_at
@@ -121,3 +122,20 @@ def _readable(weight: Any) -> bool:
         and not weight.is_meta
         and weight.numel() > 0
     )
+
+
+def model_fingerprint(model: nn.Module) -> str:
+    """SHA-256 over every parameter's and buffer's name, shape, dtype and values."""
+    digest = hashlib.sha256()
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        _hash(digest, name, tensor.detach())
+    return digest.hexdigest()
+
+
+def _hash(digest: Any, name: str, tensor: Tensor) -> None:
+    digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+    if is_traceable_wrapper_subclass(tensor):  # quantised: what it is made of
+        for part in tensor.__tensor_flatten__()[0]:
+            _hash(digest, part, getattr(tensor, part))
+    elif not tensor.is_meta:
+        digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())

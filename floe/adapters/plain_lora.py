@@ -20,6 +20,7 @@ from floe.adapters.config import FloeConfig
 from floe.adapters.folder import TENSORS, check_new
 from floe.adapters.linear import MoELoRALinear
 from floe.adapters.targets import adapted_modules
+from floe.data.loss import evaluating
 from floe.ops import moe_lora_add
 from floe.storage import publish, staging
 from floe.types import Batch
@@ -143,17 +144,14 @@ def _visit(
         return hook
 
     handles = [m.register_forward_pre_hook(hook_for(p)) for p, m in modules.items()]
-    was_training = model.training
-    model.eval()
     try:
-        with torch.no_grad():
+        with evaluating(model):
             for batch in batches:
                 keep[:] = [batch["attention_mask"].bool()] if "attention_mask" in batch else []
                 model(**{k: v for k, v in batch.items() if k != "labels"})
     finally:
         for handle in handles:
             handle.remove()
-        model.train(was_training)
 
 
 def _mixed(expand: Tensor, gate: Tensor) -> Tensor:

@@ -1,10 +1,17 @@
-"""The one loss of the package: the negative log-likelihood of response tokens, per row."""
+"""The one loss of the package, the negative log-likelihood of each row, and how it is measured."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
+
+from floe.decoder_blocks import base_of, find_blocks
+from floe.types import Batch
 
 IGNORE_INDEX = -100
 _CHUNK_ELEMENTS = 1 << 26  # of the float32 copy of the logits: 256 MiB at a time
@@ -66,3 +73,115 @@ def _check(logits: Tensor, labels: Tensor) -> None:
         raise ValueError(f"labels must be -100 or >= 0, got {low}")
     if high >= logits.shape[-1]:
         raise ValueError(f"labels must be below the vocabulary size {logits.shape[-1]}, got {high}")
+
+
+@contextmanager
+def evaluating(model: nn.Module, input_gradients: bool = False) -> Iterator[None]:
+    """Eval mode, nothing trainable, no gradients but where they are enabled; then all as before.
+
+    With ``input_gradients`` the embeddings' output requires a gradient, so gradients reach the
+    first layer's masks although no parameter asks for one. A layer with gradient checkpointing then
+    keeps using it: transformers ties that to the layer's own training flag, which is left on for
+    that layer alone, not for the dropout below.
+    """
+    training = [(module, module.training) for module in model.modules()]
+    trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    hooks = []
+    if input_gradients:
+        embeddings = _embeddings(model)
+        hooks = [embeddings.register_forward_hook(lambda _m, _i, y: y.detach().requires_grad_())]
+    try:
+        model.eval()
+        for parameter, _ in trainable:
+            parameter.requires_grad_(False)
+        for block in find_blocks(model) if input_gradients else []:
+            block.module.training = bool(getattr(block.module, "gradient_checkpointing", False))
+        with torch.no_grad():
+            yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for module, flag in training:
+            module.training = flag
+        for parameter, flag in trainable:
+            parameter.requires_grad_(flag)
+
+
+@contextmanager
+def base_only(model: nn.Module) -> Iterator[None]:
+    """The base model alone: a PeftModel's adapters are off, a plain model is left as it is."""
+    disable = getattr(model, "disable_adapter", None)
+    if not callable(disable):
+        yield
+        return
+    with disable():
+        for parameter in model.parameters():  # switching adapters touches their flags; stay frozen
+            parameter.requires_grad_(False)
+        yield
+
+
+def _embeddings(model: nn.Module) -> nn.Module:
+    base: Any = base_of(model)
+    embeddings: nn.Module = base.get_input_embeddings()
+    return embeddings
+
+
+def on_device(batch: Batch, model: nn.Module) -> dict[str, Any]:
+    """The batch with its tensors where the model expects its input ids."""
+    device = next(_embeddings(model).parameters()).device
+    return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+
+
+def token_mask(batch: Batch) -> Tensor:
+    """True at real tokens, bool [S, T]; without an attention mask every token is real."""
+    mask = batch.get("attention_mask")
+    return torch.ones_like(batch["input_ids"], dtype=torch.bool) if mask is None else mask.bool()
+
+
+def all_token_labels(batch: Batch) -> Tensor:
+    """Each real token that follows a real token as its own label, int64 [S, T]; else -100."""
+    real = token_mask(batch)
+    labels: Tensor = batch["input_ids"].masked_fill(~real, IGNORE_INDEX)
+    labels[:, 1:].masked_fill_(~real[:, :-1], IGNORE_INDEX)  # a first token has no prediction
+    labels[:, 0] = IGNORE_INDEX
+    return labels
+
+
+def for_loss(batch: Batch, tokens: str) -> dict[str, Any]:
+    """The batch whose loss is over its response tokens, or over all tokens of its rows.
+
+    Raises:
+        ValueError: ``tokens`` is neither "response" nor "all", or labels are missing.
+    """
+    if tokens not in ("response", "all"):
+        raise ValueError(f'tokens must be "response" or "all", got {tokens!r}')
+    if tokens == "all":
+        kept = {k: v for k, v in batch.items() if k != "logits_to_keep"}
+        return kept | {"labels": all_token_labels(batch)}
+    if batch.get("labels") is None:
+        raise ValueError('batch must hold "labels" for a loss over response tokens, got none')
+    return dict(batch)
+
+
+def batch_losses(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    """:func:`row_losses` of the model on one batch, in the model's current mode."""
+    inputs = on_device(batch, model)
+    labels = inputs.pop("labels")
+    return row_losses(model(**inputs, use_cache=False).logits, labels)
+
+
+def losses(model: nn.Module, batch: Batch, rows: int | Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Mean NLL of each row's labelled tokens, float [S] in nats, and how many they are, int64 [S].
+
+    Raises:
+        ValueError: a row has no label to learn from, or its loss is not finite; ``rows`` are the
+            rows' numbers, or the first one's.
+    """
+    nll, tokens = batch_losses(model, batch)
+    for problem, rule in ((tokens == 0, "at least one label"), (~nll.isfinite(), "a finite loss")):
+        if bool(problem.any()):
+            row = int(problem.nonzero()[0, 0])
+            number = rows + row if isinstance(rows, int) else rows[row]
+            came = f"{nll[row].item()} nats over {tokens[row].item()} tokens"
+            raise ValueError(f"row {number} must have {rule}, got {came}")
+    return nll / tokens, tokens

@@ -1,43 +1,15 @@
-"""Tokenised rows and batches: labels from structure, left padding, logits only where needed."""
+"""Rows of text as rows of tokens, under a template; and which of them are taken."""
 
 from __future__ import annotations
 
-import hashlib
-import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
-import torch
-from torch import Tensor, nn
 
-from floe.data.chat import ChatTemplate, Turn
-from floe.data.loss import IGNORE_INDEX
-from floe.data.sources import load_rows
+from floe.data.batches import TokenRow
 from floe.errors import DataError
-from floe.types import Batch
-
-__all__ = [
-    "Collator",
-    "Encoded",
-    "TokenRow",
-    "accepts_logits_to_keep",
-    "encode",
-    "encode_choices",
-    "encode_prompt",
-    "encode_questions",
-    "fingerprint",
-    "load_rows",
-    "make_batches",
-    "row_order",
-    "rows_of_both",
-    "sample",
-    "shorten_prompt",
-    "split",
-    "stop_tokens",
-    "to_device",
-]
 
 Item = TypeVar("Item")
 Rows = Sequence[Mapping[str, Any]] | Mapping[int, Mapping[str, Any]]
@@ -47,33 +19,6 @@ NO_COMPLETION = "without a completion"
 NO_PROMPT = "without a prompt"
 NO_CHOICE = "with a choice of no tokens"
 TOO_LONG = "too long for max_length"
-
-
-@dataclass(frozen=True)
-class TokenRow:
-    """One tokenised row: ``prompt`` then ``response`` (in training rows with its end, eos).
-
-    ``index`` is the row's place in the data it came from; ``task`` groups rows in the evaluation.
-    """
-
-    prompt: tuple[int, ...]
-    response: tuple[int, ...]
-    index: int = 0
-    task: str | None = None
-
-    def __len__(self) -> int:
-        return len(self.prompt) + len(self.response)
-
-    @property
-    def labels(self) -> tuple[int, ...]:
-        """The response's tokens in place, -100 elsewhere; a row's first token is never a target."""
-        labels = (IGNORE_INDEX,) * len(self.prompt) + self.response
-        return (IGNORE_INDEX, *labels[1:])
-
-    @property
-    def targets(self) -> int:
-        """Number of tokens that carry loss."""
-        return len(self.response) - (0 if self.prompt else 1)
 
 
 @dataclass(frozen=True)
@@ -113,7 +58,7 @@ def encode(
     it do not fit is dropped, as is one with an empty completion. All are listed.
 
     Args:
-        rows: as :func:`load_rows` gives them, or some of those by their numbers.
+        rows: as :func:`floe.data.sources.load_rows` gives them, or some of those by their numbers.
         tokenizer: a ``transformers`` tokenizer with an eos token.
         template: None or ``"none"``, ``"chat"`` (the tokenizer's chat template, one user turn), or
             any text with ``{prompt}`` in it. Where a chat template writes today's date, it is given
@@ -126,20 +71,17 @@ def encode(
         DataError: for a row with a lone surrogate, or one that the chat template refuses or does
             not write as it is; if no row is left: the text names the setting to change.
     """
-    _check_length(max_length)
     writer = _Writer(tokenizer, template)
     if template != "chat" and tokenizer.eos_token_id is None:
         raise ValueError("tokenizer must have an eos token, got None")
 
-    def one(row: Mapping[str, Any]) -> _Written | str:
+    def write(row: Mapping[str, Any]) -> _Written | str:
         if not row["completion"].strip():
             return NO_COMPLETION
         prompt, bos, response = writer.row(row["prompt"], row["completion"], end=True)
         return (prompt, bos, [response]) if response else NO_COMPLETION
 
-    encoded = _encode(rows, one, max_length, source)
-    _check_some_left(encoded, max_length, source)
-    return encoded
+    return _some_left(_encode(rows, write, max_length, 0, source), max_length, source)
 
 
 def encode_choices(
@@ -159,10 +101,9 @@ def encode_choices(
         ValueError, DataError: as :func:`encode`, and DataError for a row without choices; not if
             no row is left.
     """
-    _check_length(max_length)
     writer = _Writer(tokenizer, template)
 
-    def one(row: Mapping[str, Any]) -> _Written | str:
+    def write(row: Mapping[str, Any]) -> _Written | str:
         if "choices" not in row:
             raise ValueError("must have choices and answer")
         written = [writer.row(row["prompt"], text, end=False) for text in row["choices"]]
@@ -172,7 +113,7 @@ def encode_choices(
             return NO_PROMPT
         return (prompt, bos, choices) if all(choices) else NO_CHOICE
 
-    return _encode(rows, one, max_length, source)
+    return _encode(rows, write, max_length, 0, source)
 
 
 def encode_questions(
@@ -191,16 +132,15 @@ def encode_questions(
     Raises:
         ValueError, DataError: as :func:`encode`; not if no row is left.
     """
-    _check_length(max_length)
     if not 1 <= max_new_tokens < max_length:
         raise ValueError(f"max_new_tokens must be in [1, {max_length - 1}], got {max_new_tokens}")
     writer = _Writer(tokenizer, template)
 
-    def one(row: Mapping[str, Any]) -> _Written | str:
+    def write(row: Mapping[str, Any]) -> _Written | str:
         prompt, bos = writer.prompt(row["prompt"])
         return (prompt, bos, [()]) if prompt else NO_PROMPT
 
-    return _encode(rows, one, max_length - max_new_tokens, source)
+    return _encode(rows, write, max_length, max_new_tokens, source)
 
 
 def rows_of_both(first: Encoded, second: Encoded, max_length: int, source: str) -> Encoded:
@@ -218,15 +158,7 @@ def rows_of_both(first: Encoded, second: Encoded, max_length: int, source: str) 
     out = {number for numbers in dropped.values() for number in numbers}
     rows = [row for row in first.rows if row.index not in out]
     both = Encoded(rows, first.given, dropped, sorted({*first.cut, *second.cut} - out))
-    _check_some_left(both, max_length, source)
-    return both
-
-
-def encode_prompt(
-    prompt: str, tokenizer: Any, template: str | None = None
-) -> tuple[tuple[int, ...], bool]:
-    """Tokens of a prompt under a template, and whether the first is a bos."""
-    return _Writer(tokenizer, template).prompt(prompt)
+    return _some_left(both, max_length, source)
 
 
 def stop_tokens(tokenizer: Any, template: str | None = None) -> list[int]:
@@ -244,37 +176,52 @@ _Written = tuple[_Tokens, bool, list[_Tokens]]  # prompt, whether it begins with
 
 
 def _encode(
-    rows: Rows, one: Callable[[Mapping[str, Any]], _Written | str], longest: int, source: str
+    rows: Rows,
+    write: Callable[[Mapping[str, Any]], _Written | str],
+    max_length: int,
+    reserved: int,
+    source: str,
 ) -> Encoded:
-    """Every row as ``one`` writes it, or dropped for the reason that it gives instead."""
+    """Every row as ``write`` gives it, ``reserved`` tokens left free, or dropped for its reason."""
+    if isinstance(max_length, bool) or not isinstance(max_length, int):
+        raise TypeError(f"max_length must be an int, got {type(max_length).__name__}")
+    if max_length < 2:
+        raise ValueError(f"max_length must be at least 2, got {max_length}")
     kept: list[TokenRow] = []
     dropped: dict[str, list[int]] = {}
     cut: list[int] = []
     for number, row in rows.items() if isinstance(rows, Mapping) else enumerate(rows):
         try:
-            found = one(row)
+            written = write(row)
         except ValueError as error:
             raise DataError(source, str(error), number) from error
-        if not isinstance(found, str):
-            prompt, bos, responses = found
-            room = longest - max(len(response) for response in responses)
+        if not isinstance(written, str):
+            prompt, bos, responses = written
+            room = max_length - reserved - max(map(len, responses))
             if room >= 1:
-                short = shorten_prompt(prompt, room, bos)
-                kept += [
-                    TokenRow(short, response, number, row.get("task")) for response in responses
-                ]
+                short = _shortened(prompt, room, bos)
+                kept += [TokenRow(short, each, number, row.get("task")) for each in responses]
                 cut += [number] if len(prompt) > room else []
                 continue
-            found = TOO_LONG
-        dropped.setdefault(found, []).append(number)
+            written = TOO_LONG
+        dropped.setdefault(written, []).append(number)
     return Encoded(kept, len(rows), dropped, cut)
 
 
-def _check_some_left(encoded: Encoded, max_length: int, source: str) -> None:
+def _shortened(prompt: _Tokens, room: int, bos: bool) -> _Tokens:
+    """The last ``room`` tokens; with ``bos`` the first token stays and the last ``room - 1``."""
+    if len(prompt) <= room:
+        return prompt
+    start = prompt[:1] if bos else ()
+    return start + prompt[len(prompt) - room + len(start) :]
+
+
+def _some_left(encoded: Encoded, max_length: int, source: str) -> Encoded:
     if not encoded.rows:
         reasons = ", ".join(f"{len(rows)} {reason}" for reason, rows in encoded.dropped.items())
         message = f"no row with a target is left of {encoded.given}: {reasons}"
         raise DataError(source, f"{message} (max_length={max_length})")
+    return encoded
 
 
 class _Writer:
@@ -282,7 +229,7 @@ class _Writer:
 
     def __init__(self, tokenizer: Any, template: str | None) -> None:
         self.tokenizer = tokenizer
-        self.chat = ChatTemplate(tokenizer) if template == "chat" else None
+        self.chat = _ChatTemplate(tokenizer) if template == "chat" else None
         self.marks = {*tokenizer.get_added_vocab().values(), *tokenizer.all_special_ids}
         self._frame = "{prompt}" if template in (None, "none", "chat") else str(template)
         if "{prompt}" not in self._frame:
@@ -293,8 +240,8 @@ class _Writer:
         try:
             text.encode()
         except UnicodeEncodeError as error:
-            found = f"{text[error.start]!r} at character {error.start}"
-            raise ValueError(f"text must be Unicode, got the lone surrogate {found}") from error
+            what = f"{text[error.start]!r} at character {error.start}"
+            raise ValueError(f"text must be Unicode, got the lone surrogate {what}") from error
         return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def prompt(self, prompt: str) -> tuple[_Tokens, bool]:
@@ -309,7 +256,7 @@ class _Writer:
             return tokens, False
         return (tokens if tokens[:1] == (bos,) else (bos, *tokens)), True
 
-    def _opening(self, turn: Turn) -> tuple[_Tokens, bool]:
+    def _opening(self, turn: _Turn) -> tuple[_Tokens, bool]:
         """Tokens before an answer; a chat template writes bos itself, where the model wants it."""
         tokens, bos = self.tokens(turn.opening), self.tokenizer.bos_token_id
         return tokens, bos is not None and tokens[:1] == (bos,)
@@ -336,102 +283,102 @@ class _Writer:
         return opening, bos, (*tokens, eos) if end and eos not in {None, *ending} else tokens
 
 
-def shorten_prompt(prompt: tuple[int, ...], room: int, bos: bool) -> tuple[int, ...]:
-    """The last ``room`` tokens; with ``bos`` the first token stays and the last ``room - 1``."""
-    if len(prompt) <= room:
-        return prompt
-    if bos:
-        return (prompt[0], *prompt[len(prompt) - room + 1 :])
-    return prompt[len(prompt) - room :]
-
-
-def _check_length(max_length: int) -> None:
-    if isinstance(max_length, bool) or not isinstance(max_length, int):
-        raise TypeError(f"max_length must be an int, got {type(max_length).__name__}")
-    if max_length < 2:
-        raise ValueError(f"max_length must be at least 2, got {max_length}")
-
-
-def accepts_logits_to_keep(model: nn.Module) -> bool:
-    """Whether the model's own forward (under any PEFT wrapper) can compute the last logits only."""
-    inner: Any = model
-    inner = inner.get_base_model() if hasattr(model, "get_base_model") else model
-    return "logits_to_keep" in inspect.signature(inner.forward).parameters
+_QUESTION, _ANSWER = "floe question", "floe answer"
+# Some templates write today's date; rows, and with them a run's results, must not change overnight.
+_DATE = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}"
 
 
 @dataclass(frozen=True)
-class Collator:
-    """Turns rows into a batch that goes straight to a Hugging Face causal model.
+class _Turn:
+    """``opening + answer + ending`` is what the template writes for the whole conversation.
 
-    ``input_ids``, ``attention_mask`` and ``position_ids`` are int64 ``[S, T]``, padded on the left;
-    positions count real tokens, so padding changes no answer, and ``pad_id`` is never read as a
-    target. With ``keep_logits`` the batch has ``logits_to_keep``, the last T' = longest response
-    + 1 positions, int64 ``[T']``, and its ``labels`` are int64 ``[S, T']``; otherwise ``[S, T]``.
-    (Positions, not a number: a model slices by a number, and on the CPU the product of a sliced
-    tensor with the vocabulary copies the whole weight once a row.)
+    ``opening`` ends where the model is to go on: it holds the generation prompt, and an empty
+    block of thoughts where the template puts one before answers.
     """
 
-    pad_id: int = 0
-    keep_logits: bool = True
-
-    @classmethod
-    def for_model(cls, model: nn.Module, pad_id: int = 0) -> Collator:
-        """The collator whose batches the model accepts."""
-        return cls(pad_id, accepts_logits_to_keep(model))
-
-    def __call__(self, rows: Sequence[TokenRow]) -> Batch:
-        """Build one batch; the rows must not be empty."""
-        if not rows or not all(len(row) for row in rows):
-            raise ValueError("a batch needs at least one row, each with at least one token")
-        width = max(len(row) for row in rows)
-        ids = torch.full((len(rows), width), self.pad_id, dtype=torch.int64)
-        mask = torch.zeros_like(ids)
-        labels = torch.full_like(ids, IGNORE_INDEX)
-        for s, row in enumerate(rows):
-            ids[s, width - len(row) :] = torch.tensor(row.prompt + row.response)
-            mask[s, width - len(row) :] = 1
-            labels[s, width - len(row) :] = torch.tensor(row.labels)
-        batch = {
-            "input_ids": ids,
-            "attention_mask": mask,
-            "position_ids": (mask.cumsum(1) - 1).clamp(min=0),
-            "labels": labels,
-        }
-        if self.keep_logits:
-            kept = min(width, 1 + max(len(row.response) for row in rows))
-            batch["labels"] = labels[:, width - kept :].contiguous()
-            batch["logits_to_keep"] = torch.arange(width - kept, width)
-        return batch
+    opening: str
+    answer: str
+    ending: str
 
 
-def row_order(rows: Sequence[TokenRow], sort_by_length: bool = True) -> list[int]:
-    """The order of rows in :func:`make_batches`: longest first, ties by place; or as they are."""
-    if not sort_by_length:
-        return list(range(len(rows)))
-    return sorted(range(len(rows)), key=lambda i: (-len(rows[i]), i))
+class _ChatTemplate:
+    """A tokenizer's chat template for one user turn and one answer.
 
-
-def make_batches(
-    rows: Sequence[TokenRow],
-    batch_size: int,
-    sort_by_length: bool = True,
-    collator: Collator | None = None,
-) -> list[Batch]:
-    """Cut the rows into batches of at most ``batch_size``, in the order of :func:`row_order`.
-
-    Raises:
-        ValueError: if ``batch_size`` is not positive or there is no row.
+    A template is a program of the model's author: what it does to each row is checked, and every
+    method raises ValueError where it refuses the row, loses its text or opens answers otherwise
+    than it asks for them.
     """
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    if not rows:
-        raise ValueError("rows must not be empty")
-    collator = collator or Collator()
-    order = row_order(rows, sort_by_length)
-    return [
-        collator([rows[i] for i in order[start : start + batch_size]])
-        for start in range(0, len(order), batch_size)
-    ]
+
+    def __init__(self, tokenizer: Any) -> None:
+        if not getattr(tokenizer, "chat_template", None):
+            raise ValueError("template must not be 'chat' for a tokenizer without a chat template")
+        text = tokenizer.get_chat_template()
+        self._text = _DATE + text if "strftime_now" in text else text
+        self._tokenizer = tokenizer
+        # Templates of multimodal models read the content as a list of parts, and text as nothing.
+        self._parts = not self._shows() and self._shows(parts=True)
+
+    def turn(self, prompt: str, answer: str | None = None) -> _Turn:
+        """How the template writes this prompt and answer; any answer with None."""
+        whole = self._render(prompt, _ANSWER)
+        opening, marker, ending = whole.rpartition(_ANSWER)
+        if not marker:
+            raise ValueError("the chat template must write the answer, it leaves it out")
+        if _letters(prompt) not in _letters(opening):
+            raise ValueError("the chat template must write the prompt as it is, it does not")
+        asked = self._render(prompt, None)
+        if not opening.startswith(asked):
+            raise ValueError(
+                "the chat template must open an answer as its generation prompt ends, got "
+                f"{asked[-40:]!r} to ask and {opening[-40:]!r} before an answer; write the prompt "
+                "with data.template instead"
+            )
+        if opening[len(asked) :].isspace():  # a blank before the answer is the model's to write
+            opening = asked
+        if answer is not None:
+            whole = self._render(prompt, answer)
+        written = whole[len(opening) : len(whole) - len(ending)]
+        if opening + written + ending != whole:
+            raise ValueError(
+                "the chat template must open and end every answer alike, it does not this one "
+                "(thoughts in it, say); write the prompt with data.template instead"
+            )
+        if _letters(written) != _letters(_ANSWER if answer is None else answer):
+            raise ValueError("the chat template must write the answer as it is, it changes it")
+        return _Turn(opening, written, ending)
+
+    def ending(self) -> str:
+        """What the template writes after an answer."""
+        return self.turn(_QUESTION).ending
+
+    def _shows(self, parts: bool = False) -> bool:
+        self._parts = parts
+        try:
+            text = self._render(_QUESTION, _ANSWER)
+        except ValueError:
+            return False
+        listed = parts and repr(self._content(_QUESTION)) in text  # Python's own words for a list
+        return _QUESTION in text and _ANSWER in text and not listed
+
+    def _render(self, prompt: str, answer: str | None) -> str:
+        turns = [{"role": "user", "content": self._content(prompt)}]
+        if answer is not None:
+            turns.append({"role": "assistant", "content": self._content(answer)})
+        options = {"add_generation_prompt": answer is None, "tokenize": False}
+        try:
+            text: str = self._tokenizer.apply_chat_template(
+                turns, chat_template=self._text, **options
+            )
+        except Exception as error:  # whatever the template's own code raises
+            raise ValueError(f"the chat template refuses the row: {error}") from error
+        return text
+
+    def _content(self, text: str) -> Any:
+        return [{"type": "text", "text": text}] if self._parts else text
+
+
+def _letters(text: str) -> str:
+    return "".join(text.split())
 
 
 def split(rows: Sequence[Item], fraction: float, seed: int = 41) -> tuple[list[Item], list[Item]]:
@@ -461,17 +408,3 @@ def sample(rows: Sequence[Item], n: int, seed: int = 41) -> list[Item]:
         raise ValueError(f"n must be at least 1, got {n}")
     chosen = np.random.default_rng(seed).permutation(len(rows))[:n]
     return [rows[i] for i in sorted(chosen.tolist())]
-
-
-def fingerprint(rows: Iterable[TokenRow]) -> str:
-    """SHA-256 of the rows' tokens and their split into prompt and response, in order."""
-    digest = hashlib.sha256()
-    for row in rows:
-        head = np.array([len(row.prompt), len(row.response)], dtype="<i8")
-        digest.update(head.tobytes() + np.array(row.prompt + row.response, dtype="<i8").tobytes())
-    return digest.hexdigest()
-
-
-def to_device(batch: Batch, device: torch.device) -> dict[str, Any]:
-    """The batch with its tensors on ``device``."""
-    return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}

@@ -3,27 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, Literal
 
 import numpy as np
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from floe.data.loss import row_losses
-from floe.data.rows import (
-    Collator,
-    TokenRow,
-    encode_choices,
-    encode_questions,
-    make_batches,
-    row_order,
-    stop_tokens,
-    to_device,
-)
+from floe.data.batches import Collator, TokenRow, make_batches, row_order
+from floe.data.loss import batch_losses, evaluating, on_device
+from floe.data.rows import encode_choices, encode_questions, stop_tokens
 from floe.decoder_blocks import base_of
 from floe.errors import DataError
 from floe.types import Batch, Flags, Floats, Integers
@@ -123,25 +113,6 @@ class Answers(_ByRow):
         return wilson(int(chosen.sum()), len(chosen))
 
 
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode without gradients or key-value cache; every module's mode is restored after it."""
-    modes = [(module, module.training) for module in model.modules()]
-    config = getattr(model, "config", None)
-    cache = getattr(config, "use_cache", None)
-    model.eval()
-    if cache is not None:
-        config.use_cache = False  # type: ignore[union-attr]
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-        if cache is not None:
-            config.use_cache = cache  # type: ignore[union-attr]
-
-
 def evaluate_loss(model: nn.Module, batches: Sequence[Batch]) -> Losses:
     """Loss of every row of the batches, in order; the loss is :func:`~floe.data.loss.row_losses`.
 
@@ -165,13 +136,6 @@ def evaluate_loss(model: nn.Module, batches: Sequence[Batch]) -> Losses:
             f"the loss of row {bad[0]} must be finite, got {losses.nll[bad[0]]}"
         )
     return losses
-
-
-def batch_losses(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-    """``row_losses`` of the model on one batch, in the model's current mode."""
-    inputs = to_device(batch, next(model.parameters()).device)
-    labels = inputs.pop("labels")
-    return row_losses(model(**inputs).logits, labels)
 
 
 def evaluate_rows(
@@ -369,7 +333,7 @@ def _generate(
     from transformers import GenerationConfig
 
     pad = next((t for t in (tokenizer.pad_token_id, *stops) if t is not None), 0)
-    batch = to_device(Collator(pad, keep_logits=False)(rows), next(model.parameters()).device)
+    batch = on_device(Collator(pad, keep_logits=False)(rows), model)
     settings = GenerationConfig(
         do_sample=False,
         num_beams=1,

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from floe.adapters import MoELoRALinear, adapted_layers
-from floe.data.rows import to_device
-from floe.evaluation.evaluate import evaluating
+from floe.data.loss import evaluating, on_device
 from floe.types import Batch
 
 
@@ -28,7 +27,7 @@ def router_statistics(
 
     Args:
         model: an adapted model. adapter: its adapter's name; None = the active one.
-        batches: as :func:`floe.data.rows.make_batches` makes them.
+        batches: as :func:`floe.data.batches.make_batches` makes them.
 
     Returns:
         One dict per module, by layer then module name: layer (0-based), module, usage [M],
@@ -52,10 +51,10 @@ def router_statistics(
     try:
         with evaluating(model):
             for batch in batches:
-                inputs = to_device(batch, next(model.parameters()).device)
+                inputs = on_device(batch, model)
                 inputs.pop("labels", None)
                 mask[:] = [inputs["attention_mask"].bool()]
-                model(**inputs)
+                model(**inputs, use_cache=False)
     finally:
         for handle in handles:
             handle.remove()

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from floe.data.loss import losses, on_device, token_mask
 from floe.decoder_blocks import Block
-from floe.importance.frozen import device_of, losses, on_device, token_mask
 from floe.types import Batch
 
 
@@ -101,7 +101,7 @@ def record_backward(
 
     The gradient is that of the sum of the rows' mean losses; ``rows`` numbers them in errors.
     """
-    batch = on_device(batch, device_of(model))
+    batch = on_device(batch, model)
     leaf: list[Tensor] = []
 
     def cut(_module: nn.Module, _args: object, output: object) -> object:

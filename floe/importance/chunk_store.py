@@ -19,11 +19,48 @@ from typing import Any
 import numpy as np
 from torch import distributed
 
+from floe.data.batches import TokenRow
 from floe.errors import FileError
 from floe.storage import write_bytes
 from floe.types import Array
 
 Arrays = dict[str, Array]
+
+
+CHUNK_ROWS = 32
+PASS_TOKENS = 2048  # padded tokens of one forward pass; part of what a score is, like the chunks
+
+
+def chunks(rows: Sequence[TokenRow], whole_batches: bool = False) -> list[range]:
+    """Indices of consecutive rows, CHUNK_ROWS at a time.
+
+    With ``whole_batches`` a chunk ends with the batch that fills it, for estimators that mean the
+    batches they were given.
+    """
+    found, start = [], 0
+    while start < len(rows):
+        end = min(start + CHUNK_ROWS, len(rows))
+        while whole_batches and end < len(rows) and rows[end].batch == rows[end - 1].batch:
+            end += 1
+        found.append(range(start, end))
+        start = end
+    return found
+
+
+def passes(
+    rows: Sequence[TokenRow], indices: Sequence[int], tokens: int = PASS_TOKENS
+) -> list[list[int]]:
+    """``indices`` in groups of at most ``tokens`` padded tokens, at least one row each.
+
+    The longest rows first, ties by index, so that rows of a group are of like length.
+    """
+    groups: list[list[int]] = []
+    for index in sorted(indices, key=lambda i: (-len(rows[i]), i)):
+        if groups and (len(groups[-1]) + 1) * len(rows[groups[-1][0]]) <= tokens:
+            groups[-1].append(index)
+        else:
+            groups.append([index])
+    return groups
 
 
 def worker() -> tuple[int, int]:

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from floe.importance.chunk_store import Arrays, Workbook
-from floe.importance.fingerprints import data_fingerprint, model_fingerprint
+from floe.adapters.fingerprint import model_fingerprint
+from floe.data.batches import Collator, TokenRow, fingerprint, rows_of
+from floe.importance.chunk_store import Arrays, Workbook, chunks, passes
 from floe.importance.gradients import Capture, RowGradients
-from floe.importance.rows import Row, chunks, collate, passes, rows_of
 from floe.types import Array, Batch, Floats, Floats32, Progress
 
 REDUCTIONS = ("sample", "batch", "token")
@@ -60,7 +60,7 @@ class Fisher:
 
 def measure_fisher(
     model: nn.Module,
-    batches: Iterable[Batch],
+    batches: Iterable[Batch | TokenRow],
     *,
     reduction: str = "sample",
     scope: str = "base",
@@ -75,7 +75,7 @@ def measure_fisher(
     """Fisher information of every head and neuron mask, ``tau = sum_n (d L_n / d m)^2`` (Eq. 9).
 
     L_n is row n's mean NLL over its response tokens, in eval mode. Rows are measured in chunks and
-    passes of their own (floe.importance.rows), summed in float64 in row order within a chunk and in
+    passes of their own (floe.importance.chunk_store), summed in float64 in row order within and in
     chunk order: the same bits whatever batches they came in and however many workers share them
     (on machines and thread counts that are alike).
 
@@ -110,7 +110,7 @@ class FisherPlan:
     """What ``measure_fisher`` was asked for; ``name`` starts the names of its pieces."""
 
     model: nn.Module
-    rows: Sequence[Row]
+    rows: Sequence[TokenRow]
     reduction: str = "sample"
     scope: str = "base"
     head_unit: str = "head"
@@ -133,7 +133,7 @@ class FisherPlan:
         """What decides the numbers, the model aside."""
         hidden = ("model", "rows")
         options = {k: v for k, v in vars(self).items() if k not in hidden}
-        return options | {"data": data_fingerprint(self.rows)} | self._batches()
+        return options | {"data": fingerprint(self.rows)} | self._batches()
 
     def work(self, book: Workbook, progress: Progress | None) -> None:
         """Measure this worker's missing chunks."""
@@ -214,9 +214,9 @@ class FisherPlan:
         return arrays
 
 
-def _in_row_order(capture: Capture, rows: Sequence[Row], chunk: range) -> RowGradients:
+def _in_row_order(capture: Capture, rows: Sequence[TokenRow], chunk: range) -> RowGradients:
     """The gradients of a chunk's rows, measured pass by pass and put back in order."""
-    groups = passes(rows, chunk)
+    groups, collate = passes(rows, chunk), Collator.for_model(capture.model)
     found = [capture.step(collate([rows[n] for n in group]), group) for group in groups]
     order = np.argsort([n for group in groups for n in group])
 

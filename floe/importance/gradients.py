@@ -20,16 +20,9 @@ from torch.utils.hooks import RemovableHandle
 from floe import ops
 from floe.adapters.linear import MoELoRALinear, separate_base
 from floe.adapters.targets import adapted_layers
+from floe.data.loss import evaluating, for_loss, losses, on_device, token_mask
 from floe.decoder_blocks import Geometry, base_of, find_blocks, geometry, linear_at
 from floe.importance.adapter_gradients import AdapterGradients, adapter_gradients
-from floe.importance.frozen import (
-    device_of,
-    for_loss,
-    frozen,
-    losses,
-    on_device,
-    token_mask,
-)
 from floe.types import Batch, Floats, Integers
 
 SCOPES = ("base", "full")
@@ -109,7 +102,7 @@ class Capture:
 
     def __enter__(self) -> Capture:
         with ExitStack() as stack:
-            stack.enter_context(frozen(self.model, input_gradients=True))
+            stack.enter_context(evaluating(self.model, input_gradients=True))
             if self.scope == "base":
                 stack.enter_context(separate_base(self.model))
             for hook in [*self._mask_hooks(), *self._adapter_hooks()]:
@@ -131,7 +124,7 @@ class Capture:
             ValueError: a row without labels; a loss or gradient that is not finite, named by layer,
                 unit and row.
         """
-        batch = on_device(for_loss(batch, self.tokens), device_of(self.model))
+        batch = on_device(for_loss(batch, self.tokens), self.model)
         if numbers is None:
             numbers = range(self._rows, self._rows + len(batch["input_ids"]))
         self._mask = token_mask(batch)

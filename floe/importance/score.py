@@ -15,14 +15,14 @@ import torch
 from torch import Tensor, nn
 
 import floe
+from floe.adapters.fingerprint import model_fingerprint
 from floe.adapters.linear import MoELoRALinear, module_generator
 from floe.adapters.targets import adapted_layers, adapted_modules
+from floe.data.batches import TokenRow, fingerprint, rows_of
 from floe.decoder_blocks import base_of, find_blocks
 from floe.importance.adapter_gradients import active_adapters
-from floe.importance.chunk_store import Workbook
-from floe.importance.fingerprints import data_fingerprint, model_fingerprint
+from floe.importance.chunk_store import CHUNK_ROWS, PASS_TOKENS, Workbook
 from floe.importance.fisher import Fisher, FisherPlan
-from floe.importance.rows import CHUNK_ROWS, PASS_TOKENS, rows_of
 from floe.importance.scores import Scores
 from floe.importance.taylor import Taylor, TaylorPlan
 from floe.types import Batch, Floats, Progress
@@ -33,9 +33,9 @@ _PACKAGES = ("torch", "transformers", "peft", "numpy")
 
 def score(
     model: nn.Module,
-    batches: Iterable[Batch],
+    batches: Iterable[Batch | TokenRow],
     *,
-    taylor_batches: Iterable[Batch] | None = None,
+    taylor_batches: Iterable[Batch | TokenRow] | None = None,
     reduction: str = "sample",
     mask_scope: str = "base",
     first_order: bool = False,
@@ -60,7 +60,8 @@ def score(
 
     Args:
         model: the warm-up model, a PeftModel with floe adapters.
-        batches: calibration rows: dicts passed to the model, with labels. The same for all workers.
+        batches: calibration rows: dicts passed to the model, with labels, or rows as tokens. The
+            same for all workers.
         taylor_batches: rows of the Taylor cost; None = the first 32 of ``batches``.
         reduction, mask_scope, head_unit, keep_samples, first_order: see ``measure_fisher``.
         taylor_kind, taylor_aggregate, taylor_tokens: see ``measure_taylor``.
@@ -95,8 +96,8 @@ def score(
         "reduction": reduction, "mask_scope": mask_scope, "head_unit": head_unit, "seed": seed,
         "taylor_aggregate": taylor_aggregate, "taylor_loss": taylor_tokens,
         "taylor_kind_asked": taylor_kind, "taylor_from_calibration": taylor_batches is None,
-        "data": data_fingerprint(rows),
-        "taylor_data": data_fingerprint(taylor_rows), "model_values": model_fingerprint(model),
+        "data": fingerprint(rows),
+        "taylor_data": fingerprint(taylor_rows), "model_values": model_fingerprint(model),
     }  # fmt: skip
     book = Workbook(folder, _identity(options, fisher, taylor))
     taylor.work(book, progress)

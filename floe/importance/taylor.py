@@ -9,18 +9,13 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
+from floe.data.batches import Collator, TokenRow, fingerprint, rows_of
+from floe.data.loss import base_only, evaluating, for_loss
 from floe.decoder_blocks import Geometry, find_blocks, geometry, linear_at
 from floe.importance.block_replay import record_backward
-from floe.importance.chunk_store import Arrays, Workbook
-from floe.importance.fingerprints import data_fingerprint
+from floe.importance.chunk_store import Arrays, Workbook, chunks, passes
 from floe.importance.fisher import added
-from floe.importance.frozen import (
-    base_only,
-    for_loss,
-    frozen,
-)
 from floe.importance.gradients import HEAD_UNITS, Capture, RowGradients
-from floe.importance.rows import Row, chunks, collate, passes, rows_of
 from floe.importance.weight_costs import block_costs
 from floe.types import Batch, Floats, Progress
 
@@ -47,7 +42,7 @@ class Taylor:
 
 def measure_taylor(
     model: nn.Module,
-    batches: Iterable[Batch],
+    batches: Iterable[Batch | TokenRow],
     *,
     kind: str = "element",
     aggregate: str = "abs_of_mean",
@@ -86,7 +81,7 @@ class TaylorPlan:
     """What ``measure_taylor`` was asked for; one piece of work, done by the last worker."""
 
     model: nn.Module
-    rows: Sequence[Row]
+    rows: Sequence[TokenRow]
     kind: str = "element"
     aggregate: str = "abs_of_mean"
     tokens: str = "all"
@@ -105,7 +100,12 @@ class TaylorPlan:
     def identity(self) -> dict[str, Any]:
         """What decides the numbers, the model aside."""
         options = {k: v for k, v in vars(self).items() if k not in ("model", "rows")}
-        return options | {"data": data_fingerprint(self.rows)}
+        return options | {"data": fingerprint(self.rows)}
+
+    def batch(self, group: Sequence[int]) -> Batch:
+        """One batch of the rows of these numbers."""
+        collate = Collator.for_model(self.model)
+        return collate([self.rows[n] for n in group])
 
     def work(self, book: Workbook, progress: Progress | None) -> None:
         """Measure, if this worker is the one to do it."""
@@ -178,9 +178,9 @@ def _vector(plan: TaylorPlan, groups: list[list[int]], announce: Announce) -> tu
     """|mean over rows of the base model's mask gradients|, or the mean of their absolute values."""
     found: list[RowGradients] = []
     capture = Capture(plan.model, head_unit=plan.head_unit, tokens=plan.tokens)
-    with frozen(plan.model), base_only(plan.model), capture:
+    with evaluating(plan.model), base_only(plan.model), capture:
         for group in groups:
-            found.append(capture.step(collate([plan.rows[n] for n in group]), group))
+            found.append(capture.step(plan.batch(group), group))
             announce(len(found), len(groups))
     order = np.argsort([n for group in groups for n in group])
     pair = []
@@ -197,10 +197,10 @@ def _element(plan: TaylorPlan, groups: list[list[int]], announce: Announce) -> t
     heads = sizes.heads if plan.head_unit == "head" else sizes.kv_heads
     head, neuron = np.zeros((sizes.layers, heads)), np.zeros((sizes.layers, sizes.neurons))
     steps = len(groups) + len(blocks)
-    with frozen(model), base_only(model):
+    with evaluating(model), base_only(model):
         records = []
         for group in groups:
-            batch = for_loss(collate([plan.rows[n] for n in group]), plan.tokens)
+            batch = for_loss(plan.batch(group), plan.tokens)
             records.append(record_backward(model, blocks, batch, group))
             announce(len(records), steps)
         for block in reversed(blocks):

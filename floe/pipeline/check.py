@@ -21,7 +21,8 @@ from floe.adapters.targets import (
     projection_shapes,
 )
 from floe.config import RunConfig
-from floe.data.rows import Encoded, TokenRow
+from floe.data.batches import TokenRow
+from floe.data.rows import Encoded
 from floe.decoder_blocks import find_blocks, geometry
 from floe.errors import CheckError, DataError, FileError
 from floe.importance.scores import Scores

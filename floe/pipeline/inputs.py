@@ -20,16 +20,13 @@ from torch import nn
 from floe.adapters import FloeConfig, get_model, remove_adapters
 from floe.adapters.files import load_adapter
 from floe.config import DataSource, RunConfig
+from floe.data.batches import Collator, TokenRow, fingerprint, make_batches
 from floe.data.rows import (
-    Collator,
     Encoded,
     Rows,
-    TokenRow,
     encode,
     encode_choices,
     encode_questions,
-    fingerprint,
-    make_batches,
     rows_of_both,
     sample,
     split,

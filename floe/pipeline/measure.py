@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from floe.data.rows import row_order
+from floe.data.batches import row_order
 from floe.evaluation.evaluate import (
     Answers,
     Losses,

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from floe.data.batches import in_batches
 from floe.importance.layer_statistics import measure_statistics
 from floe.importance.score import score
 from floe.importance.scores import Scores
@@ -101,8 +102,8 @@ def _measure(work: Workspace, run: Path, folder: Path, probe: bool, progress: An
     with work.adapted(run / "search/adapter") as model:
         return score(
             model,
-            work.batches(work.calibration_rows, settings.batch_size),
-            taylor_batches=work.batches(work.taylor_rows, settings.batch_size),
+            in_batches(work.calibration_rows, settings.batch_size),
+            taylor_batches=in_batches(work.taylor_rows, settings.batch_size),
             reduction=settings.reduction,
             mask_scope=settings.mask_scope,
             first_order=settings.first_order,

@@ -556,7 +556,7 @@ def _always(changed: set[str]) -> bool:
 
 
 def _fingerprint(rows: Any) -> str:
-    from floe.data.rows import fingerprint
+    from floe.data.batches import fingerprint
 
     return fingerprint(rows)
 

@@ -19,10 +19,10 @@ from torch import nn
 
 from floe.adapters import FloeConfig, adapted_modules, get_model, remove_adapters
 from floe.adapters.files import load_adapter, save_adapter
-from floe.data.rows import TokenRow, fingerprint
+from floe.adapters.fingerprint import model_fingerprint
+from floe.data.batches import TokenRow, fingerprint
 from floe.errors import SearchError
 from floe.evaluation.evaluate import evaluate_rows, mean_loss
-from floe.importance.fingerprints import model_fingerprint
 from floe.rank_search.proposals import propose, sampler_settings
 from floe.rank_search.space import Point, SearchSpace
 from floe.rank_search.storage import mask

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers.trainer_callback import PrinterCallback
 
-from floe.data.rows import Collator, TokenRow, fingerprint
+from floe.data.batches import Collator, TokenRow, fingerprint
 from floe.errors import FileError
 from floe.training import checkpoints
 from floe.training.layer_schedule import LayerSchedule

@@ -21,8 +21,8 @@ from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.utils import logging as transformers_logging
 
+from floe.data.batches import Collator, TokenRow, make_batches
 from floe.data.loss import row_losses
-from floe.data.rows import Collator, TokenRow, make_batches
 from floe.evaluation.evaluate import validation_loss
 from floe.training import checkpoints
 from floe.training.schedule import TrainSettings

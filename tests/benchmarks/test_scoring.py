@@ -6,7 +6,7 @@ from helpers.importance_models import adapted, batches
 from benchmarks import harness, scoring
 from benchmarks.harness import WrongResult
 from benchmarks.scoring import ARMS, TAYLOR, Subject, check, parse, table
-from floe.importance.rows import rows_of
+from floe.data.batches import rows_of
 
 LENGTHS = tuple((5 + n % 5, 1 + n % 3) for n in range(40))
 

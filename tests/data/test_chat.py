@@ -3,7 +3,7 @@
 import pytest
 from helpers.tiny import tiny_tokenizer
 
-from floe.data.rows import encode, encode_choices, encode_prompt, encode_questions, stop_tokens
+from floe.data.rows import encode, encode_choices, encode_questions, stop_tokens
 from floe.errors import DataError
 
 ROW = {"prompt": "ask ", "completion": " yes\n", "choices": [" yes\n", "no"], "answer": 0}
@@ -61,7 +61,6 @@ def test_a_row_is_what_the_template_writes(kind):
     assert row.labels == (-100,) * len(row.prompt) + row.response
 
     # Questions and choices come after the same tokens, choices without an end.
-    assert encode_prompt(ROW["prompt"], tokenizer, "chat")[0] == row.prompt
     assert encode_questions([ROW], tokenizer, template="chat").rows[0].prompt == row.prompt
     yes, no = encode_choices([ROW], tokenizer, template="chat").rows
     assert yes.prompt == no.prompt == row.prompt

@@ -6,8 +6,9 @@ from helpers.tiny import tiny_model, tiny_rows, tiny_tokenizer
 from torch import nn
 
 from floe.data import rows as data
+from floe.data.batches import Collator, TokenRow, fingerprint, make_batches, row_order
 from floe.data.loss import row_losses
-from floe.data.rows import Collator, Encoded, TokenRow, encode, make_batches, rows_of_both
+from floe.data.rows import Encoded, encode, rows_of_both
 from floe.errors import DataError
 
 ROW = {"prompt": "ask: ", "completion": "yes"}
@@ -128,7 +129,7 @@ def test_encode_refuses_bad_lengths():
 
 def test_batches_cover_every_row_once_and_padding_is_small():
     rows = tiny_rows(23)
-    order = data.row_order(rows)
+    order = row_order(rows)
     batches = make_batches(rows, 4)
     assert sorted(order) == list(range(23))
     assert [len(b["labels"]) for b in batches] == [4] * 5 + [3]
@@ -179,9 +180,9 @@ def test_split_needs_two_rows():
 
 def test_fingerprint_sees_tokens_order_and_split():
     a, b = TokenRow((1, 2), (3,)), TokenRow((1,), (2, 3))
-    prints = {data.fingerprint(r) for r in ([a], [b], [a, b], [b, a])}
+    prints = {fingerprint(r) for r in ([a], [b], [a, b], [b, a])}
     assert len(prints) == 4
-    assert data.fingerprint([a]) == data.fingerprint([TokenRow((1, 2), (3,), 7, "t")])
+    assert fingerprint([a]) == fingerprint([TokenRow((1, 2), (3,), 7, "t")])
 
 
 def test_models_without_kept_logits_get_full_labels():

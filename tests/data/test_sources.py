@@ -7,7 +7,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from floe.data.rows import load_rows
+from floe.data.sources import load_rows
 from floe.errors import DataError, FileError
 
 ROW = {"prompt": "p", "completion": "c"}

@@ -7,7 +7,8 @@ from helpers.tiny import tiny_model, tiny_rows, tiny_tokenizer
 from transformers import GenerationConfig
 
 from floe.adapters import FloeConfig, get_model, remove_adapters
-from floe.data.rows import Collator, TokenRow, encode, make_batches
+from floe.data.batches import Collator, TokenRow, make_batches
+from floe.data.rows import encode
 from floe.errors import DataError
 from floe.evaluation.evaluate import (
     Answers,
@@ -138,12 +139,12 @@ def test_modes_gradients_and_cache_are_restored():
     model.config.use_cache = True
     seen = []
 
-    def fail(*_):
+    def fail(_module, _args, arguments):
         seen.append((any(m.training for m in model.modules()), torch.is_grad_enabled()))
-        seen.append(model.config.use_cache)
+        seen.append(arguments["use_cache"])
         raise KeyError
 
-    handle = model.lm_head.register_forward_pre_hook(fail)
+    handle = model.model.register_forward_pre_hook(fail, with_kwargs=True)
     with pytest.raises(KeyError):
         evaluate_rows(model, tiny_rows(2))
     handle.remove()

@@ -5,7 +5,7 @@ import torch
 from helpers.tiny import tiny_model, tiny_rows
 
 from floe.adapters import FloeConfig, adapted_modules, get_model
-from floe.data.rows import make_batches
+from floe.data.batches import make_batches
 from floe.evaluation.routers import gate_statistics, router_statistics
 
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from floe.adapters import adapted_layers
-from floe.importance.frozen import losses
+from floe.data.loss import losses
 from floe.importance.layer_statistics.adapters import (
     closed_adapters,
     draw_sets,

@@ -3,8 +3,8 @@ import pytest
 import torch
 from helpers.importance_models import adapted, assert_untouched, batches, plain, snapshot
 
+from floe.data.loss import losses
 from floe.decoder_blocks import find_blocks, linear_at
-from floe.importance.frozen import losses
 from floe.importance.layer_statistics.forward import DISTURBANCE, error_growth, zeroth_order
 from floe.importance.layer_statistics.states import forward_states, starting_at
 

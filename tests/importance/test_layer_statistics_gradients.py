@@ -4,8 +4,8 @@ import torch
 from helpers.importance_models import adapted, assert_untouched, batches, plain, snapshot
 
 from floe.adapters import adapted_layers
+from floe.data.loss import losses
 from floe.decoder_blocks import find_blocks
-from floe.importance.frozen import losses
 from floe.importance.layer_statistics.gradients import RIDGE, gradient_norm, layer_card
 from floe.importance.score import fresh_adapters
 

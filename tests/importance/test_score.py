@@ -7,16 +7,15 @@ from helpers.importance_models import Codes, adapted, assert_untouched, batches,
 
 import floe
 from floe.adapters import adapted_modules
+from floe.data.batches import fingerprint, rows_of
 from floe.decoder_blocks import find_blocks
-from floe.importance.fingerprints import data_fingerprint
 from floe.importance.fisher import measure_fisher
-from floe.importance.rows import rows_of
 from floe.importance.score import fresh_adapters, score
 from floe.importance.taylor import measure_taylor
 
 
 def fingerprint_of(given):
-    return data_fingerprint(rows_of(given))
+    return fingerprint(rows_of(given))
 
 
 def test_is_fisher_of_the_adapted_and_taylor_of_the_base_model():

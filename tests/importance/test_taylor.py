@@ -12,8 +12,8 @@ from helpers.importance_models import (
     snapshot,
 )
 
+from floe.data.loss import all_token_labels, base_only
 from floe.decoder_blocks import Geometry, find_blocks, geometry, linear_at
-from floe.importance.frozen import all_token_labels, base_only
 from floe.importance.gradients import Capture
 from floe.importance.taylor import measure_taylor, unit_costs
 

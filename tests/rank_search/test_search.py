@@ -18,10 +18,10 @@ from optuna.trial import TrialState
 
 import floe.rank_search.search
 from floe.adapters import FloeConfig, get_model, remove_adapters
-from floe.data.rows import make_batches
+from floe.adapters.fingerprint import model_fingerprint
+from floe.data.batches import make_batches
 from floe.errors import SearchError
 from floe.evaluation.evaluate import validation_loss
-from floe.importance.fingerprints import model_fingerprint
 from floe.rank_search import proposals, storage, studies
 from floe.rank_search.proposals import propose, sampler_settings
 from floe.rank_search.search import search

@@ -10,7 +10,7 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
 from floe.adapters import FloeConfig, adapted_layers, get_model
-from floe.data.rows import Collator
+from floe.data.batches import Collator
 from floe.decoder_blocks import find_blocks, linear_at
 from floe.training.layer_schedule import SCHEDULES, Alast, LayerSchedule, Lisa
 from floe.training.schedule import TrainSettings

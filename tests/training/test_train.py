@@ -12,8 +12,8 @@ from helpers.tiny import tiny_model, tiny_rows
 from helpers.workers import TRAINING, training
 
 from floe.adapters import FloeConfig, adapted_modules, get_model, separate_base
+from floe.data.batches import TokenRow
 from floe.data.loss import row_losses
-from floe.data.rows import TokenRow
 from floe.errors import FileError
 from floe.evaluation.evaluate import evaluate_rows, summarise_loss
 from floe.training import checkpoints, trainer

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from floe.data.loss import base_only, evaluating, on_device, token_mask
 from floe.decoder_blocks import Block, find_blocks, linear_at
 from floe.importance.block_replay import Call, CallRecorder, call_block, device_of_block
-from floe.importance.frozen import base_only, device_of, frozen, on_device, token_mask
 from floe.importance.layer_statistics.states import forward_states
 from floe.types import Batch, Floats, Progress
 
@@ -42,7 +42,7 @@ def explained_variance(
         raise ValueError(f"rank must be >= 1, got {rank}")
     blocks = find_blocks(model)
     shares = np.zeros((len(blocks), len(names)))
-    with frozen(model), base_only(model), torch.no_grad():
+    with evaluating(model), base_only(model):
         records = [_first_block(model, blocks, batch) for batch in batches]
         for block in blocks:
             found = _inputs_covariance(model, block, records, names)
@@ -99,7 +99,7 @@ def angles(
     """
     sums: dict[str, Any] = dict.fromkeys(names, 0.0)
     counts = dict.fromkeys(names, 0)
-    with frozen(model), base_only(model), torch.no_grad():
+    with evaluating(model), base_only(model):
         for done, batch in enumerate(batches, 1):
             states = forward_states(model, batch)
             real = token_mask(batch).cpu()
@@ -146,7 +146,7 @@ class _Walk:
 
 
 def _first_block(model: nn.Module, blocks: list[Block], batch: Batch) -> _Walk:
-    inputs = {k: v for k, v in on_device(batch, device_of(model)).items() if k != "labels"}
+    inputs = {k: v for k, v in on_device(batch, model).items() if k != "labels"}
     with CallRecorder(blocks, keep={0}) as recorder:
         model(**inputs, use_cache=False)
         calls = recorder.take()

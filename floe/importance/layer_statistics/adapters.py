@@ -10,16 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from floe.adapters.targets import adapted_layers
-from floe.data.loss import IGNORE_INDEX
+from floe.data.loss import IGNORE_INDEX, base_only, evaluating, for_loss, losses, on_device
 from floe.decoder_blocks import find_blocks
-from floe.importance.frozen import (
-    base_only,
-    device_of,
-    for_loss,
-    frozen,
-    losses,
-    on_device,
-)
 from floe.importance.layer_statistics.states import forward_states, starting_at
 from floe.types import Batch, Flags, Floats, Progress
 
@@ -65,9 +57,9 @@ def kl_to_full(
     """
     layers, blocks = _adapted(model), find_blocks(model)
     total, rows = np.zeros(len(blocks)), 0
-    with frozen(model), torch.no_grad():
+    with evaluating(model):
         for done, batch in enumerate(batches, 1):
-            batch = on_device(for_loss(batch, "response"), device_of(model))
+            batch = on_device(for_loss(batch, "response"), model)
             with base_only(model):
                 states = forward_states(model, batch, rows)
             full = _logits(model, batch)
@@ -106,9 +98,9 @@ def shapley(
     drawn = draw_sets(players, 2 * players if sets is None else sets, seed)
     games = np.concatenate([np.zeros((1, players), bool), np.ones((1, players), bool), drawn])
     total, rows = np.zeros(len(games)), 0
-    with frozen(model), torch.no_grad():
+    with evaluating(model):
         for done, batch in enumerate(batches, 1):
-            batch = on_device(for_loss(batch, "response"), device_of(model))
+            batch = on_device(for_loss(batch, "response"), model)
             for place, game in enumerate(games):
                 closed = [layer for layer, open_ in zip(layers, game, strict=True) if not open_]
                 with closed_adapters(model, closed):
@@ -151,7 +143,7 @@ def forward_selection(
     if most < 1:
         raise ValueError(f"steps must be >= 1, got {steps}")
     order, joined = [], np.zeros(total)
-    with frozen(model), torch.no_grad():
+    with evaluating(model):
         for step in range(most):
             found = _losses_if_opened(model, batches, closed)
             joined[closed] = found
@@ -171,7 +163,7 @@ def _losses_if_opened(model: nn.Module, batches: Sequence[Batch], closed: Sequen
     blocks = find_blocks(model)
     total, rows = np.zeros(len(closed)), 0
     for given in batches:
-        batch = on_device(for_loss(given, "response"), device_of(model))
+        batch = on_device(for_loss(given, "response"), model)
         with closed_adapters(model, closed):
             states = forward_states(model, batch, rows)
         for place, layer in enumerate(closed):

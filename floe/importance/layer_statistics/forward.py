@@ -8,17 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from floe.data.loss import base_only, evaluating, for_loss, losses, on_device, token_mask
 from floe.decoder_blocks import find_blocks, linear_at
 from floe.importance.block_replay import call_block, device_of_block
-from floe.importance.frozen import (
-    base_only,
-    device_of,
-    for_loss,
-    frozen,
-    losses,
-    on_device,
-    token_mask,
-)
 from floe.importance.layer_statistics.states import forward_states, starting_at
 from floe.importance.taylor import is_quantised
 from floe.types import Batch, Floats, Progress
@@ -38,7 +30,7 @@ def error_growth(
     """
     blocks = find_blocks(model)
     total, tokens = np.zeros(len(blocks)), 0
-    with frozen(model), base_only(model), torch.no_grad():
+    with evaluating(model), base_only(model):
         for place, batch in enumerate(batches):
             states = forward_states(model, batch)
             real = token_mask(batch).cpu()
@@ -79,7 +71,7 @@ def zeroth_order(
         raise ValueError(f"probes must be >= 1, got {probes}")
     blocks = find_blocks(model)
     slopes, rows = np.zeros((len(blocks), probes)), 0
-    with frozen(model), base_only(model), torch.no_grad():
+    with evaluating(model), base_only(model):
         for done, batch in enumerate(batches, 1):
             states = forward_states(model, batch, rows)
             for block in blocks:
@@ -101,7 +93,7 @@ def _slope(model: nn.Module, batch: Batch, weights: list[Tensor], key: tuple[int
     scale = _norm(weights) / sum(weight.numel() for weight in weights) ** 0.5
     size = scale * (0.01 if weights[0].dtype.itemsize > 2 else 0.05)
     found = []
-    batch = on_device(for_loss(batch, "response"), device_of(model))
+    batch = on_device(for_loss(batch, "response"), model)
     try:
         for sign in (1, -1):
             generator = _generator(*key)

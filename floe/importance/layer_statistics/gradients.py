@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from floe.adapters.targets import adapted_layers
+from floe.data.loss import base_only, evaluating, for_loss, losses, on_device
 from floe.decoder_blocks import Block, find_blocks
 from floe.importance.adapter_gradients import active_adapters
 from floe.importance.block_replay import (
@@ -16,14 +17,6 @@ from floe.importance.block_replay import (
     call_block,
     device_of_block,
     record_backward,
-)
-from floe.importance.frozen import (
-    base_only,
-    device_of,
-    for_loss,
-    frozen,
-    losses,
-    on_device,
 )
 from floe.importance.score import fresh_adapters
 from floe.types import Batch, Floats, Progress
@@ -51,11 +44,11 @@ def gradient_norm(
     parameters = [parameter for _, parameter in found]
     sums = [torch.zeros(parameter.shape, dtype=torch.float64) for parameter in parameters]
     rows = 0
-    with fresh_adapters(model, seed), frozen(model), torch.enable_grad():
+    with fresh_adapters(model, seed), evaluating(model), torch.enable_grad():
         for parameter in parameters:
             parameter.requires_grad_(True)
         for done, batch in enumerate(batches, 1):
-            batch = on_device(for_loss(batch, "response"), device_of(model))
+            batch = on_device(for_loss(batch, "response"), model)
             loss, _ = losses(model, batch, rows)
             rows += len(loss)
             for total, gradient in zip(
@@ -99,7 +92,7 @@ def layer_card(
     """
     blocks = find_blocks(model)
     energy, normalised = np.zeros(len(blocks)), dict[int, Tensor]()
-    with frozen(model), base_only(model):
+    with evaluating(model), base_only(model):
         records, rows = list[BackwardRecord](), 0
         for batch in batches:
             records.append(record_backward(model, blocks, for_loss(batch, "response"), rows))

@@ -10,15 +10,14 @@ from torch import nn
 
 import floe
 from floe.adapters.targets import adapted_layers
+from floe.data.batches import fingerprint, rows_of
+from floe.data.loss import token_mask
 from floe.decoder_blocks import find_blocks
-from floe.importance.fingerprints import data_fingerprint
-from floe.importance.frozen import token_mask
 from floe.importance.layer_statistics import activations as activations
 from floe.importance.layer_statistics import adapters as adapters
 from floe.importance.layer_statistics import forward as forward
 from floe.importance.layer_statistics import gradients as gradients
 from floe.importance.layer_statistics import weights as weights
-from floe.importance.rows import rows_of
 from floe.importance.statistics import LayerStatistics
 from floe.selection.policies import NEEDS, POLICIES
 from floe.types import Batch, Floats, Progress
@@ -176,7 +175,7 @@ def _describe(job: _Job, names: list[str]) -> dict[str, Any]:
         "policies": names,
         "rows": sum(len(batch["input_ids"]) for batch in job.batches),
         "tokens": sum(int(token_mask(batch).sum()) for batch in job.batches),
-        "data": data_fingerprint(rows_of(job.batches)),
+        "data": fingerprint(rows_of(job.batches)),
         "seed": job.seed,
         "rank": job.rank,
         "keep": job.keep,

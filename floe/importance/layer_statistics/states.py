@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from floe.data.loss import for_loss, losses, on_device
 from floe.decoder_blocks import Block, find_blocks
 from floe.importance.block_replay import Call, CallRecorder, hidden_of
-from floe.importance.frozen import device_of, for_loss, losses, on_device
 from floe.types import Batch
 
 
@@ -45,7 +45,7 @@ def forward_states(model: nn.Module, batch: Batch, first_row: int = 0) -> States
         ValueError: a row without labels or with a loss that is not finite.
     """
     blocks = find_blocks(model)
-    batch = on_device(for_loss(batch, "response"), device_of(model))
+    batch = on_device(for_loss(batch, "response"), model)
     outputs: list[Any] = []
     hook = blocks[-1].module.register_forward_hook(lambda _m, _i, output: outputs.append(output))
     try:

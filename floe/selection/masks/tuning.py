@@ -21,11 +21,11 @@ import torch
 from torch import Tensor, nn
 
 from floe.adapters.linear import MoELoRALinear, separate_base
-from floe.data.rows import accepts_logits_to_keep
+from floe.data.batches import accepts_logits_to_keep
+from floe.data.loss import evaluating, on_device, token_mask
 from floe.decoder_blocks import Block, base_of, find_blocks, geometry, linear_at
 from floe.importance.adapter_gradients import adapter_output
 from floe.importance.block_replay import Call, CallRecorder, call_block, device_of_block
-from floe.importance.frozen import device_of, frozen, on_device, token_mask
 from floe.importance.least_squares import SOLVERS, UnitSystem
 from floe.importance.taylor import is_quantised
 from floe.types import Batch, Floats, Integers
@@ -94,7 +94,7 @@ def tune_masks(
     head_mask, neuron_mask = _checked(model, head_mask, neuron_mask, blocks)
     _check_weights(model, blocks)
     records: list[dict[str, Any]] = []
-    with frozen(model), separate_base(model), torch.no_grad():
+    with evaluating(model), separate_base(model):
         streams = _streams(model, blocks, leading_rows(batches, max_tokens))
         for block in blocks:
             layer = _Layer(model, block, streams, head_mask[block.index], neuron_mask[block.index])
@@ -120,7 +120,7 @@ def check_tunable(model: nn.Module, batches: Iterable[Batch]) -> None:
     _check_weights(model, blocks)
     sizes = geometry(model, blocks)
     masks = np.ones(sizes.heads), np.ones(sizes.neurons)
-    with frozen(model), separate_base(model), torch.no_grad():
+    with evaluating(model), separate_base(model):
         streams = _streams(model, blocks, leading_rows(batches, 1))
         for block in blocks:
             layer = _Layer(model, block, streams, *masks)
@@ -335,7 +335,7 @@ def _streams(model: nn.Module, blocks: list[Block], batches: list[Batch]) -> lis
     device = device_of_block(blocks[0])
     fewest = {"logits_to_keep": 1} if accepts_logits_to_keep(model) else {}
     for batch in batches:
-        inputs = on_device(batch, device_of(model)) | fewest
+        inputs = on_device(batch, model) | fewest
         inputs.pop("labels", None)
         with CallRecorder(blocks, keep={0}) as recorder:
             model(**inputs, use_cache=False)
