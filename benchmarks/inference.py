@@ -15,7 +15,7 @@ from benchmarks.gates import Gate
 from benchmarks.harness import Candidate
 from benchmarks.models import Subject
 from benchmarks.options import Options
-from floe.selection.policies import even_layers
+from floe.selection.policies.baselines import even_layers
 
 FRACTIONS = (8, 4, 2, 1)  # of the layers: an eighth and so on
 Run = Callable[[], object]

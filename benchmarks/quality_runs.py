@@ -34,7 +34,7 @@ from floe.pipeline.placing import place
 from floe.pipeline.run_folder import RunFolder
 from floe.selection.allocate import Saturating
 from floe.selection.placement import Placement
-from floe.selection.policies import NEEDS, POLICIES
+from floe.selection.policies import POLICIES
 from floe.selection.select import select
 from floe.storage import write_json
 from floe.training.train import TrainSettings, train
@@ -241,7 +241,7 @@ class Study:
 
     def _statistics(self, run: Run, policy: str) -> LayerStatistics | None:
         """What the policy needs besides scores, measured once on the warmed-up model."""
-        if policy not in NEEDS:
+        if not POLICIES[policy].statistics:
             return None
         warm, work = self.warm_up(run.mix, run.seed), self.work(run.mix, run.seed)
         file = warm / f"{policy}.npz"

@@ -22,7 +22,7 @@ from benchmarks.models import Subject
 from benchmarks.options import Options
 from floe.decoder_blocks import base_of
 from floe.pipeline.run_folder import RunFolder
-from floe.selection.policies import even_layers
+from floe.selection.policies.baselines import even_layers
 from floe.storage import read_json
 
 PHASES = ("forward", "backward", "optimiser")

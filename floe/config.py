@@ -10,14 +10,25 @@ from __future__ import annotations
 import difflib
 import os
 import re
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 from urllib.parse import quote
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    ValidationError,
+    WithJsonSchema,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
 
 from floe.errors import FileError, hide_secrets, one_line, shown
+from floe.selection.policies import POLICIES
 from floe.strict_yaml import read_yaml
 
 Fraction = Annotated[float, Field(gt=0.0, le=1.0, allow_inf_nan=False)]
@@ -25,24 +36,37 @@ Count = Annotated[int, Field(ge=1, lt=2**63)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]  # what numpy, torch and transformers all take
 _LARGEST, _LISTED = 1 << 20, 1500  # bytes of a file, characters of all problems in a message
 _VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
-Policy = Literal[
-    "adapter_fisher", "masks", "probe", "gate_fisher_diagonal", "fisher_high",
-    "fisher_low", "taylor_high", "taylor_low", "segment", "gradient_norm", "layer_card", "spectrum",
-    "eva", "lamp", "angular", "angular_all", "angular_block", "error_propagation",
-    "coarse_to_fine", "kl_guided", "shapley", "forward_selection", "random", "even", "first",
-    "middle", "last", "all",
-]  # fmt: skip
 Sweep = Annotated[list[Count], Field(min_length=2)]
 Schedule = Literal["lisa", "alast"]
+
+
+def _policy_name(name: Any, others: tuple[str, ...] = ()) -> str:
+    """``name`` where it is a registered policy's, or one of ``others``."""
+    known = [*POLICIES, *others]
+    if name not in known:
+        expected = f"{', '.join(map(repr, known[:-1]))} or {known[-1]!r}"
+        raise PydanticCustomError("literal_error", "Input should be {names}", {"names": expected})
+    return str(name)
+
+
+Policy = Annotated[
+    str,
+    PlainValidator(_policy_name),
+    WithJsonSchema({"enum": [*POLICIES], "type": "string"}),
+]
+PolicyOrSchedule = Annotated[
+    str,
+    PlainValidator(partial(_policy_name, others=get_args(Schedule))),
+    WithJsonSchema({"enum": [*POLICIES, *get_args(Schedule)], "type": "string"}),
+]
 Preset = Literal["global", "exact", "paper_layer", "alg1_literal"]
 
 
-ModulePolicy = Literal["adapter_fisher", "gate_fisher_diagonal"]
 Choose = Literal["layers", "modules", "sizes"]
 
 
 def _check_choose(choose: str, policy: str) -> None:
-    known = get_args(ModulePolicy)
+    known = tuple(name for name, policy in POLICIES.items() if policy.modules is not None)
     if choose == "modules" and policy not in known:
         raise ValueError(
             f"choose: modules needs a policy that scores projections, {known}, got {policy!r}"
@@ -299,7 +323,7 @@ class Baseline(_Section):
     """One more arm trained like the main one, on other layers."""
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
-    policy: Policy | Schedule = Field(
+    policy: PolicyOrSchedule = Field(
         description="A rule for layers, or a schedule that moves them during the training."
     )
     preset: Preset = "global"

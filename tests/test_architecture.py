@@ -10,6 +10,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 LAYERS = [  # a module imports its own layer and those before it
     ["errors", "numerics", "storage", "strict_yaml", "types"],
+    ["selection.policies"],
     [
         "config",
         "progress",
@@ -43,7 +44,6 @@ PLACES = {  # library -> the only modules (and packages) that may import it
         "adapters",
         "importance",
         "selection.masks.tuning",
-        "selection.select",
         "data",
         "training",
         "evaluation",

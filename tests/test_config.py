@@ -292,15 +292,16 @@ def test_settings_cannot_be_changed_after_reading():
 def test_the_configuration_knows_every_policy_and_score():
     from typing import get_args
 
-    from floe.config import ModulePolicy, Policy, Preset, Schedule, SelectConfig
+    from floe.config import Preset, Schedule, SelectConfig
     from floe.selection.masks.presets import PRESETS
-    from floe.selection.modules import MODULE_POLICIES
     from floe.selection.policies import POLICIES
     from floe.selection.ranking import How
     from floe.training.layer_schedule import SCHEDULES
 
-    assert set(get_args(Policy)) == set(POLICIES)
-    assert get_args(ModulePolicy) == MODULE_POLICIES
+    schema = RunConfig.model_json_schema()["$defs"]
+    for section, others in (("SelectConfig", ()), ("Baseline", get_args(Schedule))):
+        listed = schema[section]["properties"]["policy"]["enum"]
+        assert set(listed) == {*POLICIES, *others}
     assert get_args(SelectConfig.model_fields["score"].annotation) == (*get_args(How), "path")
     assert set(get_args(Preset)) == set(PRESETS)
     assert set(get_args(Schedule)) == set(SCHEDULES)

@@ -13,32 +13,10 @@ import numpy as np
 
 from floe import storage
 from floe.errors import FileError
+from floe.selection.policies.registry import known_statistics
 from floe.types import Floats
 
 FORMAT = 1
-
-STATISTICS: dict[str, tuple[str, ...]] = {
-    "gradient_norm": ("L",),
-    "residual_norm": ("L",),
-    "activation_energy": ("L",),
-    "coupling": ("L", "L"),
-    "signal_share": ("L", "P"),
-    "explained_variance": ("L", "P"),
-    "lamp_kept": ("L",),
-    "angular_last": ("L + 1", "L + 1"),
-    "angular_all": ("L + 1", "L + 1"),
-    "error_growth": ("L",),
-    "zeroth_order": ("L",),
-    "kl_to_full": ("L",),
-    "shapley": ("L",),
-    "forward_place": ("L",),
-    "forward_loss": ("L",),
-}
-"""Shapes of what can be measured; P counts projections and may differ from one to the next."""
-
-_SHARES = ("coupling", "signal_share", "explained_variance", "lamp_kept", "angular_last",
-           "angular_all")  # fmt: skip
-_SIGNED = ("shapley",)
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,22 +25,8 @@ class LayerStatistics:
 
     Attributes:
         layers: L.
-        values: the measured ones of STATISTICS by name, read-only:
-            gradient_norm [L], nats per adapter unit: || sum_n dL_n/dB || of fresh adapters;
-            residual_norm [L], nats: covariance-normalised gradient of a block's linear adapter;
-            activation_energy [L]: mean squared norm of a block's input per token;
-            coupling [L, L] in [0, 1]: absolute cosine of two layers' normalised gradients;
-            signal_share [L, P] in [0, 1]: singular values above the Marchenko-Pastur edge, by sum;
-            explained_variance [L, P] in [0, 1]: of the inputs' variance, by the leading directions;
-            lamp_kept [L] in [0, 1]: share of the weights that global LAMP pruning keeps;
-            angular_last, angular_all [L + 1, L + 1] in [0, 1]: angle between the hidden states
-            before layers i and j (L = after the last) over pi, at the last or all tokens;
-            error_growth [L]: relative error at the last block per relative error at block k;
-            zeroth_order [L], nats: norm of a block's weights times its forward-only gradient norm;
-            kl_to_full [L], nats: KL of all adapters' model to that of layer k's adapters alone;
-            shapley [L], nats, signed: share of the loss that layer k's adapters take away;
-            forward_place [L]: when layer k's adapters join in forward selection, 1 = first;
-            forward_loss [L], nats: the loss when they have joined.
+        values: by name, read-only, what was measured of policies.registry.known_statistics(), where
+            each says its shape, range and meaning; docs/POLICIES.md lists them.
         meta: how they were measured; whatever json can hold.
 
     Raises:
@@ -111,21 +75,23 @@ class LayerStatistics:
 
 
 def _check(name: str, array: Any, layers: int) -> None:
-    if name not in STATISTICS:
-        raise ValueError(f"a statistic must be one of {sorted(STATISTICS)}, got {name!r}")
+    known = known_statistics()
+    if name not in known:
+        raise ValueError(f"a statistic must be one of {sorted(known)}, got {name!r}")
     if not isinstance(array, np.ndarray) or array.dtype != np.float64:
         came = f"numpy {array.dtype}" if isinstance(array, np.ndarray) else type(array).__name__
         raise TypeError(f"{name} must be a numpy array of float64, got {came}")
-    sizes: dict[str, int | None] = {"L": layers, "L + 1": layers + 1, "P": None}
-    wanted = [sizes[letter] for letter in STATISTICS[name]]
-    fits = len(wanted) == array.ndim and array.size > 0
-    if not fits or any(w not in (None, n) for w, n in zip(wanted, array.shape, strict=True)):
-        shape = ", ".join(STATISTICS[name])
-        raise ValueError(f"{name} must be [{shape}] with L = {layers}, got shape {array.shape}")
-    low = -np.inf if name in _SIGNED else 0.0
-    high = 1.0 if name in _SHARES else np.inf
-    bad = np.argwhere(~(np.isfinite(array) & (array >= low) & (array <= high)))
+    statistic = known[name]
+    wanted = {"L": (layers,), "L + 1": (layers + 1,), "P": range(1, array.size + 1)}
+    fits = len(statistic.sizes) == array.ndim and array.size > 0
+    if not fits or any(
+        n not in wanted[s] for s, n in zip(statistic.sizes, array.shape, strict=True)
+    ):
+        raise ValueError(
+            f"{name} must be [{statistic.shape}] with L = {layers}, got shape {array.shape}"
+        )
+    within = (array >= statistic.low) & (array <= statistic.high)
+    bad = np.argwhere(~(np.isfinite(array) & within))
     if len(bad):
         where = tuple(int(i) for i in bad[0])
-        rule = "finite" if low < 0 else "finite and >= 0" if high > 1 else "in [0, 1]"
-        raise ValueError(f"{name} must be {rule}, got {array[where]} in layer {where[0]}")
+        raise ValueError(f"{name} must be {statistic.rule}, got {array[where]} in layer {where[0]}")

@@ -19,14 +19,11 @@ from floe.pipeline.run_folder import FORMAT, RunFolder
 from floe.progress import Progress
 from floe.selection.artifact import Selection
 from floe.selection.audit import Audit, audit
-from floe.selection.policies import NEEDS
+from floe.selection.policies import POLICIES
 from floe.storage import read_json
 
 if TYPE_CHECKING:
     from floe.pipeline.inputs import Workspace
-
-CHEAP = ("gradient_norm", "layer_card", "spectrum", "eva", "lamp", "angular", "angular_all")
-"""Policies whose statistics take no more than a few passes over the rows, and no passes a layer."""
 
 STAGES = ("search", "score", "select")
 ROWS = 32
@@ -65,9 +62,9 @@ def audit_run(
 
     Args:
         config: of the run, as it was selected.
-        statistics: "cheap" (see CHEAP), "all", "none", or names of policies joined by commas. What
-            a model does not give is an error for a policy that was named, and told as lacking
-            otherwise. With "none" no model is loaded and routers are not measured.
+        statistics: "cheap" (see Policy.cheap), "all", "none", or names of policies joined by
+            commas. What a model does not give is an error for a policy that was named, and told as
+            lacking otherwise. With "none" no model is loaded and routers are not measured.
         rows: calibration rows for the statistics and the routers.
         bootstrap: draws.
         progress: told about parts and steps.
@@ -90,7 +87,7 @@ def audit_run(
         )
     if selection.policy == "all":
         raise ValueError("an audit needs a policy that leaves layers out, got select.policy 'all'")
-    if names and selection.policy in NEEDS:
+    if names and POLICIES[selection.policy].statistics:
         names = tuple(dict.fromkeys((*names, selection.policy)))
     with folder.locked():
         measured = _Measurements(config, folder, rows, len(selection.layers), progress)
@@ -113,14 +110,16 @@ def statistics_of(text: str) -> tuple[str, ...]:
     Raises:
         ValueError: a name that is no policy, or one that needs no statistics.
     """
-    fixed = {"cheap": CHEAP, "all": tuple(NEEDS), "none": ()}
+    known = [name for name, policy in POLICIES.items() if policy.statistics]
+    cheap = tuple(name for name in known if POLICIES[name].cheap)
+    fixed = {"cheap": cheap, "all": tuple(known), "none": ()}
     if text in fixed:
         return fixed[text]
     names = tuple(dict.fromkeys(name.strip() for name in text.split(",")))
-    unknown = [name for name in names if name not in NEEDS]
+    unknown = [name for name in names if name not in known]
     if unknown:
         raise ValueError(
-            f"statistics must be cheap, all, none or policies of {sorted(NEEDS)}, got {unknown}"
+            f"statistics must be cheap, all, none or policies of {sorted(known)}, got {unknown}"
         )
     return names
 
@@ -222,7 +221,7 @@ class _Measurements:
         """
         parts: dict[tuple[str, ...], list[str]] = {}
         for name in names:
-            parts.setdefault(NEEDS[name], []).append(name)
+            parts.setdefault(POLICIES[name].statistics, []).append(name)
         values: dict[str, Any] = {}
         failed: dict[str, str] = {}
         layers = 0

@@ -26,7 +26,7 @@ from floe.data.rows import Encoded
 from floe.decoder_blocks import find_blocks, geometry
 from floe.errors import CheckError, DataError, FileError
 from floe.importance.scores import Scores
-from floe.importance.statistics import STATISTICS, LayerStatistics
+from floe.importance.statistics import LayerStatistics
 from floe.pipeline.choice import choose, place_baseline, placed
 from floe.pipeline.inputs import PARTS, Workspace
 from floe.pipeline.placing import size_options
@@ -36,12 +36,11 @@ from floe.pipeline.sweep import swept_counts
 from floe.rank_search.space import SearchSpace
 from floe.selection.layer_count import ADAM_BYTES, saved_bytes_per_token
 from floe.selection.placement import Placement
-from floe.selection.policies import NEEDS
+from floe.selection.policies.registry import POLICIES, known_statistics
 from floe.storage import write_json
 from floe.training.train import check_rows
 
 _FIRST = 20  # so many of the rows that lost something are named
-_OF_WEIGHTS = {"signal_share", "lamp_kept", "zeroth_order"}  # statistics of plain base weights
 _UNITS = 3  # heads and neurons of made-up scores: their number decides nothing that is checked
 
 
@@ -334,7 +333,9 @@ def _check_quantised(config: RunConfig, model: Any, problems: _Problems) -> None
         return
     policies = {config.select.policy, *(baseline.policy for baseline in config.baselines)}
     wanting = [
-        f"policy {name!r}" for name in sorted(policies) if _OF_WEIGHTS & set(NEEDS.get(name, ()))
+        f"policy {name!r}"
+        for name in sorted(policies & POLICIES.keys())
+        if POLICIES[name].plain_weights
     ]
     wanting += ["select.tune: true"] if config.select.tune else []
     for what in wanting:
@@ -401,7 +402,8 @@ def _make_up(work: Workspace, run: Path, size: tuple[int, int]) -> None:
         (run / stage).mkdir(parents=True)
     scores.save(run / "score/scores.npz")
     numbers = {"L": layers, "L + 1": layers + 1, "P": len(names)}
-    values = {n: drawn(*(numbers[letter] for letter in s)) for n, s in STATISTICS.items()}
+    known = known_statistics().items()
+    values = {name: drawn(*(numbers[size] for size in s.sizes)) for name, s in known}
     for stage in measured:
         LayerStatistics(layers, values).save(run / stage / "statistics.npz")
     pairs = size_options(work.config.search)

@@ -13,9 +13,9 @@ from floe.pipeline.inputs import Workspace
 from floe.pipeline.placing import capacity_gain, place, size_options
 from floe.pipeline.scoring import load_statistics
 from floe.selection.layer_count import layer_memory, saved_bytes_per_token
-from floe.selection.masks.presets import PRESETS, Preset
+from floe.selection.masks.presets import PRESETS
 from floe.selection.placement import Placement
-from floe.selection.select import Selection, select
+from floe.selection.select import Selection, SelectOptions, select_by
 from floe.storage import read_json
 
 
@@ -26,22 +26,34 @@ def choose(work: Workspace, run: Path, progress: Any, count: int | None = None) 
     """
     settings = work.config.select
     scores = Scores.load(run / "score/scores.npz")
-    arguments: dict[str, Any] = {
-        "policy": settings.policy, "preset": _preset(settings.preset, settings.first_order),
-        "budget": settings.budget, "layers": count or settings.layers, "score": settings.score,
-        "seed": settings.seed,
-        "pick": settings.pick, "budget_path": settings.budget_path,
-        "statistics": load_statistics(run, {settings.policy}),
-        "layer_memory": _layer_memory(work, run),
-    }  # fmt: skip
+    layers: Any = count or settings.layers  # a sweep brings its counts
+    options = replace(
+        _options(work, run, settings.policy, settings.preset),
+        layers=layers,
+        seed=settings.seed,
+        pick=settings.pick,
+        layer_memory=_layer_memory(work, run),
+        tune=settings.tune,
+        tune_tokens=settings.tune_tokens,
+    )
     if settings.tune is False:
-        return select(scores, tune=False, **arguments)
+        return select_by(options, scores)
     with work.adapted(run / "search/adapter") as model:
         batches = work.batches(work.calibration_rows, work.config.score.batch_size)
-        return select(
-            scores, model, batches, tune=settings.tune, tune_tokens=settings.tune_tokens,
-            progress=progress, **arguments
-        )  # fmt: skip
+        return select_by(options, scores, model, batches, progress)
+
+
+def _options(work: Workspace, run: Path, policy: str, preset: str) -> SelectOptions:
+    """The options that the run's own choice and its baselines' share."""
+    settings = work.config.select
+    return SelectOptions(
+        policy=policy,
+        preset=replace(PRESETS[preset], first_order=settings.first_order),
+        budget=settings.budget,
+        score=settings.score,
+        budget_path=settings.budget_path,
+        statistics=load_statistics(run, {policy}),
+    )
 
 
 def check_tuning(work: Workspace) -> None:
@@ -102,18 +114,9 @@ def _paper_choice(chosen: Selection) -> Selection:
 
 
 def _baseline_choice(work: Workspace, run: Path, baseline: Baseline, count: int) -> Selection:
-    settings = work.config.select
-    return select(
-        Scores.load(run / "score/scores.npz"),
-        policy=baseline.policy, preset=_preset(baseline.preset, settings.first_order),
-        budget=settings.budget, layers=count, score=settings.score, seed=baseline.seed,
-        pick=baseline.pick, budget_path=settings.budget_path,
-        statistics=load_statistics(run, {baseline.policy}),
-    )  # fmt: skip
-
-
-def _preset(name: str, first_order: bool) -> Preset:
-    return replace(PRESETS[name], first_order=first_order)
+    options = _options(work, run, baseline.policy, baseline.preset)
+    options = replace(options, layers=count, seed=baseline.seed, pick=baseline.pick)
+    return select_by(options, Scores.load(run / "score/scores.npz"))
 
 
 def _layer_memory(work: Workspace, run: Path) -> list[int] | None:

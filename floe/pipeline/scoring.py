@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator, Set
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from floe.importance.score import score
 from floe.importance.scores import Scores
 from floe.importance.statistics import LayerStatistics
 from floe.pipeline.inputs import Workspace
-from floe.selection.policies import NEEDS
+from floe.selection.policies import POLICIES
 
 
 def worker_count() -> int:
@@ -75,9 +75,10 @@ def announce(folder: Path | None) -> Path | None:
     return None if said[0] is None else Path(said[0])
 
 
-def statistics_of(policies: Collection[str]) -> dict[str, str]:
+def statistics_of(policies: Set[str]) -> dict[str, str]:
     """Name of each measurement that the policies need -> one of the policies that it is for."""
-    return {"+".join(NEEDS[policy]): policy for policy in sorted(policies) if policy in NEEDS}
+    needed = {policy: POLICIES[policy].statistics for policy in sorted(policies & POLICIES.keys())}
+    return {"+".join(names): policy for policy, names in needed.items() if names}
 
 
 def build_statistics(work: Workspace, run: Path, folder: Path, policy: str, progress: Any) -> None:
@@ -89,7 +90,7 @@ def build_statistics(work: Workspace, run: Path, folder: Path, policy: str, prog
     found.save(folder / "statistics.npz")
 
 
-def load_statistics(run: Path, policies: Collection[str]) -> LayerStatistics | None:
+def load_statistics(run: Path, policies: Set[str]) -> LayerStatistics | None:
     """The layer statistics that these policies need, put together; None if they need none."""
     names = statistics_of(policies)
     parts = [LayerStatistics.load(run / f"statistics/{n}/statistics.npz") for n in names]

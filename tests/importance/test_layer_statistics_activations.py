@@ -4,7 +4,7 @@ import torch
 from helpers.importance_models import adapted, assert_untouched, batches, plain, snapshot
 
 from floe.decoder_blocks import find_blocks, linear_at
-from floe.importance.layer_statistics.activations import (
+from floe.importance.layer_statistics.forward import (
     Covariance,
     angles,
     explained_variance,

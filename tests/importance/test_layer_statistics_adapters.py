@@ -102,7 +102,7 @@ def test_a_model_of_one_adapted_layer_is_its_own_restoration():
 
 def test_forward_selection_opens_what_lowers_the_loss_most():
     model = adapted(dtype=torch.float64).eval()
-    places, joined = forward_selection(model, batches(size=2))
+    places, joined = forward_selection(model, batches(size=2)).values()
     open_, order, expected = [], [], []
     while len(open_) < 3:
         means = {}
@@ -120,7 +120,7 @@ def test_forward_selection_opens_what_lowers_the_loss_most():
 
 def test_after_the_last_step_layers_follow_by_what_they_would_have_given():
     model = adapted(dtype=torch.float64).eval()
-    first, joined = forward_selection(model, batches(size=2), 1)
+    first, joined = forward_selection(model, batches(size=2), 1).values()
     alone = [
         row_losses_of(without_experts(model, {0, 1, 2} - {layer}), batches()).mean()
         for layer in range(3)
@@ -132,7 +132,7 @@ def test_after_the_last_step_layers_follow_by_what_they_would_have_given():
 
 
 def test_forward_selection_puts_layers_without_adapters_last():
-    places, joined = forward_selection(adapted(layers=[1]), batches(size=2))
+    places, joined = forward_selection(adapted(layers=[1]), batches(size=2)).values()
     assert places.tolist() == [2, 1, 3]
     assert joined[0] == joined[1] == joined[2]
 

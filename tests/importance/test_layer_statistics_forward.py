@@ -5,8 +5,13 @@ from helpers.importance_models import adapted, assert_untouched, batches, plain,
 
 from floe.data.loss import losses
 from floe.decoder_blocks import find_blocks, linear_at
-from floe.importance.layer_statistics.forward import DISTURBANCE, error_growth, zeroth_order
-from floe.importance.layer_statistics.states import forward_states, starting_at
+from floe.importance.layer_statistics.forward import (
+    DISTURBANCE,
+    error_growth,
+    forward_states,
+    starting_at,
+    zeroth_order,
+)
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma3", "phi3"])

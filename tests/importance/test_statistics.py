@@ -5,13 +5,15 @@ import numpy as np
 import pytest
 
 from floe.errors import FileError
-from floe.importance.statistics import FORMAT, STATISTICS, LayerStatistics
+from floe.importance.statistics import FORMAT, LayerStatistics
+from floe.selection.policies.registry import known_statistics
 
 
 def values(layers=3, **changes):
     rng = np.random.default_rng(0)
     sizes = {"L": layers, "L + 1": layers + 1, "P": 2}
-    found = {name: rng.random([sizes[s] for s in shape]) for name, shape in STATISTICS.items()}
+    known = known_statistics().items()
+    found = {name: rng.random([sizes[size] for size in one.sizes]) for name, one in known}
     return found | changes
 
 

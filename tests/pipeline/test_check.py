@@ -12,12 +12,13 @@ from transformers import AutoModelForCausalLM
 
 import floe
 from floe import cli
-from floe.config import Policy, Schedule, parse_config
+from floe.config import Schedule, parse_config
 from floe.errors import CheckError, DataError, FileError
 from floe.pipeline import run
 from floe.pipeline.check import check
 from floe.pipeline.inputs import Workspace, structure
 from floe.progress import LineProgress, Progress
+from floe.selection.policies import POLICIES
 
 ROW = {
     "prompt": "ask",
@@ -135,7 +136,7 @@ def test_every_problem_is_named_at_once(config, tmp_path):
 
 
 def test_no_policy_that_works_is_refused(config):
-    names = [*get_args(Policy), *get_args(Schedule)]
+    names = [*POLICIES, *get_args(Schedule)]
     baselines = [{"name": name.replace("_", "-"), "policy": name} for name in names]
     account = looked_at(config, baselines=baselines, score__statistic_rows=4)
     assert {own["layers"] for own in account.adapters.values()} == {2, 4}

@@ -12,19 +12,23 @@ import floe
 from floe.errors import FileError
 from floe.importance.statistics import LayerStatistics
 from floe.selection.audit import audit
-from floe.selection.audit.policies import (
-    NAMES,
+from floe.selection.audit.compare import (
+    SPLITS,
     Options,
+    Rows,
     agreement_of,
+    bootstrap_weights,
     compare_policies,
+    likeness,
+    names,
     result_of,
     score_layers,
+    spread,
 )
-from floe.selection.audit.rows import bootstrap_weights, rows_of
-from floe.selection.audit.stability import SPLITS, Likeness, Spread, likeness, spread
+from floe.selection.audit.result import Likeness, Spread
 from floe.selection.masks.determine import determine
 from floe.selection.masks.presets import PRESETS
-from floe.selection.policies import NEEDS, POLICIES
+from floe.selection.policies import POLICIES
 from floe.selection.select import select
 
 
@@ -38,10 +42,10 @@ def found():
 
 def test_every_preset_and_every_policy_but_all_is_compared_or_listed(found):
     compared = {one.name for one in found.policies}
-    assert compared | set(found.lacking) == set(NAMES)
+    assert compared | set(found.lacking) == set(names())
     assert not compared & set(found.lacking)
-    assert set(NAMES) == {f"masks/{p}" for p in PRESETS} | set(POLICIES) - {"masks", "all"}
-    assert set(found.lacking) == {"probe", *NEEDS}
+    assert set(names()) == {f"masks/{p}" for p in PRESETS} | set(POLICIES) - {"masks", "all"}
+    assert set(found.lacking) == {"probe", *(p for p in POLICIES if POLICIES[p].statistics)}
 
 
 @pytest.mark.parametrize("name", ["adapter_fisher", "fisher_low", "even", "random", "segment"])
@@ -108,7 +112,7 @@ def test_ties_at_the_end_of_the_choice_are_counted(scores, tied):
 def test_reweighted_scores_are_those_of_repeated_rows(name):
     scores = make()
     weights = bootstrap_weights(S, 20, seed=1)
-    rows = rows_of(scores)
+    rows = Rows.of(scores)
     for weight, got in zip(weights, rows.reweighted(weights), strict=True):
         index = np.repeat(np.arange(S), weight.astype(int))
         taken = {key: array[index] for key, array in rows.arrays.items()}
@@ -344,4 +348,4 @@ def test_bad_arguments_are_named(changes, message):
 def test_it_is_public():
     assert floe.audit is audit
     results, _ = compare_policies(make(), Options(K))
-    assert {one.name for one in results} <= set(NAMES)
+    assert {one.name for one in results} <= set(names())

@@ -9,7 +9,7 @@ from helpers.audit_cases import light, make, run
 
 from floe.pipeline.auditing import arm_losses
 from floe.report.artifacts import Router
-from floe.selection.audit.routers import router_health
+from floe.selection.audit.build import router_health
 from floe.selection.audit.verdicts import judge
 from floe.storage import write_json
 
@@ -30,13 +30,13 @@ def router(usage, load=0.9, information=0.1, layer=0):
 @pytest.mark.parametrize("load", [0.49, 0.5])
 @pytest.mark.parametrize("information", [0.0099, 0.01])
 def test_flags_of_routers_are_those_of_the_report(usage, load, information):
-    (one,) = router_health([router(usage, load, information)])
+    one = router_health(router(usage, load, information))
     shown = Router(0, "up_proj", np.array(usage), load, load - information, information)
     assert (one.collapsed, one.unspecialised) == (shown.collapsed, shown.unspecialised)
 
 
 def test_cv2_of_routers():
-    even, uneven = router_health([router([0.5, 0.5]), router([0.75, 0.25])])
+    even, uneven = map(router_health, (router([0.5, 0.5]), router([0.75, 0.25])))
     assert even.cv2 == 0
     assert uneven.cv2 == pytest.approx(0.25)  # variance 1/16 over squared mean 1/4
 

@@ -4,8 +4,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from floe.selection.budget_path import BUDGET_PATH, path_score
-from floe.selection.masks.determine import determine
+from floe.selection.masks.determine import (
+    BUDGET_PATH,
+    budget_path_of,
+    determine,
+    masked_shares,
+    path_score,
+)
 from floe.selection.masks.presets import PRESETS
 
 
@@ -22,25 +27,25 @@ def scores():
 
 @pytest.mark.parametrize("name", sorted(PRESETS))
 def test_it_is_the_mean_masked_share(scores, name):
-    found = path_score(scores, name)
-    assert found.budgets == BUDGET_PATH == (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+    found = masked_shares(scores, name)
+    assert budget_path_of(BUDGET_PATH[::-1]) == BUDGET_PATH == (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
     shares = np.zeros(5)
     for row, budget in enumerate(BUDGET_PATH):
         masks = determine(scores, name, budget)
         share = (~masks.head_mask).mean(axis=1) / 2 + (~masks.neuron_mask).mean(axis=1) / 2
-        assert found.shares[row] == pytest.approx(share)
+        assert found[row] == pytest.approx(share)
         shares += share
-    assert found.scores == pytest.approx(shares / 7)
+    assert path_score(scores, name) == pytest.approx(shares / 7)
 
 
 def test_one_budget_is_that_budgets_share(scores):
-    one = path_score(scores, PRESETS["exact"], [0.4])
-    assert one.scores.tolist() == one.shares[0].tolist()
-    assert path_score(scores, "exact", [0.6, 0.4]).shares[0].tolist() == one.scores.tolist()
+    one = path_score(scores, PRESETS["exact"], [0.4]).tolist()
+    assert one == masked_shares(scores, PRESETS["exact"], [0.4])[0].tolist()
+    assert masked_shares(scores, "exact", [0.6, 0.4])[0].tolist() == one
 
 
 def test_more_budget_masks_less(scores):
-    shares = path_score(scores, dataclasses.replace(PRESETS["global"], refine="none")).shares
+    shares = masked_shares(scores, dataclasses.replace(PRESETS["global"], refine="none"))
     assert (np.diff(shares.sum(axis=1)) <= 0).all()
 
 

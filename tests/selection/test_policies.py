@@ -7,13 +7,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from floe.importance.statistics import STATISTICS, LayerStatistics
-from floe.selection.policies import NEEDS, POLICIES, Situation, even_layers, segment_of
-from floe.selection.policies.inputs import best_window, by_position
+from floe.importance.statistics import LayerStatistics
+from floe.selection.policies import POLICIES, PolicyInputs
+from floe.selection.policies.__main__ import with_tables
+from floe.selection.policies.baselines import even_layers
+from floe.selection.policies.registry import best_window, by_position, known_statistics
 from floe.selection.ranking import rank_layers
 
 
-def situation(total=30, count=8, seed=41, statistics=None, **scores):
+def inputs(total=30, count=8, seed=41, statistics=None, **scores):
     units = np.arange(total)[:, None] % 5.0 + np.ones((total, 3))
     fields = {"adapter_fisher": np.arange(total) % 7.0, "probe_fisher": None}
     fields |= {"head_fisher": units, "neuron_fisher": units, "head_taylor": units}
@@ -21,11 +23,11 @@ def situation(total=30, count=8, seed=41, statistics=None, **scores):
     fields |= {"neuron_taylor": units, "gate_gradient": gates} | scores
     measured = None if statistics is None else LayerStatistics(total, statistics)
     mask_scores = np.linspace(1, 0, total)
-    return Situation(SimpleNamespace(**fields), count, total, seed, mask_scores, measured)
+    return PolicyInputs(SimpleNamespace(**fields), count, total, seed, mask_scores, measured)
 
 
 def ranking(name, **options):
-    return rank_layers(POLICIES[name](situation(**options))).tolist()
+    return rank_layers(POLICIES[name](inputs(**options))).tolist()
 
 
 def chosen(name, count=8, **options):
@@ -35,7 +37,8 @@ def chosen(name, count=8, **options):
 def everything(total):
     rng = np.random.default_rng(total)
     sizes = {"L": total, "L + 1": total + 1, "P": 3}
-    return {name: rng.random([sizes[s] for s in shape]) for name, shape in STATISTICS.items()}
+    known = known_statistics().items()
+    return {name: rng.random([sizes[size] for size in one.sizes]) for name, one in known}
 
 
 @pytest.mark.parametrize("name", sorted(POLICIES))
@@ -46,7 +49,7 @@ def test_every_policy_ranks_every_layer(name):
             name, total=total, count=count, probe_fisher=np.ones(total), statistics=measured
         )
         assert sorted(order) == list(range(total))
-        assert POLICIES[name].__doc__
+        assert POLICIES[name].score
 
 
 def test_baselines_choose_what_they_say():
@@ -88,7 +91,7 @@ def test_layer_sums_of_units_up_and_down(kind):
         f"head_{kind}": np.array([[1.0, 1.0], [0.0, 9.0], [2.0, 0.0], [0.0, 9.0]]),
         f"neuron_{kind}": np.array([[9.0], [0.0], [1.0], [0.0]]),  # sums 11, 9, 3, 9
     }
-    assert POLICIES[f"{kind}_high"](situation(total=4, **units)).tolist() == [11, 9, 3, 9]
+    assert POLICIES[f"{kind}_high"](inputs(total=4, **units)).tolist() == [11, 9, 3, 9]
     assert ranking(f"{kind}_high", total=4, **units) == [0, 1, 3, 2]
     assert ranking(f"{kind}_low", total=4, **units) == [2, 1, 3, 0]
 
@@ -104,8 +107,6 @@ def test_the_best_segment_comes_first_and_in_order():
     for equal in ([0.1, 0.2, 0.3, 0, 0.3, 0.2, 0.1], [0.3, 0.2, 0.1, 0, 0.1, 0.2, 0.3]):
         found = ranking("segment", total=7, count=3, adapter_fisher=np.array(equal))
         assert found[:3] == [0, 1, 2]  # equal whatever order the scores are added in
-    last = segment_of(POLICIES["last"])(situation(total=5, count=2))
-    assert sorted(rank_layers(last)[:2]) == [3, 4]
     with pytest.raises(ValueError, match=r"adapter_fisher\[0\] must be finite"):
         ranking("segment", total=2, count=1, adapter_fisher=np.array([np.inf, 0]))
 
@@ -167,17 +168,17 @@ def test_angles_between_neighbours_and_over_blocks():
 
 def test_a_gates_fisher_information_is_that_of_its_projections_sum():
     gradient = np.random.default_rng(1).normal(size=(20, 6, 2))
-    found = POLICIES["gate_fisher_diagonal"](situation(total=6, gate_gradient=gradient))
+    found = POLICIES["gate_fisher_diagonal"](inputs(total=6, gate_gradient=gradient))
     assert found == pytest.approx((gradient.sum(axis=2) ** 2).sum(axis=0))
 
 
 def test_gates_must_have_been_measured():
     policy = POLICIES["gate_fisher_diagonal"]
-    message = r"needs scores.gate_gradient, got None; floe.score measures it"
+    message = r"needs scores.gate_gradient, got None; score the model again"
     with pytest.raises(ValueError, match=message):
-        policy(situation(total=4, gate_gradient=None))
+        policy(inputs(total=4, gate_gradient=None))
     with pytest.raises(ValueError, match=r"gate_gradient must be \[S, 4, P\] with S > 0"):
-        policy(situation(total=4, gate_gradient=np.ones((3, 5, 1))))
+        policy(inputs(total=4, gate_gradient=np.ones((3, 5, 1))))
 
 
 def test_coupled_layers_are_discounted():
@@ -192,13 +193,13 @@ def test_coupled_layers_are_discounted():
 
 def test_needs_name_what_policies_read():
     for name in POLICIES:
-        needed = NEEDS.get(name, ())
-        assert set(needed) <= set(STATISTICS)
+        needed = POLICIES[name].statistics
+        assert set(needed) <= set(known_statistics())
         measured = {key: value for key, value in everything(4).items() if key in needed}
         ranking(name, total=4, count=2, probe_fisher=np.ones(4), statistics=measured)
 
 
-@pytest.mark.parametrize("name", sorted(NEEDS))
+@pytest.mark.parametrize("name", sorted(name for name in POLICIES if POLICIES[name].statistics))
 def test_missing_statistics_say_how_to_measure_them(name):
     rule = rf"policy '{name}' needs the statistic .*measure_statistics\(model, batches, \['{name}'"
     with pytest.raises(ValueError, match=rule):
@@ -207,7 +208,7 @@ def test_missing_statistics_say_how_to_measure_them(name):
         ranking(name, total=3, statistics={})
     other = LayerStatistics(4, everything(4))
     with pytest.raises(ValueError, match="must be of the scored model's 3 layers, got 4"):
-        POLICIES[name](Situation(None, 1, 3, 0, np.zeros(3), other))
+        POLICIES[name](PolicyInputs(None, 1, 3, 0, np.zeros(3), other))
 
 
 def test_random_follows_its_seed():
@@ -221,8 +222,9 @@ def test_random_follows_its_seed():
     assert abs(hits / 600 - 8 / 30).max() < 5 * np.sqrt(8 / 30 * 22 / 30 / 600)
 
 
-def test_every_policy_and_schedule_is_documented():
+def test_the_document_is_that_of_the_policies():
     text = (Path(__file__).parents[2] / "docs" / "POLICIES.md").read_text(encoding="utf-8")
+    assert text == with_tables(text), "python -m floe.selection.policies docs/POLICIES.md"
     rows = "\n".join(line.split("|")[1] for line in text.splitlines() if line.startswith("| `"))
     named = re.findall(r"`(\w+)`", rows)
-    assert sorted(named) == sorted([*POLICIES, "lisa", "alast"])
+    assert sorted(named) == sorted([*POLICIES, *known_statistics(), "lisa", "alast"])

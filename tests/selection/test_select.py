@@ -6,11 +6,10 @@ import sys
 import numpy as np
 import pytest
 
-import floe.selection
+import floe
 from floe.errors import FileError
 from floe.importance.scores import Scores
-from floe.selection.budget_path import BUDGET_PATH, path_score
-from floe.selection.masks.determine import determine
+from floe.selection.masks.determine import BUDGET_PATH, determine, path_score
 from floe.selection.masks.presets import PRESETS, Preset
 from floe.selection.ranking import layer_score, rank_layers, spearman
 from floe.selection.select import Selection, select
@@ -133,8 +132,8 @@ def test_equal_scores_go_to_the_lower_index_from_either_end(scores):
 def test_score_over_a_path_of_budgets(scores, preset, tmp_path):
     found = select(scores, preset=preset, policy="masks", score="path", layers=2)
     expected = path_score(scores, preset)
-    assert found.layer_scores.tolist() == expected.scores.tolist()
-    assert found.paper.layer_scores.tolist() == expected.scores.tolist()
+    assert found.layer_scores.tolist() == expected.tolist()
+    assert found.paper.layer_scores.tolist() == expected.tolist()
     assert found.budget_path == BUDGET_PATH
     other = select(scores, preset=preset, policy="masks", score="path", layers=2, budget=0.9)
     assert other.ranking == found.ranking  # the single budget decides the masks alone
@@ -266,7 +265,7 @@ def test_selection_works_without_torch():
     """As on a laptop that has only numpy: neither torch nor transformers is imported."""
     code = (
         "import sys, numpy as np\n"
-        "import floe.selection, floe\n"
+        "import floe.selection.select, floe\n"
         "from floe.importance.scores import Scores\n"
         "one = np.ones((3, 2))\n"
         "scores = Scores(one, one, one, one, np.arange(3.0))\n"
@@ -280,7 +279,7 @@ def test_selection_works_without_torch():
 def test_presets_are_open(scores):
     mine = Preset("mine", cost="unit", granularity="layer", refine="swap", pairs="all")
     assert select(scores, layers=2, preset=mine).preset == "mine"
-    assert floe.selection.select is select
+    assert floe.select is select
 
 
 def test_tuning_changes_retained_units_alone(tmp_path):

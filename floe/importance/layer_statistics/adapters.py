@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from floe.adapters.targets import adapted_layers
 from floe.data.loss import IGNORE_INDEX, base_only, evaluating, for_loss, losses, on_device
 from floe.decoder_blocks import find_blocks
-from floe.importance.layer_statistics.states import forward_states, starting_at
+from floe.importance.layer_statistics.forward import forward_states, starting_at
 from floe.types import Batch, Flags, Floats, Progress
 
 _RIDGE = 1e-9  # of the mean weight: decides only what the sets leave open
@@ -120,7 +120,7 @@ def forward_selection(
     batches: Sequence[Batch],
     steps: int | None = None,
     progress: Progress | None = None,
-) -> tuple[Floats, Floats]:
+) -> dict[str, Floats]:
     """Open the layers' adapters one by one, each time the one that lowers the loss most.
 
     Loss: mean over rows of their mean NLL, in nats. Ties: the lower layer. Layers without adapters
@@ -132,8 +132,8 @@ def forward_selection(
             would have given in the last step.
 
     Returns:
-        Each layer's place in that order, 1 = first, [L]; and the loss when it had joined, or would
-        have in the last step, [L].
+        forward_place: each layer's place in that order, 1 = first, [L]; forward_loss: the loss when
+        it had joined, or would have in the last step, [L].
 
     Raises:
         ValueError: a model without floe adapters, a row without labels, or steps < 1.
@@ -155,7 +155,7 @@ def forward_selection(
     joined[without] = joined.max()
     places = np.empty(total)
     places[order + without] = np.arange(1, total + 1)
-    return places, joined
+    return {"forward_place": places, "forward_loss": joined}
 
 
 def _losses_if_opened(model: nn.Module, batches: Sequence[Batch], closed: Sequence[int]) -> Floats:

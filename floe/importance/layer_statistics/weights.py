@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from floe.adapters.targets import adapted_layers
 from floe.decoder_blocks import find_blocks, linear_at
 from floe.importance.taylor import is_quantised
 from floe.types import Floats, Integers, Progress
@@ -46,6 +47,14 @@ def projections(model: nn.Module) -> list[str]:
     if len(found) != 1:
         raise ValueError(f"all blocks must have the same projections, got {sorted(found)}")
     return list(found.pop())
+
+
+def adapted_projections(model: nn.Module) -> list[str]:
+    """Those of :func:`projections` that carry adapters; all of them in a plain model."""
+    adapted = {
+        path.rpartition(".")[2] for modules in adapted_layers(model).values() for path in modules
+    }
+    return [name for name in projections(model) if not adapted or name in adapted]
 
 
 @functools.lru_cache(maxsize=64)

@@ -6,142 +6,48 @@ reproduces, never that its layers train better than others.
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+import itertools
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from floe.errors import FileError
-from floe.selection.audit.policies import (
-    NAMES,
-    Agreement,
-    Options,
-    PolicyResult,
-    agreement_of,
-    compare_policies,
-)
-from floe.selection.audit.routers import RouterHealth, router_health
-from floe.selection.audit.rows import NO_ROWS, Rows, resamplable, rows_of
-from floe.selection.audit.stability import (
+from floe.selection.audit.compare import (
+    NO_ROWS,
     SPLITS,
-    Bootstrap,
-    Budgets,
-    Likeness,
-    Subsets,
+    Options,
+    Rows,
+    agreement_of,
     bootstrap_policy,
     budget_presets,
+    compare_policies,
+    names,
     null_policy,
+    resamplable,
     subset_policy,
+)
+from floe.selection.audit.result import (
+    Audit,
+    Cliff,
+    MaskLoss,
+    RouterHealth,
 )
 from floe.selection.audit.verdicts import judge
 from floe.selection.layer_count import choose_count
 from floe.selection.masks.determine import determine
 from floe.selection.masks.solvers import count, number
 from floe.selection.ranking import count_layers
-from floe.storage import write_json
 from floe.types import Progress
 
 if TYPE_CHECKING:
     from floe.importance.scores import Scores
     from floe.importance.statistics import LayerStatistics
 
-FORMAT = 1
-
-
-@dataclass(frozen=True)
-class Cliff:
-    """Losses of arms with several numbers of layers against the largest number, paired by row.
-
-    above_full and error are the mean difference and its standard error. worse: the numbers more
-    than two standard errors above. begins: where a cliff begins, coming down; None if nowhere.
-    """
-
-    counts: tuple[int, ...]
-    above_full: tuple[float, ...]
-    error: tuple[float, ...]
-    worse: tuple[int, ...]
-    begins: int | None
-
-
-@dataclass(frozen=True)
-class MaskLoss:
-    """What masking the units that preset "global" masks costs, in Fisher information (nats^2).
-
-    With g_i [S] a unit's gradients over the rows: diagonal_loss is the sum of || g_i ||^2 (Eq. 9 of
-    the FLoE paper), block_loss the sum over layers, heads and neurons apart, of
-    || sum_i g_i ||^2 (Eq. 7 and 8 within these blocks).
-    """
-
-    masked: int
-    diagonal_loss: float
-    block_loss: float
-
-
-@dataclass(frozen=True)
-class Audit:
-    """What an audit found. L layers, 0-based; K of them are chosen.
-
-    Attributes:
-        layers: L. count: K. seed, budget, score: the options. rows: S per-sample rows, 0 if none
-            were kept. draws: of the bootstrap.
-        policy: the run's own, which the verdicts are about.
-        policies: every policy whose inputs are there; lacking: name -> what the others need.
-        agreement: of all of them.
-        bootstrap, subsets: of the policies that are sums over rows; not_resampled: name -> what is
-            missing of those that could be, with per-sample arrays.
-        null: what random orders share with the run's policy.
-        budgets: every preset over budgets.
-        masks: diagonal against block Fisher information; None without per-sample mask gradients.
-        routers: of the adapter that was scored, trained_routers: of the run's final one; empty if
-            not measured.
-        cliff: None if fewer than two numbers of layers were trained.
-        verdicts: "solid", "open" and "note": plain sentences from these numbers.
-        selection: of a run, the hash of what its select stage read; tells an old audit from a new.
-    """
-
-    layers: int
-    count: int
-    seed: int
-    budget: float
-    score: str
-    rows: int
-    draws: int
-    policy: str
-    policies: tuple[PolicyResult, ...]
-    lacking: dict[str, str]
-    agreement: Agreement
-    bootstrap: tuple[Bootstrap, ...]
-    subsets: tuple[Subsets, ...]
-    not_resampled: dict[str, str]
-    null: Likeness
-    budgets: tuple[Budgets, ...]
-    masks: MaskLoss | None
-    routers: tuple[RouterHealth, ...]
-    trained_routers: tuple[RouterHealth, ...]
-    cliff: Cliff | None
-    verdicts: dict[str, list[str]]
-    selection: str = ""
-
-    def document(self) -> dict[str, Any]:
-        """Plain JSON values, with the format's number."""
-        found: dict[str, Any] = json.loads(json.dumps(asdict(self), allow_nan=False))
-        return found | {"format": FORMAT}
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write ``path`` as JSON, whole or not at all; equal audits give equal bytes.
-
-        Raises:
-            FileError: it cannot be written.
-        """
-        try:
-            write_json(Path(path), self.document())
-        except OSError as error:
-            raise FileError(path, f"cannot be written: {error.strerror}") from error
+COLLAPSED_LOAD = 0.5
+COLLAPSED_USAGE = 0.9
+UNSPECIALISED = 0.01
 
 
 def audit(
@@ -183,17 +89,24 @@ def audit(
     """
     if count("bootstrap", bootstrap) < 1:
         raise ValueError(f"bootstrap must be >= 1, got {bootstrap}")
-    options = Options(
-        count_layers(layers, scores.layer_count), count("seed", seed), number("budget", budget),
-        score, statistics,
-    )  # fmt: skip
-    rows = rows_of(scores)
+    fixed = count("seed", seed), number("budget", budget)
+    options = Options(count_layers(layers, scores.layer_count), *fixed, score, statistics)
+    rows = Rows.of(scores)
     scores = rows.scores
     policies, absent = compare_policies(scores, options)
-    chosen = _chosen(policy, policies, absent)
-    ticker = _Ticker(progress, _work(policies, scores, bootstrap))
-    resampled, subsets, missing = _resampled(policies, rows, options, bootstrap, ticker)
-    found = Audit(
+    if policy not in names():
+        raise ValueError(f"policy must be one of {sorted(names())}, got {policy!r}")
+    if policy in absent:
+        raise ValueError(f"policy {policy!r} needs {absent[policy]}")
+    missing = {result.name: resamplable(result.name, scores) for result in policies}
+    drawn = [result for result in policies if not missing[result.name]]
+    total, done = max(1, len(drawn) * (bootstrap + SPLITS)), itertools.count(1)
+
+    def tick(part: str) -> None:
+        if progress is not None:  # the budgets' few parts are not in the total
+            progress(min(next(done), total), total, part)
+
+    result = Audit(
         layers=scores.layer_count,
         count=options.count,
         seed=options.seed,
@@ -205,67 +118,18 @@ def audit(
         policies=policies,
         lacking=absent,
         agreement=agreement_of(policies),
-        bootstrap=resampled,
-        subsets=subsets,
-        not_resampled=missing,
-        null=null_policy(chosen, scores, options),
-        budgets=budget_presets(policies, scores, options, lambda: ticker.tick("budgets")),
+        bootstrap=tuple(bootstrap_policy(p, rows, options, bootstrap, tick) for p in drawn),
+        subsets=tuple(subset_policy(p, rows, options, tick) for p in drawn),
+        not_resampled={name: why for name, why in missing.items() if why not in ("", NO_ROWS)},
+        null=null_policy(next(p for p in policies if p.name == policy), scores, options),
+        budgets=budget_presets(policies, scores, options, tick),
         masks=mask_loss(scores, options.budget),
-        routers=router_health(router),
-        trained_routers=router_health(trained_router),
+        routers=tuple(map(router_health, router)),
+        trained_routers=tuple(map(router_health, trained_router)),
         cliff=_cliff(losses),
         verdicts={},
     )
-    return replace(found, verdicts=judge(found))
-
-
-def _chosen(
-    policy: str, policies: Sequence[PolicyResult], absent: Mapping[str, str]
-) -> PolicyResult:
-    if policy not in NAMES:
-        raise ValueError(f"policy must be one of {sorted(NAMES)}, got {policy!r}")
-    if policy in absent:
-        raise ValueError(f"policy {policy!r} needs {absent[policy]}")
-    return next(one for one in policies if one.name == policy)
-
-
-def _work(policies: Sequence[PolicyResult], scores: Scores, draws: int) -> int:
-    """Parts of the progress, except for the budgets."""
-    return sum(draws + SPLITS for one in policies if not resamplable(one.name, scores))
-
-
-class _Ticker:
-    """Counts parts of the work; the budgets' few are not counted."""
-
-    def __init__(self, progress: Progress | None, total: int) -> None:
-        self._progress, self._done, self._total = progress, 0, max(1, total)
-
-    def tick(self, note: str) -> None:
-        """One part is done."""
-        self._done = min(self._done + 1, self._total)
-        if self._progress is not None:
-            self._progress(self._done, self._total, note)
-
-
-def _resampled(
-    policies: Sequence[PolicyResult], rows: Rows, options: Options, draws: int, ticker: _Ticker
-) -> tuple[tuple[Bootstrap, ...], tuple[Subsets, ...], dict[str, str]]:
-    """Bootstrap and subsets of what can be resampled, and what the rest would need."""
-    drawn: list[Bootstrap] = []
-    parts: list[Subsets] = []
-    missing: dict[str, str] = {}
-    for one in policies:
-        why = resamplable(one.name, rows.scores)
-        if why:
-            missing |= {one.name: why} if why != NO_ROWS else {}
-            continue
-
-        def tick(name: str = one.name) -> None:
-            ticker.tick(name)
-
-        drawn.append(bootstrap_policy(one, rows, options, draws, tick))
-        parts.append(subset_policy(one, rows, options, tick))
-    return tuple(drawn), tuple(parts), missing
+    return replace(result, verdicts=judge(result))
 
 
 def mask_loss(scores: Scores, budget: float) -> MaskLoss | None:
@@ -296,4 +160,26 @@ def _cliff(losses: Mapping[int, ArrayLike] | None) -> Cliff | None:
         error=tuple(found.above_full_error.tolist()),
         worse=found.worse,
         begins=found.cliff,
+    )
+
+
+def router_health(one: Mapping[str, Any]) -> RouterHealth:
+    """Flags for one entry of what floe.evaluation.routers.router_statistics returned.
+
+    Raises:
+        KeyError: the entry lacks one of its values.
+    """
+    usage = np.asarray(one["usage"], dtype=np.float64)
+    load, information = float(one["load_entropy"]), float(one["mutual_information"])
+    several = len(usage) > 1
+    return RouterHealth(
+        layer=int(one["layer"]),
+        module=str(one["module"]),
+        usage=tuple(usage.tolist()),
+        load_entropy=load,
+        token_entropy=float(one["token_entropy"]),
+        mutual_information=information,
+        cv2=float(usage.var() / usage.mean() ** 2),
+        collapsed=several and bool(load < COLLAPSED_LOAD or usage.max() > COLLAPSED_USAGE),
+        unspecialised=several and information < UNSPECIALISED,
     )

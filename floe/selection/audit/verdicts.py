@@ -7,15 +7,14 @@ not shown, "note" what holds in any case. No sentence says that layers are good 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from floe.selection.audit.build import Audit
+from floe.selection.audit.result import Audit
+from floe.selection.masks.presets import PRESETS
 
 SOLID_DRAWS = 0.9  # share of bootstrap draws
 SOLID_HALVES = 7 / 8  # of the layers that two halves of the rows share
 SAME_READING = 0.9  # Spearman correlation above which two readings rank alike
-READINGS = ("masks/global", "masks/exact", "masks/paper_layer", "masks/alg1_literal")
+READINGS = tuple(f"masks/{preset}" for preset in PRESETS)
 _SHOWN = 8  # names in one sentence
 
 Verdict = tuple[str, str]

@@ -6,6 +6,7 @@ L layers of H heads and I neurons; a unit is one of either, True means retained.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -20,11 +21,13 @@ from floe.selection.masks.solvers import (
     solve_two_class,
     solve_two_class_literal,
 )
+from floe.selection.ranking import layer_score
 from floe.types import Flags, Floats
 
 if TYPE_CHECKING:
     from floe.importance.scores import Scores
 
+BUDGET_PATH = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # the FLoE paper gives no value for its budget
 _TOLERANCE = 1e-12  # relative; a bound met this closely is met
 
 __all__ = [
@@ -85,6 +88,38 @@ def determine(
         return _determine(units, chosen, limit)
     layers = len(units.head_value)
     return _joined([_determine(units.layer(i), chosen, limit / layers) for i in range(layers)])
+
+
+def budget_path_of(budgets: Sequence[float]) -> tuple[float, ...]:
+    """Budgets to average over, ascending.
+
+    Raises:
+        ValueError: no budget, or one that is given twice. TypeError: no number.
+    """
+    path = tuple(sorted(number("budget_path", budget) for budget in budgets))
+    if not path or len(set(path)) != len(path):
+        raise ValueError(f"budget_path must hold budgets, each once, got {list(budgets)}")
+    return path
+
+
+def masked_shares(
+    scores: Scores, preset: str | Preset = "global", budgets: Sequence[float] = BUDGET_PATH
+) -> Floats:
+    """How much of each layer is masked under each budget, [budgets, L]; one solve for each.
+
+    The share is half the masked share of the heads and half that of the neurons ("sparsity" of
+    ranking.layer_score), of binary masks. Arguments and errors as in :func:`determine` and
+    :func:`budget_path_of`.
+    """
+    masks = [determine(scores, preset, budget) for budget in budget_path_of(budgets)]
+    return np.array([layer_score(m.head_mask, m.neuron_mask, how="sparsity") for m in masks])
+
+
+def path_score(
+    scores: Scores, preset: str | Preset = "global", budgets: Sequence[float] = BUDGET_PATH
+) -> Floats:
+    """The mean of :func:`masked_shares` over the budgets, [L]; spares choosing one of them."""
+    return np.asarray(masked_shares(scores, preset, budgets).mean(axis=0))
 
 
 def _values(scores: Scores, first_order: bool) -> tuple[Floats, Floats]:
