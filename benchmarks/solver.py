@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 
 from benchmarks import harness
 from benchmarks.harness import Candidate, Check
-from floe.selection.masks.determine import MaskSolution, solve_mask, solve_two_class
+from floe.selection.masks.solvers import MaskSolution, solve_mask, solve_two_class
 from floe.types import Flags, Floats
 
 _NEURONS_PER_HEAD = 344  # 11,008 neurons and 32 heads a layer, as LLaMA2-7B has

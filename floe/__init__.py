@@ -34,7 +34,7 @@ _HOMES = {
     "floe.rank_search.search": ("SearchResult", "search"),
     "floe.selection.allocate": ("allocate",),
     "floe.selection.audit": ("Audit", "audit"),
-    "floe.selection.masks.determine": (
+    "floe.selection.masks.solvers": (
         "MaskSolution",
         "solve_mask",
         "solve_two_class",

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from floe import ops
 from floe.numerics import Result, error_budget, relative_error
-from floe.selection.masks.determine import solve_mask, solve_two_class
+from floe.selection.masks.solvers import solve_mask, solve_two_class
 
 Found = tuple[str, float, float]  # output, error, budget
 Compared = tuple[str, Tensor, Tensor, Tensor]  # output, ours, in float64, plain torch's

@@ -11,8 +11,7 @@ from floe.config import SearchConfig
 from floe.importance.scores import Scores
 from floe.pipeline.inputs import Workspace
 from floe.selection.allocate import Options, Saturating, fit_gain, option_costs
-from floe.selection.modules import module_scores
-from floe.selection.placement import Placement, place_modules, place_sizes
+from floe.selection.placement import Placement, module_scores
 from floe.selection.select import Selection
 
 
@@ -47,11 +46,11 @@ def place(
     )  # fmt: skip
     budget = int(parameters[list(choice.layers)].sum())
     if kind == "modules":
-        return place_modules(module_scores(scores, choice.policy), parameters, budget, names)
+        return Placement.of_modules(module_scores(scores, choice.policy), parameters, budget, names)
     assert gain is not None
     pairs = [(0, 0), *options]
     costs = np.array([option_costs(list(block.values()), pairs) for block in shapes])
-    return place_sizes(choice.layer_scores, pairs, costs, budget, gain)
+    return Placement.of_sizes(choice.layer_scores, pairs, costs, budget, gain)
 
 
 def size_options(search: SearchConfig) -> list[tuple[int, int]]:
@@ -74,6 +73,6 @@ def capacity_gain(found: dict[str, Any], r0: float | None) -> Saturating:
         return Saturating(r0)
     trials = [trial for trial in found["trials"] if trial["state"] == "complete"]
     try:
-        return fit_gain(trials).gain
+        return fit_gain(trials)
     except ValueError as error:
         raise ValueError(f"select.r0 must be set, the search does not tell it: {error}") from error

@@ -65,24 +65,6 @@ class Allocation:
     unit: int
 
 
-@dataclass(frozen=True)
-class GainFit:
-    """``loss = a - b * (1 - exp(-rank * sqrt(experts) / r0))`` fitted to trials.
-
-    residual is the root of the mean squared difference, in the unit of the loss.
-    """
-
-    a: float
-    b: float
-    r0: float
-    residual: float
-
-    @property
-    def gain(self) -> Saturating:
-        """The model to allocate with."""
-        return Saturating(self.r0)
-
-
 def allocate(
     layer_scores: ArrayLike,
     options: Options,
@@ -162,8 +144,10 @@ def option_costs(dimensions: Sequence[tuple[int, int]], options: Options) -> Int
     return np.array(costs, dtype=np.int64)
 
 
-def fit_gain(trials: Sequence[Mapping[str, Any]]) -> GainFit:
-    """Fit how the loss falls with capacity, by least squares over a, b and r0.
+def fit_gain(trials: Sequence[Mapping[str, Any]]) -> Saturating:
+    """Fit how the loss falls with capacity.
+
+    ``loss = a - b * (1 - exp(-rank * sqrt(experts) / r0))`` by least squares over a, b and r0.
 
     Args:
         trials: mappings with ``rank``, ``num_experts`` and ``value`` (the loss).
@@ -186,10 +170,10 @@ def fit_gain(trials: Sequence[Mapping[str, Any]]) -> GainFit:
     if np.ptp(loss) <= _TOLERANCE * np.abs(loss).max():
         raise ValueError(f"the trials' loss must fall with capacity, got {loss[0]} everywhere")
     r0 = _best_r0(capacity, loss, different)
-    a, b, residual = _linear_fit(capacity, loss, r0)
-    if not b > 0:
-        raise ValueError(f"the trials' loss must fall with capacity, got a slope of {-b:.3g}")
-    return GainFit(a, b, r0, residual)
+    slope, _ = _linear_fit(capacity, loss, r0)
+    if not slope < 0:
+        raise ValueError(f"the trials' loss must fall with capacity, got a slope of {slope:.3g}")
+    return Saturating(r0)
 
 
 def _best_r0(capacity: Floats, loss: Floats, different: Floats) -> float:
@@ -198,7 +182,7 @@ def _best_r0(capacity: Floats, loss: Floats, different: Floats) -> float:
     low, high = np.log(positive[0] / 30), np.log(30 * positive[-1])
     for _ in range(12):
         grid = np.linspace(low, high, 41)
-        residuals = [_linear_fit(capacity, loss, float(np.exp(x)))[2] for x in grid]
+        residuals = [_linear_fit(capacity, loss, float(np.exp(x)))[1] for x in grid]
         best = int(np.argmin(residuals))
         if best in (0, 40):
             what = "flat behind the smallest" if best == 0 else "straight up to the largest"
@@ -207,12 +191,11 @@ def _best_r0(capacity: Floats, loss: Floats, different: Floats) -> float:
     return float(np.exp((low + high) / 2))
 
 
-def _linear_fit(capacity: Floats, loss: Floats, r0: float) -> tuple[float, float, float]:
-    """a, b and the root mean square of the residual."""
-    share = -np.expm1(-capacity / r0)
-    design = np.stack([np.ones_like(share), -share], axis=1)
-    (a, b), *_ = np.linalg.lstsq(design, loss, rcond=None)
-    return float(a), float(b), float(np.sqrt(np.mean((design @ (a, b) - loss) ** 2)))
+def _linear_fit(capacity: Floats, loss: Floats, r0: float) -> tuple[float, float]:
+    """-b, and the root mean square of the residual."""
+    design = np.stack([np.ones_like(capacity), -np.expm1(-capacity / r0)], axis=1)
+    found, *_ = np.linalg.lstsq(design, loss, rcond=None)
+    return float(found[1]), float(np.sqrt(np.mean((design @ found - loss) ** 2)))
 
 
 def _options(options: Options) -> list[tuple[int, int]]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike
 
-from floe.selection.masks.solvers import count, number, numbers
+from floe.selection.masks.solvers import count, numbers
 from floe.types import Floats
 
 ADAM_BYTES = 16
@@ -23,12 +23,10 @@ def layer_memory(
     parameters: Sequence[int],
     saved_bytes: Sequence[int] | int,
     tokens: int,
-    *,
-    parameter_bytes: int = ADAM_BYTES,
 ) -> list[int]:
     """Bytes that training each layer's adapters takes beyond the frozen model, [L].
 
-    ``parameters[k] * parameter_bytes + tokens * saved_bytes[k]``: weights, gradients and optimiser
+    ``parameters[k] * ADAM_BYTES + tokens * saved_bytes[k]``: weights, gradients and optimiser
     state, and what the adapters' forward pass keeps for the backward pass. Not in it: the frozen
     weights, which any choice has, and what the frozen layers above the lowest adapted one keep,
     which depends on where that one lies and not on how many there are.
@@ -38,7 +36,6 @@ def layer_memory(
         saved_bytes: kept by a layer's adapters per token; one number for all layers, or [L]. See
             :func:`saved_bytes_per_token`.
         tokens: of one forward pass, padding included.
-        parameter_bytes: per parameter; 16 with float32 weights and Adam.
 
     Raises:
         ValueError: a negative number, or lengths that differ. TypeError: no integers.
@@ -47,11 +44,8 @@ def layer_memory(
     saved = list(saved_bytes) if isinstance(saved_bytes, Sequence) else [saved_bytes] * len(sizes)
     if len(saved) != len(sizes):
         raise ValueError(f"saved_bytes must have {len(sizes)} layers, got {len(saved)}")
-    each, rows = count("parameter_bytes", parameter_bytes), count("tokens", tokens)
-    return [
-        size * each + rows * count("saved_bytes", kept)
-        for size, kept in zip(sizes, saved, strict=True)
-    ]
+    rows, kept = count("tokens", tokens), [count("saved_bytes", each) for each in saved]
+    return [size * ADAM_BYTES + rows * each for size, each in zip(sizes, kept, strict=True)]
 
 
 def saved_bytes_per_token(
@@ -84,8 +78,7 @@ class CountChoice:
     """How many layers a sweep over validation losses supports.
 
     Attributes:
-        count: the smallest number of layers whose loss is within ``errors`` standard errors of the
-            best.
+        count: the smallest number of layers whose loss is within a standard error of the best.
         best: the number of layers of least mean loss (ties: fewer layers).
         full: the largest number tried, the reference of the cliff.
         counts: all that were tried, ascending; of means [counts], the mean losses.
@@ -109,9 +102,7 @@ class CountChoice:
     cliff: int | None
 
 
-def choose_count(
-    losses: Mapping[int, ArrayLike], *, errors: float = 1.0, cliff_errors: float = 2.0
-) -> CountChoice:
+def choose_count(losses: Mapping[int, ArrayLike]) -> CountChoice:
     """Choose the number of layers from a sweep, by paired validation losses.
 
     Every arm is compared on the same rows, so what rows have in common drops out: the standard
@@ -121,23 +112,18 @@ def choose_count(
 
     Args:
         losses: number of layers -> per-row losses [n]; the same rows in the same order.
-        errors: how many standard errors from the best are close enough; >= 0. 1 is the usual rule.
-        cliff_errors: how many above the largest number of layers make an arm worse.
 
     Raises:
         ValueError: nothing to compare, fewer than two rows, lengths that differ, a number that is
             not finite, or no number of layers.
     """
-    within, beyond = number("errors", errors), number("cliff_errors", cliff_errors)
-    if not (within >= 0 and beyond >= 0):
-        raise ValueError(f"errors and cliff_errors must be >= 0, got {errors} and {cliff_errors}")
     counts, rows = _table(losses)
     means = rows.mean(axis=1)
     best, full = int(np.argmin(means)), len(counts) - 1
     above_best, best_error = _paired(rows, best)
     above_full, full_error = _paired(rows, full)
-    close = above_best <= within * best_error
-    worse = [k for k, far in zip(counts, above_full > beyond * full_error, strict=True) if far]
+    close = above_best <= best_error
+    worse = [k for k, far in zip(counts, above_full > 2 * full_error, strict=True) if far]
     return CountChoice(
         count=counts[int(np.argmax(close))],
         best=counts[best],

@@ -63,8 +63,8 @@ class SelectOptions:
         pick: "top", or "bottom" for the layers of lowest score: the reversed ranking of any policy,
             an ablation. Ties go to the lower index either way.
         budget_path: budgets in (0, 1] for score "path".
-        layer_memory: bytes each layer takes while it is trained, [L], for layers={"memory": n}; by
-            default scores.meta["adapter_memory"]. See layer_count.layer_memory.
+        layer_memory: bytes each layer takes while it is trained, [L], for layers={"memory": n}. See
+            layer_count.layer_memory.
         tune: None runs the tuning stage if model and batches are there and the masks of this model
             can be tuned; True must run it, False does not.
         tune_tokens: real tokens the tuning stage may use.
@@ -220,8 +220,6 @@ class _Parts:
         masks = Masks(found.head_mask.astype(np.float64), found.neuron_mask.astype(np.float64))
         paper = self._paper(masks)
         layer_scores, chosen = self._apply(paper.layer_scores)
-        records = [] if tuning is None else tuning.records
-        keys = ("layer", "component", "accepted", "residual_before", "residual_after")
         return Selection(
             policy=options.policy,
             preset=options.preset.name,
@@ -238,7 +236,7 @@ class _Parts:
             moves=self.binary.moves,
             tuned=tuning is not None,
             untuned=untuned,
-            tuning=[{key: record[key] for key in keys} for record in records],
+            tuning=[] if tuning is None else tuning.records,
             paper=paper,
             agreement={
                 "spearman": spearman(layer_scores, paper.layer_scores),
@@ -273,10 +271,9 @@ class _Parts:
         if not isinstance(self.options.layers, Mapping):
             return None
         kind, _ = layer_budget(self.options.layers)
-        if kind == "memory" and self.options.layer_memory is not None:
+        if kind == "memory":
             return self.options.layer_memory
-        name = {"params": "adapter_parameters", "memory": "adapter_memory"}[kind]
-        return self.scores.meta.get(name)
+        return self.scores.meta.get("adapter_parameters")
 
     def _apply(self, mask_scores: Floats) -> tuple[Floats, tuple[int, ...]]:
         """The policy's layer scores and its chosen layers.

@@ -5,9 +5,15 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from floe.selection.masks.determine import Units, determine, refine_masks
+from floe.selection.masks.determine import determine
 from floe.selection.masks.presets import PRESETS, Preset
-from floe.selection.masks.solvers import solve_mask, solve_two_class, solve_two_class_literal
+from floe.selection.masks.solvers import (
+    Units,
+    refine_masks,
+    solve_mask,
+    solve_two_class,
+    solve_two_class_literal,
+)
 
 PAIRS = ("same_layer_cross", "same_layer", "all")
 

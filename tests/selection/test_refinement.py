@@ -4,8 +4,13 @@ from helpers.all_choices import best_values
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from floe.selection.masks.determine import Units, refine_masks
-from floe.selection.masks.solvers import solve_mask, solve_two_class, solve_two_class_literal
+from floe.selection.masks.solvers import (
+    Units,
+    refine_masks,
+    solve_mask,
+    solve_two_class,
+    solve_two_class_literal,
+)
 
 PAIRS = ("same_layer_cross", "same_layer", "all")
 

@@ -28,7 +28,6 @@ def scores():
         adapter_fisher=np.array([1.0, 6, 3, 5, 2, 4]),
         meta={
             "adapter_parameters": [10, 20, 30, 40, 50, 60],
-            "adapter_memory": [700, 600, 500, 400, 300, 200],
         },
         head_gradient=rng.normal(size=(5, LAYERS, 4)).astype(np.float32),
         neuron_gradient=rng.normal(size=(5, LAYERS, 40)).astype(np.float32),
@@ -97,14 +96,15 @@ def test_layers_by_parameter_budget(scores):
 
 
 def test_layers_by_memory_budget(scores):
-    assert select(scores, layers={"memory": 1000}).layers == (1, 3)
-    assert select(scores, layers={"memory": 999}).layers == (1,)
+    memory = [700, 600, 500, 400, 300, 200]
+    assert select(scores, layers={"memory": 1000}, layer_memory=memory).layers == (1, 3)
+    assert select(scores, layers={"memory": 999}, layer_memory=memory).layers == (1,)
     given = select(scores, layers={"memory": 5}, layer_memory=[1, 2, 3, 4, 5, 6])
     assert given.layers == (1,)
     with pytest.raises(ValueError, match=r"must fit at least one layer, got 5; layer . takes"):
-        select(scores, layers={"memory": 5})
+        select(scores, layers={"memory": 5}, layer_memory=memory)
     with pytest.raises(ValueError, match="needs the bytes of training memory of each layer"):
-        select(dataclasses.replace(scores, meta={}), layers={"memory": 5})
+        select(scores, layers={"memory": 5})
 
 
 def test_the_bottom_of_any_ranking(scores):

@@ -7,9 +7,15 @@ import torch
 from helpers.importance_models import KINDS, adapted, assert_untouched, batches, plain, snapshot
 
 from floe.decoder_blocks import base_of, find_blocks, linear_at
-from floe.importance.least_squares import UnitSystem, solve_normal, solve_ridge
 from floe.selection.masks import tuning
-from floe.selection.masks.tuning import NotTunable, check_tunable, leading_rows, tune_masks
+from floe.selection.masks.tuning import (
+    NotTunable,
+    UnitSystem,
+    check_tunable,
+    leading_rows,
+    solve_ridge,
+    tune_masks,
+)
 
 UNITS = torch.tensor([[1.0, 0, 1], [0, 1, 1], [1, 1, 0], [2, 0, 1]], dtype=torch.float64)
 KEPT = [0, 2]  # the second of the three units is masked
@@ -26,11 +32,9 @@ def test_worked_example_of_the_solvers():
     assert rhs.tolist() == [10, 7]
     assert solve_ridge(gram, rhs, 0.0).tolist() == pytest.approx([1, 4 / 3])
     assert solve_ridge(gram, rhs, 1.0).tolist() == pytest.approx([1.05263158, 1.21052632])
-    assert solve_normal(gram, rhs).tolist() == pytest.approx([1.06206897, 1.22758621])
     assert solve_ridge(gram, -rhs, 0.0).tolist() == pytest.approx(
         [-1, -4 / 3]
     )  # the sign as printed
-    assert solve_normal(torch.tensor([[4.0]]), torch.tensor([6.0])).tolist() == [1.5]
 
 
 def test_worked_example_with_a_stream_difference():
@@ -40,7 +44,7 @@ def test_worked_example_with_a_stream_difference():
     system = UnitSystem(torch.ones(1, 2, dtype=torch.float64), width=1)
     system.add(UNITS[:, KEPT], target[:, None])
     system.finish()
-    scale = system.solve(0.0, "ridge")
+    scale = system.solve(0.0)
     assert scale.tolist() == pytest.approx([0.9, 1.43333333])
     assert system.residual(torch.ones_like(scale)) == pytest.approx(1.56844, abs=1e-5)
     assert system.residual(scale) == pytest.approx(1.44799, abs=1e-5)
@@ -60,14 +64,14 @@ def test_the_gram_matrix_is_held_three_times_at_most():
     """So that 14,336 units (1.5 GiB each time) fit 8 GB with all else."""
     code = (
         "import re, torch\n"
-        "from floe.importance.least_squares import UnitSystem\n"
+        "from floe.selection.masks.tuning import UnitSystem\n"
         "status = lambda: open('/proc/self/status').read()\n"
         "peak = lambda: int(re.search(r'VmHWM:\\s+(\\d+)', status())[1]) * 1024\n"
         "torch.linalg.cholesky_ex(torch.eye(2, dtype=torch.float64))\n"
         "before, weight = peak(), torch.randn(64, 4096) / 8\n"
         "system, inputs = UnitSystem(weight, 1), torch.randn(512, 4096)\n"
         "system.add(inputs, inputs @ weight.T)\n"
-        "assert system.finish().solve(1e-3, 'ridge').isfinite().all()\n"
+        "assert system.finish().solve(1e-3).isfinite().all()\n"
         "print((peak() - before) / (8 * 4096**2))\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
@@ -87,8 +91,7 @@ def test_gram_identity():
 
 
 @pytest.mark.parametrize(("width", "intercept"), [(1, False), (3, False), (3, True)])
-@pytest.mark.parametrize("solver", ["ridge", "lsmr_normal"])
-def test_equals_dense_least_squares(width, intercept, solver):
+def test_equals_dense_least_squares(width, intercept):
     generator = torch.Generator().manual_seed(width)
     units, channels = 4, 5
     weight = torch.randn(channels, units * width, generator=generator, dtype=torch.float64)
@@ -105,22 +108,12 @@ def test_equals_dense_least_squares(width, intercept, solver):
     torch.testing.assert_close(system.rhs, a.T @ b)
     around = torch.ones(units + intercept, dtype=torch.float64)
     full = torch.cat([a, torch.ones(len(b), 1, dtype=torch.float64)], 1) if intercept else a
-    if solver == "ridge":
-        around[units:] = 0  # the intercept is not pulled anywhere
-        damp = torch.full(
-            (units + intercept,), 0.1 * float((a * a).sum(0).mean()), dtype=torch.float64
-        )
-        damp[units:] = 0
-        rows, right = torch.cat([full, damp.sqrt().diag()]), torch.cat([b, damp.sqrt() * around])
-        expected = torch.linalg.lstsq(rows, right[:, None]).solution[:, 0]
-    else:
-        normal = full.T @ full
-        rows = torch.cat([normal, torch.eye(len(normal), dtype=torch.float64)])
-        right = torch.cat(
-            [full.T @ (b - full @ around), torch.zeros(len(normal), dtype=torch.float64)]
-        )
-        expected = around + torch.linalg.lstsq(rows, right[:, None]).solution[:, 0]
-    found = system.solve(0.1, solver)
+    around[units:] = 0  # the intercept is not pulled anywhere
+    damp = torch.full((units + intercept,), 0.1 * float((a * a).sum(0).mean()), dtype=torch.float64)
+    damp[units:] = 0
+    rows, right = torch.cat([full, damp.sqrt().diag()]), torch.cat([b, damp.sqrt() * around])
+    expected = torch.linalg.lstsq(rows, right[:, None]).solution[:, 0]
+    found = system.solve(0.1)
     torch.testing.assert_close(found, expected[:units])
     assert system.residual(found) == pytest.approx(float((a @ found - b).norm()))
 
@@ -296,13 +289,12 @@ def test_kv_groups_and_an_empty_layer():
     assert [r["residual_before"] == r["residual_after"] > 0 for r in records] == [True, True]
 
 
-@pytest.mark.parametrize(("on_reject", "solved"), [("skip", 6), ("stop", 1)])
-def test_rejected_masks_stay_binary(on_reject, solved):
+def test_rejected_masks_stay_binary():
     head, neuron = masks()
-    result = tune_masks(adapted(), batches(), head, neuron, bound=1e-9, on_reject=on_reject)
+    result = tune_masks(adapted(), batches(), head, neuron, bound=1e-9)
     assert np.array_equal(result.head_mask, head)
     assert np.array_equal(result.neuron_mask, neuron)
-    assert len(result.records) == solved
+    assert len(result.records) == 6
     assert not any(r["accepted"] for r in result.records)
 
 
@@ -373,8 +365,6 @@ def test_quantised_weights_are_refused(monkeypatch):
         ({"ridge": -1}, ValueError, "ridge must be a number >= 0, got -1"),
         ({"ridge": float("nan")}, ValueError, "ridge must be a number >= 0, got nan"),
         ({"bound": 0}, ValueError, "bound must be > 0, got 0"),
-        ({"solver": "qr"}, ValueError, "solver must be one of"),
-        ({"on_reject": "x"}, ValueError, "on_reject must be one of"),
         ({"max_tokens": 0}, ValueError, "max_tokens must be >= 1, got 0"),
         ({"head_mask": [[1.0]]}, TypeError, "head_mask must be a numpy array, got list"),
         ({"head_mask": np.ones((3, 5))}, ValueError, r"head_mask must be \[3, \[2, 4\]\], got"),

@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from floe.selection.masks.presets import Preset, preset_of
-from floe.selection.masks.refinement import Refinement, Units, refine_masks
 from floe.selection.masks.solvers import (
     MaskSolution,
+    Refinement,
+    Units,
     number,
+    refine_masks,
     solve_mask,
     solve_two_class,
     solve_two_class_literal,
@@ -29,18 +31,7 @@ if TYPE_CHECKING:
 
 BUDGET_PATH = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # the FLoE paper gives no value for its budget
 _TOLERANCE = 1e-12  # relative; a bound met this closely is met
-
-__all__ = [
-    "Determination",
-    "MaskSolution",
-    "Refinement",
-    "Units",
-    "determine",
-    "refine_masks",
-    "solve_mask",
-    "solve_two_class",
-    "solve_two_class_literal",
-]
+_MOVES = ("repairs", "adds", "swaps")
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,71 +136,48 @@ def _values(scores: Scores, first_order: bool) -> tuple[Floats, Floats]:
 def _determine(units: Units, preset: Preset, limit: float) -> Determination:
     """One budget's masks. The certificate is about the costs of the last stage that ran."""
     literal = preset.objective == "alg1_literal"
-    solution = _first_masks(units, preset, limit)
-    if preset.refine == "none":
-        heads, neurons = units.split(solution.mask)
-        bound = solution.upper_bound
-        certificate = _certificate(solution, bound, solution.optimal, limit, literal)
-        return Determination(heads, neurons, certificate, _moves(None))
-    refined = _refined(units, preset, limit, solution.mask)
-    if literal:
-        bound = refined.value + refined.masked_value  # printed, masking nothing is feasible
-    else:
-        bound = solve_mask(units.value, units.cost, limit, max_nodes=0).upper_bound
-    bound = max(bound, refined.value)
-    optimal = bound - refined.value <= _TOLERANCE * bound
-    certificate = _certificate(refined, bound, optimal, limit, literal)
-    return Determination(refined.head_mask, refined.neuron_mask, certificate, _moves(refined))
+    first = _first_masks(units, preset, limit)
+    last: MaskSolution | Refinement = first
+    masks, moves = units.split(first.mask), dict.fromkeys(_MOVES, 0)
+    bound, optimal = first.upper_bound, first.optimal
+    if preset.refine != "none":
+        printed = preset.refine == "alg2_literal"
+        last = refine_masks(units, limit, *masks, pairs=preset.pairs, literal=printed)
+        masks = last.head_mask, last.neuron_mask
+        moves = {move: getattr(last, move) for move in _MOVES}
+        if literal:
+            bound = last.value + last.masked_value  # printed, masking nothing is feasible
+        else:
+            bound = solve_mask(units.value, units.cost, limit, max_nodes=0).upper_bound
+        bound = max(bound, last.value)
+        optimal = bound - last.value <= _TOLERANCE * bound
+    certificate = {
+        "value": last.value,
+        "cost": last.masked_cost if literal else last.cost,
+        "budget": limit,
+        "upper_bound": bound,
+        "gap": bound - last.value,
+        "optimal": optimal,
+    }
+    return Determination(*masks, certificate, moves)
 
 
 def _first_masks(units: Units, preset: Preset, limit: float) -> MaskSolution:
     if preset.cost == "unit":
         return solve_mask(units.value, units.cost, limit)
-    head_cost, neuron_cost = _mean(units.head_cost), _mean(units.neuron_cost)
+    costs = units.head_cost, units.neuron_cost
+    head_cost, neuron_cost = (float(cost.mean()) if cost.size else 0.0 for cost in costs)
     solve = solve_two_class_literal if preset.objective == "alg1_literal" else solve_two_class
-    return solve(
-        units.head_value.ravel(), units.neuron_value.ravel(), head_cost, neuron_cost, limit
-    )
-
-
-def _refined(units: Units, preset: Preset, limit: float, mask: Flags) -> Refinement:
-    literal = preset.refine == "alg2_literal"
-    return refine_masks(units, limit, *units.split(mask), pairs=preset.pairs, literal=literal)
-
-
-def _certificate(
-    found: MaskSolution | Refinement, bound: float, optimal: bool, limit: float, literal: bool
-) -> dict[str, Any]:
-    return {
-        "value": found.value,
-        "cost": found.masked_cost if literal else found.cost,
-        "budget": limit,
-        "upper_bound": bound,
-        "gap": bound - found.value,
-        "optimal": optimal,
-    }
-
-
-def _moves(refined: Refinement | None) -> dict[str, int]:
-    if refined is None:
-        return {"repairs": 0, "adds": 0, "swaps": 0}
-    return {"repairs": refined.repairs, "adds": refined.adds, "swaps": refined.swaps}
-
-
-def _mean(costs: Floats) -> float:
-    return float(costs.mean()) if costs.size else 0.0
+    values = units.head_value.ravel(), units.neuron_value.ravel()
+    return solve(*values, head_cost, neuron_cost, limit)
 
 
 def _joined(parts: list[Determination]) -> Determination:
-    certificate: dict[str, Any] = {
-        key: sum(part.certificate[key] for part in parts)
-        for key in parts[0].certificate
-        if key != "optimal"
-    }
-    certificate["optimal"] = all(part.certificate["optimal"] for part in parts)
+    certificates = [part.certificate for part in parts]
+    certificate = {key: sum(each[key] for each in certificates) for key in certificates[0]}
     return Determination(
         np.concatenate([part.head_mask for part in parts]),
         np.concatenate([part.neuron_mask for part in parts]),
-        certificate,
-        {move: sum(part.moves[move] for part in parts) for move in ("repairs", "adds", "swaps")},
+        certificate | {"optimal": all(each["optimal"] for each in certificates)},
+        {move: sum(part.moves[move] for part in parts) for move in _MOVES},
     )
