@@ -79,8 +79,8 @@ def _check(name: str, array: Any, layers: int) -> None:
     if name not in known:
         raise ValueError(f"a statistic must be one of {sorted(known)}, got {name!r}")
     if not isinstance(array, np.ndarray) or array.dtype != np.float64:
-        came = f"numpy {array.dtype}" if isinstance(array, np.ndarray) else type(array).__name__
-        raise TypeError(f"{name} must be a numpy array of float64, got {came}")
+        given = f"numpy {array.dtype}" if isinstance(array, np.ndarray) else type(array).__name__
+        raise TypeError(f"{name} must be a numpy array of float64, got {given}")
     statistic = known[name]
     wanted = {"L": (layers,), "L + 1": (layers + 1,), "P": range(1, array.size + 1)}
     fits = len(statistic.sizes) == array.ndim and array.size > 0

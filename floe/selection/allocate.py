@@ -194,8 +194,8 @@ def _best_r0(capacity: Floats, loss: Floats, different: Floats) -> float:
 def _linear_fit(capacity: Floats, loss: Floats, r0: float) -> tuple[float, float]:
     """-b, and the root mean square of the residual."""
     design = np.stack([np.ones_like(capacity), -np.expm1(-capacity / r0)], axis=1)
-    found, *_ = np.linalg.lstsq(design, loss, rcond=None)
-    return float(found[1]), float(np.sqrt(np.mean((design @ found - loss) ** 2)))
+    fit, *_ = np.linalg.lstsq(design, loss, rcond=None)
+    return float(fit[1]), float(np.sqrt(np.mean((design @ fit - loss) ** 2)))
 
 
 def _options(options: Options) -> list[tuple[int, int]]:
@@ -256,19 +256,19 @@ def _near(gains: Floats) -> tuple[Floats, float, int]:
 
 
 def _costs(costs: ArrayLike, shape: tuple[int, int]) -> Integers:
-    found = np.asarray(costs)
-    if found.dtype.kind not in "iu":
-        raise TypeError(f"costs must be an array of integers, got dtype {found.dtype}")
-    if found.shape not in (shape, shape[1:]):
+    prices = np.asarray(costs)
+    if prices.dtype.kind not in "iu":
+        raise TypeError(f"costs must be an array of integers, got dtype {prices.dtype}")
+    if prices.shape not in (shape, shape[1:]):
         raise ValueError(
-            f"costs must have shape [J] = {shape[1:]} or [L, J] = {shape}, got {found.shape}"
+            f"costs must have shape [J] = {shape[1:]} or [L, J] = {shape}, got {prices.shape}"
         )
-    least, most = int(found.min()), int(found.max())
+    least, most = int(prices.min()), int(prices.max())
     if least < 0:
         raise ValueError(f"costs must be >= 0, got {least}")
     if most * shape[0] >= 2**61:
         raise ValueError(f"the layers' costs must sum to less than 2**61, got a cost of {most}")
-    return np.ascontiguousarray(np.broadcast_to(found, shape), dtype=np.int64)
+    return np.ascontiguousarray(np.broadcast_to(prices, shape), dtype=np.int64)
 
 
 def _check_table(layers: int, width: int, divisor: int, budget: int) -> None:

@@ -67,10 +67,10 @@ def saved_bytes_per_token(
         ValueError: a negative number. TypeError: no integers.
     """
     sizes = [count("inputs", size) for size in inputs]
-    own = [size for i, size in enumerate(sizes) if i == 0 or sizes[i - 1] != size]
+    distinct = [size for i, size in enumerate(sizes) if i == 0 or sizes[i - 1] != size]
     element = count("element_bytes", element_bytes)
     r, experts = count("rank", rank), count("num_experts", num_experts)
-    return sum(own) * element + len(sizes) * (r * experts * element + (r + experts) * 4)
+    return sum(distinct) * element + len(sizes) * (r * experts * element + (r + experts) * 4)
 
 
 @dataclass(frozen=True, eq=False)

@@ -180,31 +180,31 @@ def _mean_ranks(scores: Floats) -> Floats:
 
 
 def _vector(name: str, scores: ArrayLike) -> Floats:
-    found = np.asarray(scores, dtype=np.float64)
-    if found.ndim != 1:
-        raise ValueError(f"{name} must be one-dimensional, got shape {found.shape}")
-    bad = np.flatnonzero(np.isnan(found))
+    vector = np.asarray(scores, dtype=np.float64)
+    if vector.ndim != 1:
+        raise ValueError(f"{name} must be one-dimensional, got shape {vector.shape}")
+    bad = np.flatnonzero(np.isnan(vector))
     if bad.size:
         raise ValueError(f"{name}[{bad[0]}] must be a number, got nan")
-    return found
+    return vector
 
 
 def _mask(name: str, mask: ArrayLike) -> Floats:
-    found = np.asarray(mask, dtype=np.float64)
-    if found.ndim != 2:
-        raise ValueError(f"{name} must be [L, units], got shape {found.shape}")
-    bad = np.argwhere(~np.isfinite(found))
+    array = np.asarray(mask, dtype=np.float64)
+    if array.ndim != 2:
+        raise ValueError(f"{name} must be [L, units], got shape {array.shape}")
+    bad = np.argwhere(~np.isfinite(array))
     if len(bad):
         layer, unit = bad[0]
-        raise ValueError(f"{name}[{layer}, {unit}] must be finite, got {found[layer, unit]}")
-    return found
+        raise ValueError(f"{name}[{layer}, {unit}] must be finite, got {array[layer, unit]}")
+    return array
 
 
 def _ranking(ranking: ArrayLike) -> list[int]:
-    found = np.asarray(ranking)
-    if found.ndim != 1 or found.dtype.kind not in "iu":
-        raise ValueError(f"ranking must be [L] integers, got {found.dtype} of shape {found.shape}")
-    order = [int(layer) for layer in found]
+    array = np.asarray(ranking)
+    if array.ndim != 1 or array.dtype.kind not in "iu":
+        raise ValueError(f"ranking must be [L] integers, got {array.dtype} of shape {array.shape}")
+    order = [int(layer) for layer in array]
     if not order or sorted(order) != list(range(len(order))):
         raise ValueError(f"ranking must hold every layer once, got {order}")
     return order

@@ -110,9 +110,9 @@ def shapley(
             if progress is not None:
                 progress(done, len(batches), "shapley")
     value = -total / rows
-    found = np.zeros(len(find_blocks(model)))
-    found[layers] = shapley_values(drawn, value[2:], float(value[0]), float(value[1]))
-    return found
+    values = np.zeros(len(find_blocks(model)))
+    values[layers] = shapley_values(drawn, value[2:], float(value[0]), float(value[1]))
+    return values
 
 
 def forward_selection(
@@ -145,9 +145,9 @@ def forward_selection(
     order, joined = [], np.zeros(total)
     with evaluating(model):
         for step in range(most):
-            found = _losses_if_opened(model, batches, closed)
-            joined[closed] = found
-            order.append(closed.pop(int(np.argmin(found))))
+            loss = _losses_if_opened(model, batches, closed)
+            joined[closed] = loss
+            order.append(closed.pop(int(np.argmin(loss))))
             if progress is not None:
                 progress(step + 1, most, "forward_selection")
     order += sorted(closed, key=lambda layer: (joined[layer], layer))
@@ -243,8 +243,8 @@ def _row_kl(full: Tensor, other: Tensor, labels: Tensor) -> Tensor:
     wanted = labels[:, 1:] != IGNORE_INDEX
     each = [logits[:, :-1][wanted].split(_POSITIONS_AT_ONCE) for logits in (full, other)]
     parts = [_kl(p, q) for p, q in zip(*each, strict=True)]
-    found = torch.zeros(wanted.shape, dtype=torch.float64, device=full.device)
-    return found.masked_scatter(wanted, torch.cat(parts)).sum(1) / wanted.sum(1)
+    each_row = torch.zeros(wanted.shape, dtype=torch.float64, device=full.device)
+    return each_row.masked_scatter(wanted, torch.cat(parts)).sum(1) / wanted.sum(1)
 
 
 def _kl(full: Tensor, other: Tensor) -> Tensor:

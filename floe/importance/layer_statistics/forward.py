@@ -88,10 +88,10 @@ def starting_at(blocks: Sequence[Block], layer: int, states: States) -> Iterator
             vars(module)["forward"] = hand_on
         yield
     finally:
-        for module, own in zip(modules, before, strict=True):
+        for module, forward in zip(modules, before, strict=True):
             del vars(module)["forward"]
-            if own is not None:  # one that was there already, such as accelerate's
-                vars(module)["forward"] = own
+            if forward is not None:  # one that was there already, such as accelerate's
+                vars(module)["forward"] = forward
 
 
 def explained_variance(
@@ -122,11 +122,11 @@ def explained_variance(
     with evaluating(model), base_only(model):
         records = [_first_block(model, blocks, batch) for batch in batches]
         for block in blocks:
-            found = _inputs_covariance(model, block, records, names)
-            for path, one in found.items():
-                if not bool(one.products.isfinite().all()):
+            inputs = _inputs_covariance(model, block, records, names)
+            for path, covariance in inputs.items():
+                if not bool(covariance.products.isfinite().all()):
                     raise ValueError(f"inputs of {path} must be finite, got NaN or infinity")
-            ratios = {path: one.leading(rank) for path, one in found.items()}
+            ratios = {path: covariance.leading(rank) for path, covariance in inputs.items()}
             shares[block.index] = [ratios[_input_of(block, name)] for name in names]
             if progress is not None:
                 progress(block.index + 1, len(blocks), "eva")
@@ -235,10 +235,10 @@ def _inputs_covariance(
     model: nn.Module, block: Block, records: list[_Walk], names: Sequence[str]
 ) -> dict[str, Covariance]:
     """Run a block over all batches; covariances of its distinct inputs, by their first reader."""
-    found: dict[str, Covariance] = {_input_of(block, name): Covariance() for name in names}
+    covariances: dict[str, Covariance] = {_input_of(block, name): Covariance() for name in names}
     real = torch.empty(0, dtype=torch.bool)
     hooks = []
-    for path, covariance in found.items():
+    for path, covariance in covariances.items():
 
         def hook(_module: nn.Module, args: tuple[Any, ...], into: Covariance = covariance) -> None:
             into.add(args[0][real.to(args[0].device)])
@@ -252,7 +252,7 @@ def _inputs_covariance(
     finally:
         for handle in hooks:
             handle.remove()
-    return found
+    return covariances
 
 
 def _input_of(block: Block, name: str) -> str:
@@ -337,23 +337,23 @@ def zeroth_order(
 
 def _slope(model: nn.Module, batch: Batch, weights: list[Tensor], key: tuple[int, ...]) -> float:
     """Sum over rows of (L(W + e z) - L(W - e z)) / 2e; the weights are put back."""
-    own = [weight.detach().clone() for weight in weights]
+    weights_before = [weight.detach().clone() for weight in weights]
     scale = _norm(weights) / sum(weight.numel() for weight in weights) ** 0.5
     size = scale * (0.01 if weights[0].dtype.itemsize > 2 else 0.05)
-    found = []
+    sums = []
     batch = on_device(for_loss(batch, "response"), model)
     try:
         for sign in (1, -1):
             generator = _generator(*key)
-            for weight, value in zip(weights, own, strict=True):
+            for weight, value in zip(weights, weights_before, strict=True):
                 noise = torch.randn(value.shape, generator=generator).to(value.device)
                 weight.copy_(value + sign * size * noise)
             loss, _ = losses(model, batch, 0)
-            found.append(float(loss.sum(dtype=torch.float64)))
+            sums.append(float(loss.sum(dtype=torch.float64)))
     finally:
-        for weight, value in zip(weights, own, strict=True):
+        for weight, value in zip(weights, weights_before, strict=True):
             weight.copy_(value)
-    return (found[0] - found[1]) / (2 * size) if size else 0.0
+    return (sums[0] - sums[1]) / (2 * size) if size else 0.0
 
 
 def _norm(weights: Iterable[Tensor]) -> float:
@@ -375,5 +375,5 @@ def _disturbed(hidden: Tensor, real: Tensor, generator: torch.Generator) -> Tens
 
 def _relative_error(moved: Tensor, reference: Tensor, real: Tensor) -> float:
     """Sum over real tokens of ||moved - reference|| / ||reference||."""
-    own = reference[real].double()
-    return float(((moved[real].double() - own).norm(dim=-1) / own.norm(dim=-1)).sum())
+    plain = reference[real].double()
+    return float(((moved[real].double() - plain).norm(dim=-1) / plain.norm(dim=-1)).sum())

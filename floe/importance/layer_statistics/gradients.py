@@ -40,8 +40,8 @@ def gradient_norm(
         ValueError: a model without floe adapters, a row without labels, or a loss that is not
             finite.
     """
-    found = _experts(model)
-    parameters = [parameter for _, parameter in found]
+    experts = _experts(model)
+    parameters = [parameter for _, parameter in experts]
     sums = [torch.zeros(parameter.shape, dtype=torch.float64) for parameter in parameters]
     rows = 0
     with fresh_adapters(model, seed), evaluating(model), torch.enable_grad():
@@ -58,7 +58,7 @@ def gradient_norm(
             if progress is not None:
                 progress(done, len(batches), "gradient_norm")
     squares = np.zeros(len(find_blocks(model)))
-    for (layer, _), total in zip(found, sums, strict=True):
+    for (layer, _), total in zip(experts, sums, strict=True):
         squares[layer] += float(total.square().sum())
     return np.asarray(np.sqrt(squares))
 
@@ -116,13 +116,13 @@ def layer_card(
 
 def _coupling(flat: list[Tensor], norms: Floats) -> Floats:
     """Absolute cosines; 0 with a gradient of zero, 1 on the diagonal."""
-    found = np.eye(len(flat))
-    for i, one in enumerate(flat):
+    cosines = np.eye(len(flat))
+    for i, gradient in enumerate(flat):
         for j in range(i):
             size = norms[i] * norms[j]
-            inner = float(one.double() @ flat[j].double())
-            found[i, j] = found[j, i] = min(1.0, abs(inner) / size) if size else 0.0
-    return found
+            inner = float(gradient.double() @ flat[j].double())
+            cosines[i, j] = cosines[j, i] = min(1.0, abs(inner) / size) if size else 0.0
+    return cosines
 
 
 def _moments(block: Block, records: list[BackwardRecord]) -> tuple[Tensor, Tensor]:

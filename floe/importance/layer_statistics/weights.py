@@ -43,10 +43,10 @@ def projections(model: nn.Module) -> list[str]:
     Raises:
         ValueError: blocks with different projections.
     """
-    found = {tuple(block.linears) for block in find_blocks(model)}
-    if len(found) != 1:
-        raise ValueError(f"all blocks must have the same projections, got {sorted(found)}")
-    return list(found.pop())
+    names = {tuple(block.linears) for block in find_blocks(model)}
+    if len(names) != 1:
+        raise ValueError(f"all blocks must have the same projections, got {sorted(names)}")
+    return list(names.pop())
 
 
 def adapted_projections(model: nn.Module) -> list[str]:
@@ -114,16 +114,16 @@ def _second_pass(model: nn.Module, edge: int) -> tuple[Integers, Integers, list[
     """Per layer: how many scores lie above the bin, how many there are, and those in the bin."""
     kept, total, inside = [], [], []
     for block in _weights(model, None, "lamp"):
-        found, above, size = [], 0, 0
+        in_bin, above, size = [], 0, 0
         for weight in block:
             scores = lamp_scores(weight)
             bins = _bins(scores)
             above += int((bins > edge).sum())
             size += scores.numel()
-            found.append(scores[bins == edge].cpu().numpy())
+            in_bin.append(scores[bins == edge].cpu().numpy())
         kept.append(above)
         total.append(size)
-        inside.append(np.concatenate(found))
+        inside.append(np.concatenate(in_bin))
     return np.array(kept), np.array(total), inside
 
 

@@ -121,7 +121,7 @@ def _values(scores: Scores, first_order: bool) -> tuple[Floats, Floats]:
     """
     if not first_order:
         return scores.head_fisher, scores.neuron_fisher
-    rows, found = scores.meta.get("rows"), []
+    rows, values = scores.meta.get("rows"), []
     for kind in ("head", "neuron"):
         mean = getattr(scores, f"{kind}_mean")
         if mean is None or rows is None:
@@ -129,8 +129,8 @@ def _values(scores: Scores, first_order: bool) -> tuple[Floats, Floats]:
                 f"first_order needs scores.{kind}_mean, got None; measure it with "
                 "floe.score(..., first_order=True)"
             )
-        found.append(np.maximum(0.0, getattr(scores, f"{kind}_fisher") - 2 * int(rows) * mean))
-    return found[0], found[1]
+        values.append(np.maximum(0.0, getattr(scores, f"{kind}_fisher") - 2 * int(rows) * mean))
+    return values[0], values[1]
 
 
 def _determine(units: Units, preset: Preset, limit: float) -> Determination:

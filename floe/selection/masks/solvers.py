@@ -6,7 +6,7 @@ cost is its Taylor score, what retaining it takes from the budget. True always m
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any
@@ -96,22 +96,9 @@ def solve_mask(
         seconds = number("time_limit", time_limit)
         if not seconds > 0:
             raise ValueError(f"time_limit must be > 0 seconds, got {time_limit}")
-    found = _native.solve_knapsack(
-        numbers("value", value),
-        numbers("cost", cost),
-        number("budget", budget),
-        nodes,
-        seconds,
-        progress,
-    )
-    return MaskSolution(
-        mask=found["mask"],
-        **totals(found),
-        upper_bound=found["upper_bound"],
-        lambda_=found["lambda"],
-        optimal=found["optimal"],
-        nodes=found["nodes"],
-    )
+    values, costs, limit = numbers("value", value), numbers("cost", cost), number("budget", budget)
+    result = _native.solve_knapsack(values, costs, limit, nodes, seconds, progress)
+    return _solution(dict(result))
 
 
 def solve_two_class(
@@ -169,23 +156,23 @@ def _two_class(
     *,
     literal: bool,
 ) -> MaskSolution:
-    found = _native.solve_two_class(
-        numbers("head_value", head_value),
-        numbers("neuron_value", neuron_value),
-        number("head_cost", head_cost),
-        number("neuron_cost", neuron_cost),
-        number("budget", budget),
-        literal,
+    result: dict[str, Any] = dict(
+        _native.solve_two_class(
+            numbers("head_value", head_value),
+            numbers("neuron_value", neuron_value),
+            number("head_cost", head_cost),
+            number("neuron_cost", neuron_cost),
+            number("budget", budget),
+            literal,
+        )
     )
-    return MaskSolution(
-        mask=np.concatenate([found["head_mask"], found["neuron_mask"]]),
-        **totals(found),
-        upper_bound=found["upper_bound"],
-        lambda_=found["lambda"],
-        optimal=found["masked_value"] == 0 if literal else True,
-        head_mask=found["head_mask"],
-        neuron_mask=found["neuron_mask"],
-    )
+    result["mask"] = np.concatenate([result["head_mask"], result["neuron_mask"]])
+    result["optimal"] = result["masked_value"] == 0 if literal else True
+    return _solution(result)
+
+
+def _solution(result: dict[str, Any]) -> MaskSolution:
+    return MaskSolution(lambda_=result.pop("lambda"), **result)
 
 
 @dataclass(frozen=True, eq=False)
@@ -217,9 +204,8 @@ class Units:
         for name in ("head_value", "neuron_value", "head_cost", "neuron_cost"):
             object.__setattr__(self, name, numbers(name, getattr(self, name), dimensions=2))
         heads, neurons = self.head_value.shape, self.neuron_value.shape
-        if (self.head_cost.shape, self.neuron_cost.shape) != (heads, neurons) or heads[
-            0
-        ] != neurons[0]:
+        same = (self.head_cost.shape, self.neuron_cost.shape) == (heads, neurons)
+        if not same or heads[0] != neurons[0]:
             raise ValueError(
                 "values and costs must be [L, H] for heads and [L, I] for neurons, got "
                 f"{heads} and {self.head_cost.shape}, {neurons} and {self.neuron_cost.shape}"
@@ -237,17 +223,13 @@ class Units:
 
     def layer(self, index: int) -> Units:
         """The units of one layer, with L = 1."""
-        one = slice(index, index + 1)
-        return Units(
-            self.head_value[one], self.neuron_value[one], self.head_cost[one], self.neuron_cost[one]
-        )
+        arrays = self.head_value, self.neuron_value, self.head_cost, self.neuron_cost
+        return Units(*(array[index : index + 1] for array in arrays))
 
     def split(self, mask: Flags) -> tuple[Flags, Flags]:
         """A mask of all units as [L, H] and [L, I]."""
-        heads = self.head_value.size
-        return mask[:heads].reshape(self.head_value.shape), mask[heads:].reshape(
-            self.neuron_value.shape
-        )
+        heads, neurons = np.split(mask, [self.head_value.size])
+        return heads.reshape(self.head_value.shape), neurons.reshape(self.neuron_value.shape)
 
 
 def refine_masks(
@@ -287,34 +269,15 @@ def refine_masks(
     """
     heads = flags("head_mask", head_mask, units.head_value.shape)
     neurons = flags("neuron_mask", neuron_mask, units.neuron_value.shape)
-    found = _native.refine(
-        units.value,
-        units.cost,
-        number("budget", budget),
-        np.concatenate([heads.ravel(), neurons.ravel()]),
-        heads.shape[0],
-        heads.shape[1],
-        neurons.shape[1],
-        pairs,
-        literal,
-        count("max_moves", max_moves),
-        progress,
+    sizes = heads.shape[0], heads.shape[1], neurons.shape[1]
+    start, limit = np.concatenate([heads.ravel(), neurons.ravel()]), number("budget", budget)
+    most = count("max_moves", max_moves)
+    result: dict[str, Any] = dict(
+        _native.refine(
+            units.value, units.cost, limit, start, *sizes, pairs, literal, most, progress
+        )
     )
-    kept_heads, kept_neurons = units.split(found["mask"])
-    return Refinement(
-        kept_heads,
-        kept_neurons,
-        **totals(found),
-        repairs=found["repairs"],
-        adds=found["adds"],
-        swaps=found["swaps"],
-        converged=found["converged"],
-    )
-
-
-def totals(found: Mapping[str, Any]) -> dict[str, Any]:
-    """The four totals of a native solver's result."""
-    return {name: found[name] for name in ("value", "cost", "masked_value", "masked_cost")}
+    return Refinement(*units.split(result.pop("mask")), **result)
 
 
 def numbers(name: str, array: ArrayLike, dimensions: int = 1) -> Floats:
@@ -323,13 +286,13 @@ def numbers(name: str, array: ArrayLike, dimensions: int = 1) -> Floats:
     Raises:
         TypeError: not an array of real numbers. ValueError: of another number of dimensions.
     """
-    found = _plain(name, array)
-    if found.dtype.kind not in "fiu":
-        raise TypeError(f"{name} must be an array of real numbers, got dtype {found.dtype}")
-    if found.ndim != dimensions:
-        raise ValueError(f"{name} must have {dimensions} dimension(s), got shape {found.shape}")
+    plain = _plain(name, array)
+    if plain.dtype.kind not in "fiu":
+        raise TypeError(f"{name} must be an array of real numbers, got dtype {plain.dtype}")
+    if plain.ndim != dimensions:
+        raise ValueError(f"{name} must have {dimensions} dimension(s), got shape {plain.shape}")
     with np.errstate(over="ignore"):  # of a wider type: the solvers refuse infinity by position
-        return np.require(found, np.float64, ["C", "A"])
+        return np.require(plain, np.float64, ["C", "A"])
 
 
 def flags(name: str, mask: ArrayLike, shape: tuple[int, ...]) -> Flags:
@@ -338,14 +301,14 @@ def flags(name: str, mask: ArrayLike, shape: tuple[int, ...]) -> Flags:
     Raises:
         TypeError: not an array of numbers or booleans. ValueError: of another shape, or with NaN.
     """
-    found = _plain(name, mask)
-    if found.dtype.kind not in "bfiu":
-        raise TypeError(f"{name} must be an array of numbers or booleans, got dtype {found.dtype}")
-    if found.shape != shape:
-        raise ValueError(f"{name} must have shape {shape}, got {found.shape}")
-    if np.isnan(found).any():
+    plain = _plain(name, mask)
+    if plain.dtype.kind not in "bfiu":
+        raise TypeError(f"{name} must be an array of numbers or booleans, got dtype {plain.dtype}")
+    if plain.shape != shape:
+        raise ValueError(f"{name} must have shape {shape}, got {plain.shape}")
+    if np.isnan(plain).any():
         raise ValueError(f"{name} must be finite, got NaN")
-    return np.ascontiguousarray(found != 0)
+    return np.ascontiguousarray(plain != 0)
 
 
 def _plain(name: str, array: ArrayLike) -> Array:

@@ -122,10 +122,10 @@ class PolicyInputs:
             ValueError: it was not measured (says how to), or is of another number of layers.
         """
         if self.statistics is None or name not in self.statistics.values:
-            came = "no statistics" if self.statistics is None else sorted(self.statistics.values)
+            given = "no statistics" if self.statistics is None else sorted(self.statistics.values)
             raise ValueError(
-                f"policy {self.policy!r} needs the statistic {name!r}, got {came}; measure it with "
-                "floe.importance.layer_statistics.measure_statistics"
+                f"policy {self.policy!r} needs the statistic {name!r}, got {given}; measure it "
+                "with floe.importance.layer_statistics.measure_statistics"
                 f"(model, batches, [{self.policy!r}]) and hand it to select(..., statistics=...)"
             )
         if self.statistics.layers != self.total:
@@ -203,7 +203,7 @@ def policy(name: str = "", measure: Measure | None = None, **about: Any) -> Call
 def known_statistics() -> dict[str, Statistic]:
     """All that the policies' measures give, by name."""
     measures = dict.fromkeys(p.measure for p in POLICIES.values() if p.measure is not None)
-    return {name: statistic for one in measures for name, statistic in one.gives.items()}
+    return {name: statistic for measure in measures for name, statistic in measure.gives.items()}
 
 
 def finite(name: str, values: ArrayLike) -> Floats:
