@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 
 from floe.numerics import error_budget, relative_error
-from floe.pipeline.run_folder import environment, write_json
+from floe.pipeline.run_folder import environment
+from floe.storage import write_json
 
 _ROOT = Path(__file__).resolve().parent.parent
 DTYPES = ("bfloat16", "float16", "float32")

@@ -23,15 +23,15 @@ from benchmarks.quality_data import MIXES, SPLITS, mix_rows, shorter_than, write
 from floe.adapters import remove_adapters
 from floe.adapters.files import save_adapter
 from floe.config import parse_config
-from floe.data.batches import TokenRow
+from floe.data.batches import TokenRow, fingerprint
 from floe.evaluation.evaluate import evaluate_rows, mean_loss
 from floe.importance.layer_statistics import measure_statistics
 from floe.importance.score import score
 from floe.importance.scores import Scores
 from floe.importance.statistics import LayerStatistics
-from floe.pipeline.inputs import Workspace
-from floe.pipeline.placing import place
-from floe.pipeline.run_folder import RunFolder
+from floe.pipeline.inputs import RunInputs
+from floe.pipeline.run_folder import RunFolder, Stage
+from floe.pipeline.select import place
 from floe.selection.allocate import Saturating
 from floe.selection.placement import Placement
 from floe.selection.policies import POLICIES
@@ -118,7 +118,7 @@ class Study:
     def __init__(self, folder: Path, settings: Settings) -> None:
         self.folder, self.settings = folder, settings
         self.run_folder = RunFolder(folder)
-        self._works: dict[tuple[str, int], Workspace] = {}
+        self._works: dict[tuple[str, int], RunInputs] = {}
         record = study.record_of(settings, FORMAT)
         study.check_same(folder, record, "runs")
         folder.mkdir(parents=True, exist_ok=True)
@@ -129,10 +129,10 @@ class Study:
         """Machine and versions, as they were when the process started."""
         return harness.machine(torch.device("cpu"))
 
-    def work(self, mix: str, seed: int) -> Workspace:
+    def work(self, mix: str, seed: int) -> RunInputs:
         """Model and rows of a mix and seed; the rows are split and written on first use."""
         if (mix, seed) not in self._works:
-            work = Workspace(parse_config(self._config(mix, seed)))
+            work = RunInputs(parse_config(self._config(mix, seed)))
             for other in list(self._works.values())[:1]:  # one model and tokenizer for all
                 work.base_model, work.tokenizer = other.base_model, other.tokenizer
             self._split(mix, seed, work.tokenizer)
@@ -170,18 +170,22 @@ class Study:
             },
         }  # fmt: skip
 
-    def steps(self, work: Workspace, steps: int, rate: float) -> TrainSettings:
+    def steps(self, work: RunInputs, steps: int, rate: float) -> TrainSettings:
         """How a training of so many steps runs."""
         return dataclasses.replace(work.settings(steps), learning_rate=rate, save_steps=None)
 
-    def fresh(self, work: Workspace, placement: Placement | None = None) -> Any:
+    def fresh(self, work: RunInputs, placement: Placement | None = None) -> Any:
         """The base model with new adapters."""
         return work.fresh(self.settings.r, self.settings.num_experts, placement)
 
     def warm_up(self, mix: str, seed: int) -> Path:
         """Folder of the warm-up's adapter, scores and base losses, made if it is not there."""
         work, other = self.work(mix, seed), self.work(self.other(mix), seed)
-        inputs = {"data": work.data_identity(), "settings": dataclasses.asdict(self.settings)}
+        data = {
+            part: fingerprint(rows)
+            for part, rows in (("train", work.train_rows), ("validation", work.validation_rows))
+        }
+        inputs = {"data": data, "settings": dataclasses.asdict(self.settings)}
 
         def build(folder: Path) -> None:
             base = {part: self._losses(work, work.base_model, rows)
@@ -202,7 +206,7 @@ class Study:
             write_json(folder / "base.json", {**facts, **base})
 
         name = f"warmups/{mix}-seed{seed}"
-        self.run_folder.stage(name, inputs, build)
+        self.run_folder.make(Stage(name, inputs, build))
         return self.folder / name
 
     def other(self, mix: str) -> str:
@@ -210,7 +214,7 @@ class Study:
         mixes = self.settings.mixes
         return mixes[(mixes.index(mix) + 1) % len(mixes)]
 
-    def _score(self, work: Workspace, model: Any) -> Scores:
+    def _score(self, work: RunInputs, model: Any) -> Scores:
         size = self.settings.batch_size
         return score(
             model, work.batches(work.calibration_rows, size),
@@ -284,14 +288,14 @@ class Study:
         self.run_folder.event(run=run.name, what="finished")
         return result
 
-    def _measured(self, work: Workspace, other: Workspace) -> dict[str, list[TokenRow]]:
+    def _measured(self, work: RunInputs, other: RunInputs) -> dict[str, list[TokenRow]]:
         return {
             "validation": work.validation_rows,
             "test": work.test_rows,
             "other": other.validation_rows,
         }
 
-    def _losses(self, work: Workspace, model: Any, rows: Sequence[TokenRow]) -> dict[str, Any]:
+    def _losses(self, work: RunInputs, model: Any, rows: Sequence[TokenRow]) -> dict[str, Any]:
         """Mean loss, nats per target token, and each row's sum and count."""
         losses = evaluate_rows(model, rows, work.config.eval.batch_size)
         return {

@@ -14,7 +14,7 @@ from benchmarks.quality_report import read
 from benchmarks.quality_runs import Study
 from floe.adapters import get_model
 from floe.data.batches import Collator
-from floe.pipeline.inputs import Workspace
+from floe.pipeline.inputs import RunInputs
 from floe.selection.placement import Placement
 from floe.storage import write_json
 from floe.training.train import adapter_parameters, training_order
@@ -48,7 +48,7 @@ def measure(study: Study, rounds: int, clock_name: str, clock: Callable[[], floa
     write_json(study.folder / "times.json", {"format": 1, "rows": rows, **facts})
 
 
-def _step(study: Study, work: Workspace, place: Placement) -> Callable[[], None]:
+def _step(study: Study, work: RunInputs, place: Placement) -> Callable[[], None]:
     """One training step of adapters placed so, called again and again."""
     s = study.settings
     config = work.adapter_config(s.r, s.num_experts, place)

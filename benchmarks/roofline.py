@@ -22,7 +22,7 @@ from torch import Tensor
 
 from benchmarks import harness
 from benchmarks.steps import Step, recording, size, storage, tensors
-from floe.pipeline.run_folder import write_json
+from floe.storage import write_json
 
 NOTE = """\
 ESTIMATE, not a measurement: no GPU was used. A launch takes the longest of its products at the

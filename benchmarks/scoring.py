@@ -31,7 +31,7 @@ from floe.importance.chunk_store import chunks, passes
 from floe.importance.gradients import Capture
 from floe.importance.score import TAYLOR_ROWS
 from floe.importance.taylor import measure_taylor
-from floe.pipeline.inputs import Workspace
+from floe.pipeline.inputs import RunInputs
 from floe.training.memory import PeakMemory
 
 ARMS = ("plain", "masks", "adapters", "masks and adapters")
@@ -56,7 +56,7 @@ class Subject:
 def smollm2(rows: int, rank: int, experts: int) -> Subject:
     """SmolLM2-135M with routed adapters of random experts, and the demo's training rows."""
     models.load(models.SMOLLM2, device=torch.device("cpu"), dtype=torch.bfloat16)
-    work = Workspace(load_config(models.ROOT / "examples/demo/demo.yaml"))
+    work = RunInputs(load_config(models.ROOT / "examples/demo/demo.yaml"))
     model = get_model(work.base_model, FloeConfig(r=rank, num_experts=experts, alpha=32), seed=0)
     generator = torch.Generator().manual_seed(0)
     for module in adapted_modules(model).values():

@@ -20,7 +20,7 @@ from floe.adapters import get_model, remove_adapters
 from floe.config import parse_config
 from floe.decoder_blocks import find_blocks
 from floe.evaluation.evaluate import evaluate_rows, mean_loss
-from floe.pipeline.inputs import Workspace
+from floe.pipeline.inputs import RunInputs
 from floe.pipeline.run_folder import RunFolder
 from floe.rank_search.space import SearchSpace
 from floe.selection.placement import Placement
@@ -126,10 +126,10 @@ class Study:
         return harness.machine(self._work.device)
 
     @cached_property
-    def _work(self) -> Workspace:
+    def _work(self) -> RunInputs:
         s, folder = self.settings, self.folder / "data"
         rows = {split: {"path": str(folder / f"{split}.jsonl")} for split in SPLITS}
-        return Workspace(parse_config({
+        return RunInputs(parse_config({
             "model": {"path": s.model, "attention": "eager", "device": s.device},
             "data": {**rows, "columns": {"task": "task"}, "max_length": s.longest},
             "adapter": {"alpha": s.alpha, "dropout": s.dropout},

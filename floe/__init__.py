@@ -30,7 +30,7 @@ _HOMES = {
         "moe_lora_add",
         "moe_lora_group",
     ),
-    "floe.pipeline": ("RunResult", "run"),
+    "floe.pipeline.run": ("RunResult", "run"),
     "floe.rank_search.search": ("SearchResult", "search"),
     "floe.selection.allocate": ("allocate",),
     "floe.selection.audit": ("Audit", "audit"),

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from floe.pipeline import RunResult
+    from floe.pipeline.run import RunResult
 
 app = typer.Typer(
     add_completion=False,
@@ -162,8 +162,8 @@ def _run_until(last: str) -> Callable[..., None]:
         redo: Redo = False,
     ) -> None:
         from floe.config import load_config
-        from floe.pipeline import run
         from floe.pipeline.inputs import calm_libraries
+        from floe.pipeline.run import run
         from floe.progress import open_progress
 
         settings = load_config(config, override)
@@ -215,7 +215,7 @@ def audit_command(
 ) -> None:
     """What the chosen layers rest on: policies, rows, budgets. Needs a finished select stage."""
     from floe.config import load_config
-    from floe.pipeline.auditing import audit_run
+    from floe.pipeline.audit import audit_run
     from floe.pipeline.inputs import calm_libraries
     from floe.progress import open_progress
 
@@ -264,7 +264,7 @@ def export(
 ) -> None:
     """Write the run's adapter as one plain LoRA for other servers, with its measured error."""
     from floe.config import load_config
-    from floe.pipeline import export_run
+    from floe.pipeline.run import export_run
 
     report = export_run(load_config(config, override), output, rows)
     print(

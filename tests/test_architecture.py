@@ -52,8 +52,8 @@ PLACES = {  # library -> the only modules (and packages) that may import it
         "numerics",
         "selfcheck",
         "pipeline.inputs",
-        "pipeline.profiling",
-        "pipeline.scoring",  # torchrun's workers
+        "pipeline.profile",
+        "pipeline.score",  # torchrun's workers
     ],
     "floe_triton": ["ops", "selfcheck"],  # the self-test compares each op with its definition
     "transformers": ["training", "evaluation", "pipeline.inputs"],

@@ -281,7 +281,7 @@ def test_help_is_quick_and_loads_no_torch():
 def audited(config, tmp_path_factory):
     """A run selected with its rows' gradients kept, for audits."""
     from floe.config import parse_config
-    from floe.pipeline import run
+    from floe.pipeline.run import run
 
     settings = changed(config, "score", keep_samples=True) | {"name": "audited", "baselines": []}
     settings = changed(settings, "search", trials=0)
@@ -299,7 +299,7 @@ def test_an_audit_needs_a_finished_selection(config, tmp_path, floe):
 
 
 def test_an_audit_from_saved_scores_loads_no_model(audited, floe, monkeypatch):
-    from floe.pipeline.inputs import Workspace
+    from floe.pipeline.inputs import RunInputs
 
     path, folder = audited
     config_text = (folder / "config.yaml").read_bytes()
@@ -308,7 +308,7 @@ def test_an_audit_from_saved_scores_loads_no_model(audited, floe, monkeypatch):
         raise AssertionError("the model was loaded")
 
     with monkeypatch.context() as patch:
-        patch.setattr(Workspace, "base_model", property(refuse))
+        patch.setattr(RunInputs, "base_model", property(refuse))
         words = ("audit", path, "--statistics", "none", "--bootstrap", "5", "--json", "--quiet")
         code, out, err = floe(*words)
     assert code == 0, err
@@ -367,10 +367,10 @@ def test_what_a_model_does_not_give_is_told_and_an_error_if_it_was_named(audited
 
 
 def test_an_interrupted_audit_keeps_what_was_measured(audited, floe, monkeypatch):
-    from floe.importance import layer_statistics
+    from floe.pipeline import audit
 
     path, folder = audited
-    real = layer_statistics.measure_statistics
+    real = audit.measure_statistics
 
     def interrupted(model, batches, names, **options):
         if "eva" in names:
@@ -380,7 +380,7 @@ def test_an_interrupted_audit_keeps_what_was_measured(audited, floe, monkeypatch
     words = ("audit", path, "--statistics", "spectrum,eva", "--rows", "5", "--bootstrap", "2", "-q")
     before = (folder / "audit/audit.json").read_bytes()
     with monkeypatch.context() as patch:
-        patch.setattr(layer_statistics, "measure_statistics", interrupted)
+        patch.setattr(audit, "measure_statistics", interrupted)
         code, _, err = floe(*words)
     assert (code, "the same command continues" in err) == (130, True)
     assert (folder / "audit/audit.json").read_bytes() == before

@@ -16,7 +16,7 @@ from floe.types import Array, Floats, Floats32
 FORMAT = 1
 
 # Dimensions of every field: L layers, H heads, I neurons, P adapted projections, S samples.
-_FIELDS = {
+FIELDS = {
     "head_fisher": "LH", "neuron_fisher": "LI", "head_taylor": "LH", "neuron_taylor": "LI",
     "adapter_fisher": "L", "probe_fisher": "L", "module_fisher": "LP", "adapter_samples": "SL",
     "gate_gradient": "SLP", "head_mean": "LH", "neuron_mean": "LI", "head_gradient": "SLH",
@@ -110,7 +110,7 @@ class Scores:
         """
         header, arrays = storage.load_arrays(path, "scores", FORMAT)
         missing = [name for name in _REQUIRED if name not in arrays]
-        unknown = [name for name in arrays if name not in _FIELDS]
+        unknown = [name for name in arrays if name not in FIELDS]
         if missing or unknown:
             raise FileError(
                 path, f"must hold the arrays of scores, missing {missing}, unknown {unknown}"
@@ -122,14 +122,14 @@ class Scores:
 
     def _arrays(self) -> dict[str, Array]:
         """Every array that is there, by name."""
-        values = {name: getattr(self, name) for name in _FIELDS}
+        values = {name: getattr(self, name) for name in FIELDS}
         return {name: v for name, v in values.items() if v is not None or name in _REQUIRED}
 
     def _check_shapes(self) -> None:
-        """Every letter of ``_FIELDS`` stands for one number."""
+        """Every letter of ``FIELDS`` stands for one number."""
         sizes: dict[str, int] = {}
         for name, array in self._arrays().items():
-            letters = _FIELDS[name]
+            letters = FIELDS[name]
             if array.ndim != len(letters):
                 raise ValueError(f"{name} must be [{', '.join(letters)}], got shape {array.shape}")
             for letter, size in zip(letters, array.shape, strict=True):
@@ -160,4 +160,4 @@ def _check_values(name: str, array: Array) -> None:
 
 def _place(name: str, where: tuple[int, ...]) -> str:
     words = {"L": "layer", "H": "head", "I": "neuron", "P": "projection", "S": "sample"}
-    return ", ".join(f"{words[x]} {n}" for x, n in zip(_FIELDS[name], where, strict=True))
+    return ", ".join(f"{words[x]} {n}" for x, n in zip(FIELDS[name], where, strict=True))

@@ -1,8 +1,8 @@
-"""A run: configuration in, report out.
+"""A run: configuration in, report out. One module a command, and ``run`` over all of them.
 
-``stages`` is the order of things, the other modules one stage each.
+A command's module has ``stages``, which lists the folders that it fills, ``inputs``, what decides
+their content, and ``build``, which makes it. They share what ``inputs.RunInputs`` opens, and
+``run_folder`` keeps what they make.
+
+Nothing is imported here: ``run_folder`` needs no torch, the commands need all of it.
 """
-
-from floe.pipeline.stages import STAGES, RunResult, export_run, run
-
-__all__ = ["STAGES", "RunResult", "export_run", "run"]

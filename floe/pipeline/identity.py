@@ -8,103 +8,61 @@ again; one whose inputs differ is refused unless the user says ``--redo``.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from floe.config import RunConfig
+from floe.data.batches import fingerprint
 from floe.storage import hash_of
 
+if TYPE_CHECKING:
+    from floe.pipeline.inputs import RunInputs
+
 ORDER = ("search", "score", "statistics", "select", "arms", "sweep", "train", "profile", "eval")
-_MODEL = " ".join(ORDER)
+_ALL = " ".join(ORDER)
 _TRAINED = "search sweep train"
 
-BY_VALUE: dict[str, str] = {
-    "model.attention": _MODEL,
-    "data.template": "eval",
-    "data.max_length": "eval",
-    "adapter.r": "search",  # without trials; else the search decides
-    "adapter.num_experts": "search",
-    "adapter.alpha": _TRAINED,
-    "adapter.dropout": _TRAINED + " profile",
-    "adapter.target_modules": _TRAINED + " profile",
-    "adapter.scaling": _TRAINED,
-    "adapter.adapter_dtype": _TRAINED + " profile",
-    "adapter.share_input": _TRAINED + " profile",
-    "adapter.backend": "profile",  # every backend computes the same; here its time is measured
-    "train.learning_rate": _TRAINED,
-    "train.batch_size": "profile",
-    "train.grad_accum": "profile",
-    "train.warmup_ratio": _TRAINED,
-    "train.schedule": _TRAINED,
-    "train.weight_decay": _TRAINED,
-    "train.max_grad_norm": _TRAINED,
-    "train.group_by_length": _TRAINED,
-    "train.seed": _TRAINED,
-    "search.trials": "search",  # more of them go on with the same search
-    "search.rank": "search",
-    "search.num_experts": "search",
-    "search.sampler": "search",
-    "search.startup_trials": "search",
-    "search.prune": "search",
-    "search.seed": "search",
-    "score.keep_samples": "score",
-    "score.first_order": "score",
-    "score.reduction": "score",
-    "score.mask_scope": "score",
-    "score.taylor_kind": "score",
-    "score.taylor_aggregate": "score",
-    "score.taylor_tokens": "score",
-    "score.seed": "score statistics",
-    "select.policy": "select",
-    "select.preset": "select",
-    "select.first_order": "select",
-    "select.budget": "select",
-    "select.layers": "select",
-    "select.choose": "arms",
-    "select.r0": "arms",
-    "select.pick": "select",
-    "select.score": "select",
-    "select.budget_path": "select",
-    "select.tune": "select",
-    "select.tune_tokens": "select",
-    "select.seed": "select",
-    "baselines": "arms",
-    "eval.accuracy": "eval",
-    "eval.choice_score": "eval",
-    "eval.max_new_tokens": "eval",
-    "eval.seed": "eval",
-    "profile.steps": "profile",
-    "profile.points": "profile",
-}
 
-BY_CONTENT: dict[str, str] = {
-    "model.path": _MODEL,  # the files in it, or the commit on the hub
-    "model.revision": _MODEL,
-    "model.gguf_file": _MODEL,
-    "model.dtype": _MODEL,  # what `auto` comes to here
-    "model.device": _MODEL,
-    "data.train": _MODEL,  # the rows as tokens
-    "data.validation": _MODEL,
-    "data.test": "eval",
-    "data.columns": _MODEL,
-    "data.template": _MODEL,
-    "data.max_length": _MODEL,
-    "data.val_fraction": _MODEL,
-    "data.seed": _MODEL,
-    "train.batch_size": _TRAINED,  # the rows of a step, however it is cut
-    "train.grad_accum": _TRAINED,
-    "train.epochs": _TRAINED,  # the length that is in force
-    "train.max_steps": _TRAINED,
-    "warmup.fraction": "search score",
-    "warmup.max_steps": "search",
-    "warmup.seed": "search score",
-    "score.rows": "score",
-    "score.taylor_rows": "score",
-    "score.taylor_data": "score",
-    "score.statistic_rows": "statistics",
-    "eval.limit": "eval",
-}
+def _by_setting(table: dict[str, str]) -> dict[str, str]:
+    """Stages -> settings, turned round."""
+    return {name: stages for stages, names in table.items() for name in names.split()}
+
+
+BY_VALUE = _by_setting({
+    _ALL: "model.attention",
+    _TRAINED: """adapter.alpha adapter.scaling train.learning_rate train.warmup_ratio train.schedule
+        train.weight_decay train.max_grad_norm train.group_by_length train.seed""",
+    f"{_TRAINED} profile": """adapter.dropout adapter.target_modules adapter.adapter_dtype
+        adapter.share_input""",
+    # rank and experts without trials, else the search decides; more trials go on with a search
+    "search": """adapter.r adapter.num_experts search.trials search.rank search.num_experts
+        search.sampler search.startup_trials search.prune search.seed""",
+    "score": """score.keep_samples score.first_order score.reduction score.mask_scope
+        score.taylor_kind score.taylor_aggregate score.taylor_tokens""",
+    "score statistics": "score.seed",
+    "select": """select.policy select.preset select.first_order select.budget select.layers
+        select.pick select.score select.budget_path select.tune select.tune_tokens select.seed""",
+    "arms": "select.choose select.r0 baselines",
+    # every backend computes the same, however a step's rows are cut; here the time is measured
+    "profile": "adapter.backend train.batch_size train.grad_accum profile.steps profile.points",
+    "eval": """data.template data.max_length eval.accuracy eval.choice_score eval.max_new_tokens
+        eval.seed""",
+})  # fmt: skip
+"""Setting -> the stages whose result its value decides."""
+
+BY_CONTENT = _by_setting({
+    # the model's files or its commit on the hub, what `auto` comes to here; the rows as tokens
+    _ALL: """model.path model.revision model.gguf_file model.dtype model.device data.train
+        data.validation data.columns data.template data.max_length data.val_fraction data.seed""",
+    # the rows of a step, however it is cut; the length that is in force
+    _TRAINED: "train.batch_size train.grad_accum train.epochs train.max_steps",
+    "search": "warmup.max_steps",
+    "search score": "warmup.fraction warmup.seed",
+    "score": "score.rows score.taylor_rows score.taylor_data",
+    "statistics": "score.statistic_rows",
+    "eval": "data.test eval.limit",
+})  # fmt: skip
+"""Setting -> the stages whose result it decides by what it leads to."""
 
 NOTHING: dict[str, str] = {
     "name": "where the run is",
@@ -123,38 +81,63 @@ WEIGHTS = "weights"
 when a file was replaced, and no setting changed, nothing is asked."""
 
 _WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".ckpt")
-_TOKENIZER_FILES = (".json", ".jinja", ".model", ".tiktoken", ".spm")
+_OF_TRAINER = ("training_args.bin", "optimizer.pt", "optimizer.bin", "scheduler.pt", "scaler.pt")
+_TOKENIZER_FILES = (".jinja", ".model", ".tiktoken", ".spm")
 _OF_TOKENIZER = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-    "vocab.json", "chat_template.json", "generation_config.json", "preprocessor_config.json",
-    "processor_config.json",
+    "vocab.json", "vocab.txt", "merges.txt", "chat_template.json", "generation_config.json",
+    "preprocessor_config.json", "processor_config.json",
 )  # fmt: skip
-_OF_TRAINER = ("training_args.bin", "optimizer.pt", "optimizer.bin", "scheduler.pt", "scaler.pt")
+
+
+def of_stage(run: RunInputs, stage: str) -> dict[str, Any]:
+    """The settings that count for a stage by their value, and the base model."""
+    model = {"model.dtype": str(run.dtype), "model.device": run.device.type}
+    files = {name: run.model_digests[name] for name in (WEIGHTS, "model")}
+    return values(run.config, stage) | model | files
+
+
+def of_training(run: RunInputs, stage: str, max_steps: int | None = None) -> dict[str, Any]:
+    """What decides how adapters are trained, but for the rows they are trained on."""
+    length = run.settings(max_steps).identity()
+    inputs = of_stage(run, stage)
+    inputs |= {n: length[n] for n in ("rows_per_step", "steps", "epochs") if n in length}
+    return inputs | {"validation": fingerprint(run.validation_rows)}
+
+
+def of_adapter(run: RunInputs, stage: str) -> str:
+    """What tells the adapters of finished stages apart: their tensors and their configuration."""
+    folder = run.path / stage / "adapter"
+    names = ("adapter_config.json", "adapter_model.safetensors")
+    return hash_of([run.folder.digest(folder / name) for name in names])
 
 
 def values(config: RunConfig, stage: str) -> dict[str, Any]:
     """The settings that decide a stage's result by their value, by name."""
-    found = flat(config)
-    return {name: found[name] for name, stages in BY_VALUE.items() if stage in stages.split()}
+    settings = flat(config)
+    return {name: settings[name] for name, stages in BY_VALUE.items() if stage in stages.split()}
 
 
 def notes(config: RunConfig, stage: str) -> dict[str, Any]:
     """The settings that count up to a stage, to say what may stand behind inputs that differ."""
-    found, upto = flat(config), set(ORDER[: ORDER.index(stage) + 1])
-    counting = (BY_VALUE | BY_CONTENT).items()
-    own = values(config, stage).keys() - BY_CONTENT.keys()
-    return {k: found[k] for k, stages in counting if upto & set(stages.split()) and k not in own}
+    settings, upto = flat(config), set(ORDER[: ORDER.index(stage) + 1])
+    plain = values(config, stage).keys() - BY_CONTENT.keys()
+    return {
+        name: settings[name]
+        for name, stages in (BY_VALUE | BY_CONTENT).items()
+        if upto & set(stages.split()) and name not in plain
+    }
 
 
 def flat(config: RunConfig) -> dict[str, Any]:
     """Every setting by its name; sources of data, columns and baselines as a whole."""
-    found: dict[str, Any] = {}
+    settings: dict[str, Any] = {}
     for section, value in config.model_dump(mode="json").items():
         if isinstance(value, dict):
-            found |= {f"{section}.{name}": one for name, one in value.items()}
+            settings |= {f"{section}.{name}": part for name, part in value.items()}
         else:
-            found[section] = value
-    return found
+            settings[section] = value
+    return settings
 
 
 def may_discard(changed: set[str]) -> bool:
@@ -162,18 +145,24 @@ def may_discard(changed: set[str]) -> bool:
     return WEIGHTS in changed and not changed & (BY_VALUE | BY_CONTENT).keys()
 
 
-def model_files(folder: Path, gguf_file: str | None) -> dict[str, list[Path]]:
-    """The files of a model's folder that count: its weights, its settings, its tokenizer's."""
+def model_digests(run: RunInputs) -> dict[str, dict[str, Any]]:
+    """sha256 of every file of the model's folder that counts; a hub model's commit."""
+    model, folder = run.config.model, Path(run.config.model.path)
+    if not folder.is_dir():
+        named = {"hub": model.path, "commit": run.commit, "gguf_file": model.gguf_file}
+        return {WEIGHTS: {}, "model": named, "tokenizer": {}}
     files = [f for f in sorted(folder.iterdir()) if f.is_file() and not f.name.startswith(".")]
     weights = [f for f in files if f.suffix in _WEIGHT_FILES and f.name not in _OF_TRAINER]
     for index in (f for f in files if f.name.endswith(".index.json")):
         weights += [folder / name for name in _shards(index)]
-    if gguf_file is not None:
-        weights = [folder / gguf_file]
-    words = [f for f in files if f.name in (*_OF_TOKENIZER, "vocab.txt", "merges.txt")]
-    words += [f for f in files if f.suffix in _TOKENIZER_FILES and f.suffix != ".json"]
+    if model.gguf_file is not None:
+        weights = [folder / model.gguf_file]
+    words = [f for f in files if f.name in _OF_TOKENIZER or f.suffix in _TOKENIZER_FILES]
     settings = [f for f in files if f.suffix == ".json" and f not in words]
-    return {WEIGHTS: sorted({*weights}), "model": settings, "tokenizer": sorted({*words})}
+    return {
+        kind: {f.relative_to(folder).as_posix(): run.folder.digest(f) for f in some if f.is_file()}
+        for kind, some in ((WEIGHTS, weights), ("model", settings), ("tokenizer", words))
+    }
 
 
 def _shards(index: Path) -> set[str]:
@@ -183,13 +172,3 @@ def _shards(index: Path) -> set[str]:
         return {name for name in names if not Path(name).is_absolute()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return set()
-
-
-def digests(folder: Path, files: list[Path], digest: Callable[[Path], str]) -> dict[str, str]:
-    """Digests by name within the folder; a file that is not there has none."""
-    return {f.relative_to(folder).as_posix(): digest(f) for f in files if f.is_file()}
-
-
-def adapter_digest(folder: Path, digest: Callable[[Path], str]) -> str:
-    """What tells adapters apart: their tensors and their configuration."""
-    return hash_of([digest(folder / f"adapter_{n}") for n in ("config.json", "model.safetensors")])

@@ -1,6 +1,6 @@
-"""What the stages of a run share: the base model, the tokenizer, the rows.
+"""What the stages of a run share: its folder, the base model, the tokenizer, the rows.
 
-Each is loaded when first needed.
+Each is opened when first needed.
 """
 
 from __future__ import annotations
@@ -14,13 +14,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import cached_file, find_adapter_config_file, logging
 
 from floe.adapters import FloeConfig, get_model, remove_adapters
 from floe.adapters.files import load_adapter
 from floe.config import DataSource, RunConfig
-from floe.data.batches import Collator, TokenRow, fingerprint, make_batches
+from floe.data.batches import Collator, TokenRow, make_batches
 from floe.data.rows import (
     Encoded,
     Rows,
@@ -34,22 +37,43 @@ from floe.data.rows import (
 from floe.data.sources import Row, load_rows
 from floe.doctor import auto_dtype
 from floe.errors import FileError
+from floe.pipeline import identity
+from floe.pipeline.run_folder import RunFolder
+from floe.progress import Progress
 from floe.selection.placement import Placement
-from floe.storage import hash_of, read_json
+from floe.storage import read_json
 from floe.training.schedule import TrainSettings
 from floe.types import Batch
 
 
-class Workspace:
-    """The loaded inputs of one configuration.
+class RunInputs:
+    """One run: its configuration and folder, what it reads, and whom it tells of its progress.
 
     The base model is shared: adapters go when their user is done.
     """
 
-    def __init__(self, config: RunConfig) -> None:
-        self.config = config
+    def __init__(
+        self,
+        config: RunConfig,
+        folder: RunFolder | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        self.config, self.progress = config, progress or Progress()
+        self.folder = folder or RunFolder(Path(config.output_dir) / config.name)
+        self.path = self.folder.path
         self.unused_weights: list[str] = []
         self._encoded: dict[str, Encoded] = {}
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Rank and number of experts that the search stage decided on."""
+        result = read_json(self.path / "search/result.json")
+        return result["rank"], result["num_experts"]
+
+    @property
+    def policies(self) -> set[str]:
+        """Of the main arm and all others."""
+        return {self.config.select.policy, *(arm.policy for arm in self.config.baselines)}
 
     @cached_property
     def device(self) -> torch.device:
@@ -82,8 +106,6 @@ class Workspace:
     @cached_property
     def tokenizer(self) -> Any:
         """The model's tokenizer."""
-        from transformers import AutoTokenizer
-
         path = self.config.model.path
         with _reading(path, "cannot be loaded as a tokenizer"):
             return AutoTokenizer.from_pretrained(path, trust_remote_code=False, **self._source)
@@ -171,9 +193,9 @@ class Workspace:
         data, settings = self.config.data, self.config.eval
         source = data.test or data.validation
         if source is None:
-            rows, numbers = self._read(data.train), [row.index for row in self.validation_rows]
+            rows, numbers = self.read(data.train), [row.index for row in self.validation_rows]
         else:
-            rows = self._read(source)
+            rows = self.read(source)
             numbers = list(range(len(rows)))
         chosen = {number: rows[number] for number in numbers[: settings.limit]}
         encoded, kind = self._encode(chosen, "data.test"), settings.accuracy
@@ -218,7 +240,7 @@ class Workspace:
         if part not in self._encoded:
             source = self.source(part)
             assert source is not None
-            self._encoded[part] = self._encode(self._read(source), PARTS[part])
+            self._encoded[part] = self._encode(self.read(source), PARTS[part])
         return self._encoded[part]
 
     def _encode(self, rows: Rows, name: str) -> Encoded:
@@ -233,13 +255,8 @@ class Workspace:
         sources = {"train": data.train, "validation": data.validation, "test": data.test}
         return taylor if part == "taylor" else sources[part]
 
-    def probe(self, part: str) -> None:
-        """Read the first row of a part of the data, to see that it can be read."""
-        source = self.source(part)
-        if source is not None:
-            self._read(source.model_copy(update={"limit": 1}))
-
-    def _read(self, source: DataSource) -> list[Row]:
+    def read(self, source: DataSource) -> list[Row]:
+        """Rows of a source as text."""
         columns = {k: v for k, v in self.config.data.columns.model_dump().items() if v is not None}
         hub = (
             {}
@@ -292,22 +309,14 @@ class Workspace:
         finally:
             remove_adapters(model)
 
-    def data_identity(self) -> dict[str, str]:
-        """Hashes of the rows, as tokens."""
-        return {
-            "train": fingerprint(self.train_rows),
-            "validation": fingerprint(self.validation_rows),
-        }
-
-    def test_identity(self) -> str:
-        """Hash of the test rows, as numbers and text."""
-        return hash_of([[row.index for row in self.test_rows], self.test_examples])
+    @cached_property
+    def model_digests(self) -> dict[str, dict[str, Any]]:
+        """sha256 of the base model's files by kind; see :func:`identity.model_digests`."""
+        return identity.model_digests(self)
 
     @cached_property
     def commit(self) -> str:
         """The commit of a hub model, which names all its files."""
-        from transformers.utils import cached_file
-
         model = self.config.model
         wanted = model.gguf_file or "config.json"
         with _reading(model.path, "cannot be loaded as a model"):
@@ -336,8 +345,6 @@ def load_base(
         FileError: it cannot be loaded, is an adapter or an encoder-decoder, or its files lack
             weights of the model, which transformers would draw at random.
     """
-    from transformers import AutoModelForCausalLM
-
     if "gguf_file" in source:  # it takes seconds to read, and holds no encoder
         _refuse_no_base(name, source["revision"])
     else:
@@ -371,8 +378,6 @@ def structure(name: str, *, attention: str | None = None, **source: Any) -> nn.M
     Raises:
         FileError: there is none in this folder or of this hub name.
     """
-    from transformers import AutoModelForCausalLM
-
     config = _configuration(name, **source)
     settings = {} if attention is None else {"attn_implementation": attention}
     with _reading(name, _unloadable(attention)), torch.device("meta"):
@@ -389,8 +394,6 @@ def _unloadable(attention: str | None) -> str:
 
 def _configuration(name: str, **source: Any) -> Any:
     """The model's configuration, if a base model is there."""
-    from transformers import AutoConfig
-
     _refuse_no_base(name, source.get("revision"))
     with _reading(name, "cannot be read as a model's configuration"):
         config = AutoConfig.from_pretrained(name, trust_remote_code=False, **source)
@@ -403,8 +406,6 @@ def _configuration(name: str, **source: Any) -> Any:
 
 def _refuse_no_base(name: str, revision: str | None) -> None:
     """Of an adapter transformers would load the base, and the adapter on top or not at all."""
-    from transformers.utils import find_adapter_config_file
-
     if not Path(name).exists() and (Path(name).is_absolute() or name.startswith((".", "~"))):
         raise FileError(name, "does not exist")
     with _reading(name, "cannot be loaded as a model"):
@@ -438,18 +439,16 @@ def _reading(path: str, problem: str) -> Iterator[None]:
 
 
 def plain(value: Any) -> Any:
-    """A dataclass or pydantic model as plain JSON values."""
+    """Dataclasses and arrays as plain JSON values, wherever they stand; what else is, as text."""
+    return json.loads(json.dumps(value, default=_plain))
+
+
+def _plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        value = dataclasses.asdict(value)
-    return json.loads(json.dumps(value, default=str))
+        return dataclasses.asdict(value)
+    return value.tolist() if isinstance(value, np.ndarray) else str(value)
 
 
 def calm_libraries() -> None:
-    """Our own progress speaks; libraries keep their errors and lose their bars and one notice."""
-    import warnings
-
-    from transformers.utils import logging
-
+    """Our own progress speaks; libraries keep their errors and lose their bars."""
     logging.disable_progress_bar()
-    notice = "`is_gradient_checkpointing` is deprecated"  # of transformers, raised by PEFT's calls
-    warnings.filterwarnings("ignore", message=notice, category=FutureWarning)

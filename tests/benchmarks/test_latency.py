@@ -27,7 +27,7 @@ from benchmarks.gates import Gate
 from benchmarks.harness import Candidate, WrongResult
 from floe.decoder_blocks import find_blocks
 from floe.errors import FileError
-from floe.pipeline.run_folder import RunFolder
+from floe.pipeline.run_folder import RunFolder, Stage
 
 CPU = torch.device("cpu")
 WAYS = ["floe", "peft r=4", "peft r=12", "eager", "hydra"]
@@ -368,8 +368,8 @@ def test_one_set_of_layers_and_given_counts_can_be_timed_alone(tmp_path, capsys)
 def test_what_a_run_spent_before_its_training_is_read_from_its_folder(tmp_path, capsys):
     run = RunFolder(tmp_path / "run")
     for stage in ("search", "score", "select", "train/main"):
-        text = json.dumps({"trials": [1, 2]})
-        run.stage(stage, {}, lambda folder: (folder / "result.json").write_text(text))  # noqa: B023
+        write = lambda folder: (folder / "result.json").write_text('{"trials": [1, 2]}')  # noqa: E731
+        run.make(Stage(stage, {}, write))
     for stage, seconds in (("search", 30.0), ("score", 5.0), ("select", 2.0), ("train/main", 90.0)):
         done = run.path / stage / "DONE.json"
         done.write_text(json.dumps({**json.loads(done.read_text()), "seconds": seconds}))

@@ -112,7 +112,7 @@ def running(folder, config, fatal=None):
     The number of changes is written to ``folder/changes`` at the end.
     """
     from floe.config import parse_config
-    from floe.pipeline import run
+    from floe.pipeline.run import run
 
     gc.freeze()
     torch.set_num_threads(1)

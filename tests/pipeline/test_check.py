@@ -14,9 +14,9 @@ import floe
 from floe import cli
 from floe.config import Schedule, parse_config
 from floe.errors import CheckError, DataError, FileError
-from floe.pipeline import run
 from floe.pipeline.check import check
-from floe.pipeline.inputs import Workspace, structure
+from floe.pipeline.inputs import RunInputs, structure
+from floe.pipeline.run import run
 from floe.progress import LineProgress, Progress
 from floe.selection.policies import POLICIES
 
@@ -47,7 +47,7 @@ def changed(config, **settings):
 
 
 def looked_at(config, **settings):
-    return check(Workspace(parse_config(changed(config, **settings))))
+    return check(RunInputs(parse_config(changed(config, **settings))))
 
 
 def rows_file(path, rows):
@@ -144,7 +144,7 @@ def test_no_policy_that_works_is_refused(config):
 
 
 def test_the_check_loads_no_weights_and_predicts_sizes(config):
-    work = Workspace(parse_config(config))
+    work = RunInputs(parse_config(config))
     account = check(work)
     assert "base_model" not in work.__dict__
     assert {p.device.type for p in work.structure.parameters()} == {"meta"}
@@ -168,7 +168,7 @@ def test_a_budget_that_the_search_may_outgrow_is_a_remark(config):
 
 
 def test_a_model_larger_than_the_device_is_refused(config, monkeypatch):
-    monkeypatch.setattr(Workspace, "device_memory", 100_000)
+    monkeypatch.setattr(RunInputs, "device_memory", 100_000)
     with pytest.raises(ValueError, match="must fit the memory of cpu"):
         looked_at(config)
 
@@ -278,7 +278,7 @@ def adapters_folder(folder, kind):
 @pytest.mark.parametrize("kind", ["floe", "lora"])
 def test_an_adapter_is_no_base_model(kind, config, tmp_path):
     folder, base = adapters_folder(tmp_path, kind)
-    work = Workspace(parse_config(changed(config, model__path=str(folder))))
+    work = RunInputs(parse_config(changed(config, model__path=str(folder))))
     for look in (
         lambda: check(work),
         lambda: work.base_model,
@@ -290,7 +290,7 @@ def test_an_adapter_is_no_base_model(kind, config, tmp_path):
 
 
 def test_weights_that_would_be_random_are_refused(config, tmp_path):
-    more = Workspace(parse_config(changed(
+    more = RunInputs(parse_config(changed(
         config, model__path=str(saved_model(tmp_path / "more", num_hidden_layers=3))
     )))  # fmt: skip
     for look in (lambda: check(more), lambda: more.base_model):

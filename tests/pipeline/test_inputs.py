@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from floe import FileError
 from floe.config import parse_config
-from floe.pipeline.inputs import Workspace, structure
+from floe.pipeline.inputs import RunInputs, structure
 
 
 @pytest.fixture
@@ -17,7 +17,7 @@ def inputs(tmp_path):
 
 
 def workspace(config, **model):
-    return Workspace(parse_config({**config, "model": {**config["model"], **model}}))
+    return RunInputs(parse_config({**config, "model": {**config["model"], **model}}))
 
 
 def edit(file, **values):

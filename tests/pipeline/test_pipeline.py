@@ -22,7 +22,8 @@ from floe.config import parse_config
 from floe.errors import FileError
 from floe.importance.scores import Scores
 from floe.importance.statistics import LayerStatistics
-from floe.pipeline import identity, run
+from floe.pipeline import identity
+from floe.pipeline.run import export_run, run
 from floe.progress import Progress
 from floe.report.read import read_run
 from floe.selection.select import Selection
@@ -415,7 +416,7 @@ def test_a_tokenizer_file_counts_for_the_evaluation(config, folder):
 
 
 def test_a_hub_model_is_known_by_its_commit(monkeypatch, tmp_path, config):
-    from floe.pipeline.inputs import Workspace
+    from floe.pipeline.inputs import RunInputs
 
     cache = tmp_path / "hub/models--some--model"
     for commit in ("a" * 40, "b" * 40):
@@ -425,7 +426,7 @@ def test_a_hub_model_is_known_by_its_commit(monkeypatch, tmp_path, config):
         (cache / "refs/main").write_text(commit)
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
         named = {**config, "model": {"path": "some/model"}}
-        assert Workspace(parse_config(named)).commit == commit
+        assert RunInputs(parse_config(named)).commit == commit
 
 
 def test_a_search_goes_on_with_more_trials_and_keeps_the_rest_where_the_best_is_the_same(
@@ -486,8 +487,6 @@ def test_another_seed_gives_another_adapter(config, finished):
 
 
 def test_the_adapter_exports_to_a_plain_lora_with_its_error(config, finished, tmp_path):
-    from floe.pipeline import export_run
-
     report = export_run(parse_config(config), tmp_path / "lora", rows=8)
     assert json.loads((tmp_path / "lora/adapter_config.json").read_text())["peft_type"] == "LORA"
     assert 0 <= report.worst < 1
@@ -550,7 +549,7 @@ def test_an_interrupted_run_says_how_to_continue(config, finished, tmp_path):
 
 def test_losses_by_row_are_those_of_the_results(finished):
     """The audit compares arms of one policy with several numbers of layers by them."""
-    from floe.pipeline.auditing import arm_losses
+    from floe.pipeline.audit import arm_losses
 
     results = json.loads((finished / "eval/results.json").read_text())["arms"]
     found = arm_losses(finished)

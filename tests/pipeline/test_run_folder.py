@@ -11,13 +11,21 @@ import time
 import pytest
 
 from floe import FileError
-from floe.pipeline.run_folder import RunFolder, environment
+from floe.pipeline.run_folder import RunFolder, Stage, environment
 from floe.storage import hash_of, read_json, sha256
+
+
+class Folder(RunFolder):
+    """Makes a stage from its parts."""
+
+    def stage(self, name, inputs, build, announce=lambda *_: None, **options):
+        may_discard = options.pop("may_discard", lambda changed: False)
+        self.make(Stage(name, inputs, build, **options), announce, may_discard)
 
 
 @pytest.fixture
 def run(tmp_path):
-    with RunFolder(tmp_path / "run").locked() as folder:
+    with Folder(tmp_path / "run").locked() as folder:
         yield folder
 
 
@@ -81,6 +89,14 @@ def test_what_stands_behind_inputs_that_differ_is_told(run):
     run.stage("score", {"rows": "a" * 64}, Build(), notes={"limit": 4, "seed": 1})  # unchanged
     with pytest.raises(FileError, match=r"with rows aaaaaaaa -> bbbbbbbb \(limit 4 -> none\); "):
         run.stage("score", {"rows": "b" * 64}, Build(), notes={"seed": 1})
+
+
+def test_what_is_quickly_made_is_replaced_without_a_question(run):
+    run.stage("arms", {"a": 1}, Build("old"))
+    heard = []
+    run.stage("arms", {"a": 2}, Build("new"), lambda *event: heard.append(event), disposable=True)
+    assert heard[0] == ("arms", "made anew: a 1 -> 2")
+    assert (run.path / "arms/sub/out.txt").read_text() == "new"
 
 
 def test_the_result_of_another_version_is_not_replaced_unasked(run):
@@ -300,7 +316,7 @@ def test_the_folder_is_free_again_after_an_error(tmp_path):
 
 BUILD_FOR_EVER = """
 import sys, time
-from floe.pipeline.run_folder import RunFolder
+from floe.pipeline.run_folder import RunFolder, Stage
 
 def build(work):
     (work / "checkpoint").write_text("half")
@@ -308,7 +324,7 @@ def build(work):
     time.sleep(60)
 
 with RunFolder(sys.argv[1]).locked() as run:
-    run.stage("train", {"a": 1}, build)
+    run.make(Stage("train", {"a": 1}, build))
 """
 
 
@@ -320,7 +336,7 @@ def test_kill_9_in_the_middle_of_a_stage_leaves_no_result_and_no_lock(tmp_path):
         child.wait()
     assert not (tmp_path / "train").exists()
     build = Build()
-    with RunFolder(tmp_path).locked() as run:
+    with Folder(tmp_path).locked() as run:
         assert run.done("train") is None
         run.stage("train", {"a": 1}, build)
     assert build.found == [["checkpoint"]]
@@ -502,7 +518,7 @@ def test_the_environment_names_versions_without_loading_them():
     assert found["torch"]
 
 
-def test_state_says_what_a_stage_would_do_and_writes_nothing(tmp_path):
+def test_the_outlook_says_what_a_stage_would_do_and_writes_nothing(tmp_path):
     def work(folder, stop=False):
         (folder / "result").write_text("x")
         if stop:
@@ -511,11 +527,12 @@ def test_state_says_what_a_stage_would_do_and_writes_nothing(tmp_path):
     def state(**inputs):
         before = sorted(tmp_path.rglob("*"))
         reader = RunFolder(tmp_path, read_only=True)
-        found = reader.state("one", inputs, lambda changed: False, growing=("n",))
+        stage = Stage("one", inputs, work, growing=("n",))
+        found = reader.outlook(stage, lambda changed: False)
         assert sorted(tmp_path.rglob("*")) == before
         return found
 
-    folder = RunFolder(tmp_path)
+    folder = Folder(tmp_path)
     assert state(a=1, n=1) == "to do"
     with pytest.raises(KeyboardInterrupt):
         folder.stage("one", {"a": 1, "n": 1}, lambda place: work(place, stop=True))

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from helpers.audit_cases import light, make, run
 
-from floe.pipeline.auditing import arm_losses
+from floe.pipeline.audit import arm_losses
 from floe.report.artifacts import Router
 from floe.selection.audit.build import router_health
 from floe.selection.audit.verdicts import judge

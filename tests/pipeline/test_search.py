@@ -8,8 +8,8 @@ from helpers.tiny_run import write_inputs
 
 import floe.rank_search.search
 from floe.config import parse_config
-from floe.pipeline import warmup
-from floe.pipeline.inputs import Workspace
+from floe.pipeline import search
+from floe.pipeline.inputs import RunInputs
 
 
 @pytest.fixture(autouse=True)
@@ -26,13 +26,13 @@ def build(tmp_path_factory):
     config["search"]["num_experts"] = [2, 2, 1]
     config["search"]["rank"] = [1, 3, 1]
     config["warmup"] = {"max_steps": 2, "fraction": 0.25}
-    work = Workspace(parse_config(config))
+    work = RunInputs(parse_config(config))
 
     def stage(folder, trials=2):
         folder.mkdir(exist_ok=True)
         config["search"]["trials"] = trials
         work.config = parse_config(config)
-        warmup.build(work, folder, lambda *_: None, lambda *_: None)
+        search.build(work, folder)
         return results(folder)
 
     return stage
@@ -55,7 +55,7 @@ def searched(build, tmp_path_factory):
     """A work folder whose trials are all trained, and nothing of which is published."""
     folder = tmp_path_factory.mktemp("searched")
     with pytest.MonkeyPatch.context() as patch:
-        kill_at(patch, 0, ("copy_folder",), warmup)
+        kill_at(patch, 0, ("copy_folder",), search)
         with pytest.raises(KeyboardInterrupt):
             build(folder)
     return folder
@@ -88,7 +88,7 @@ def kill_at(patch, number, names, owner):
 
 def never_trained(patch):
     patch.setattr(floe.rank_search.search, "train", None)
-    patch.setattr(warmup, "train", None)
+    patch.setattr(search, "train", None)
 
 
 def test_only_the_results_and_the_study_are_left(finished):
@@ -143,7 +143,7 @@ def test_more_trials_go_on_from_the_results_of_fewer(build, finished, tmp_path, 
 def test_a_kill_after_the_only_warm_up_trains_nothing_again(build, tmp_path, monkeypatch):
     whole = build(tmp_path / "whole", trials=0)
     with monkeypatch.context() as patch:
-        kill_at(patch, 0, ("tidy",), warmup)
+        kill_at(patch, 0, ("tidy",), search)
         with pytest.raises(KeyboardInterrupt):
             build(tmp_path / "killed", trials=0)
     never_trained(monkeypatch)

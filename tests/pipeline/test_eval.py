@@ -9,8 +9,8 @@ from floe.adapters import remove_adapters
 from floe.adapters.files import save_adapter
 from floe.config import parse_config
 from floe.errors import DataError
-from floe.pipeline import measure
-from floe.pipeline.inputs import Workspace
+from floe.pipeline import eval
+from floe.pipeline.inputs import RunInputs
 
 EASY = {"completion": "x", "choices": ["x", "y"], "answer": 0, "task": "easy"}
 TEST = [
@@ -31,7 +31,7 @@ def workspace(tmp_path, rows=TEST, held_out=None, **settings):
         config["data"]["val_fraction"] = held_out
     (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     config["eval"] = settings
-    return Workspace(parse_config(config))
+    return RunInputs(parse_config(config))
 
 
 def test_loss_and_accuracy_are_of_the_same_rows(tmp_path, monkeypatch):
@@ -46,15 +46,15 @@ def test_loss_and_accuracy_are_of_the_same_rows(tmp_path, monkeypatch):
 
     def right_where_easy(model, tokenizer, rows, **settings):
         given = [0 if row["task"] == "easy" else 1 for row in rows]
-        return measure.Answers(given, measure.np.array(given) == 0)
+        return eval.Answers(given, eval.np.array(given) == 0)
 
-    monkeypatch.setattr(measure, "evaluate_choices", right_where_easy)
+    monkeypatch.setattr(eval, "evaluate_choices", right_where_easy)
     model = work.fresh(2, 2)
-    save_adapter(model, tmp_path / "adapter")
+    save_adapter(model, work.path / "train/main/adapter")
     remove_adapters(model)
     folder = tmp_path / "eval"
     folder.mkdir()
-    measure.build(work, {"main": tmp_path / "adapter"}, {"main": "d"}, folder, lambda *_: None)
+    eval.build(work, {"main": "d"}, folder)
     results = json.loads((folder / "results.json").read_text())["arms"]["base"]
     found = {task: one["accuracy"]["value"] for task, one in results["by_task"].items()}
     assert found == {"easy": 1.0, "hard": 0.0}

@@ -1,0 +1,274 @@
+"""``floe audit``: what a finished selection rests on, from the run folder's artifacts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from floe.config import RunConfig
+from floe.data.rows import sample
+from floe.errors import FileError
+from floe.evaluation.routers import router_statistics
+from floe.importance.layer_statistics import measure_statistics
+from floe.importance.scores import Scores
+from floe.importance.statistics import LayerStatistics
+from floe.pipeline import identity
+from floe.pipeline.inputs import RunInputs, plain
+from floe.pipeline.run_folder import FORMAT, Stage
+from floe.progress import Progress
+from floe.selection.artifact import Selection
+from floe.selection.audit import Audit, audit
+from floe.selection.policies import POLICIES
+from floe.storage import read_json, write_json
+from floe.types import Batch
+
+ROWS = 32
+
+
+@dataclass(frozen=True)
+class AuditResult:
+    """A finished audit and its file."""
+
+    path: Path
+    audit: Audit
+
+    def text(self) -> str:
+        """The verdicts, one a line, and the path."""
+        marks = {"solid": "solid", "open": "open ", "note": "note "}
+        lines = [
+            f"{marks[kind]}  {sentence}"
+            for kind, sentences in self.audit.verdicts.items()
+            for sentence in sentences
+        ]
+        return "\n".join([*lines, f"audit: {self.path}"])
+
+
+def audit_run(
+    config: RunConfig,
+    *,
+    statistics: str = "cheap",
+    rows: int = ROWS,
+    bootstrap: int = 200,
+    progress: Progress | None = None,
+) -> AuditResult:
+    """Audit a run whose select stage is finished; writes ``audit/audit.json`` in its folder.
+
+    Statistics and router health are measured on the warm-up model and kept in the folder: an
+    interrupted audit continues, a second one measures only what is new. The rest is computed anew.
+
+    Args:
+        config: of the run, as it was selected.
+        statistics: "cheap" (see Policy.cheap), "all", "none", or names of policies joined by
+            commas. What a model does not give is an error for a policy that was named, and told as
+            lacking otherwise. With "none" no model is loaded and routers are not measured.
+        rows: calibration rows for the statistics and the routers.
+        bootstrap: draws.
+        progress: told about parts and steps.
+
+    Raises:
+        FileError: a stage is missing or was made with other settings; says which command makes it.
+        ValueError: an unknown policy, a number out of range.
+    """
+    names = statistics_of(statistics)
+    for name, value in (("rows", rows), ("bootstrap", bootstrap)):
+        if value < 1:
+            raise ValueError(f"{name} must be >= 1, got {value}")
+    run = RunInputs(config, progress=progress)
+    _check_stages(run)
+    selection = Selection.load(run.path / "select")
+    if selection.pick != "top":
+        raise ValueError(
+            f"an audit is about the layers of highest score, got select.pick {selection.pick!r}"
+        )
+    if selection.policy == "all":
+        raise ValueError("an audit needs a policy that leaves layers out, got select.policy 'all'")
+    if names and POLICIES[selection.policy].statistics:
+        names = tuple(dict.fromkeys((*names, selection.policy)))
+    strict, count = statistics not in ("cheap", "all"), len(selection.layers)
+    with run.folder.locked():
+        measured, failed = _statistics(run, names, rows, count, strict)
+        router = _routers(run, rows) if names else []
+        run.progress.stage("audit", "started")
+        result = _audit(run, selection, measured, router, bootstrap)
+        done = read_json(run.path / "select/DONE.json")
+        lacking = result.lacking | failed
+        result = replace(result, selection=done["inputs_hash"], lacking=lacking)
+        (run.path / "audit").mkdir(exist_ok=True)
+        result.save(run.path / "audit/audit.json")
+        run.progress.stage("audit", "finished")
+    return AuditResult(run.path / "audit/audit.json", result)
+
+
+def statistics_of(text: str) -> tuple[str, ...]:
+    """Names of policies for "cheap", "all", "none" or names joined by commas.
+
+    Raises:
+        ValueError: a name that is no policy, or one that needs no statistics.
+    """
+    known = [name for name, policy in POLICIES.items() if policy.statistics]
+    cheap = tuple(name for name in known if POLICIES[name].cheap)
+    fixed = {"cheap": cheap, "all": tuple(known), "none": ()}
+    if text in fixed:
+        return fixed[text]
+    names = tuple(dict.fromkeys(name.strip() for name in text.split(",")))
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise ValueError(
+            f"statistics must be cheap, all, none or policies of {sorted(known)}, got {unknown}"
+        )
+    return names
+
+
+def _check_stages(run: RunInputs) -> None:
+    """Raises FileError unless the stages up to select are done with the run's settings."""
+    for stage in ("search", "score", "select"):
+        done = run.folder.done(stage)
+        command = f"run: floe {stage} CONFIG"
+        if done is None:
+            raise FileError(run.path / stage, f"the {stage} stage is not finished; {command}")
+        if stage == "search":
+            continue
+        made_with = done.get("inputs", {}) | done.get("notes", {})
+        wanted = identity.values(run.config, stage) | identity.notes(run.config, stage)
+        names = {n for n in wanted.keys() & made_with.keys() if n.startswith(f"{stage}.")}
+        if done.get("format") != FORMAT or any(made_with[n] != wanted[n] for n in names):
+            raise FileError(
+                run.path / stage, f"was made with other settings than the config's; {command}"
+            )
+
+
+def _audit(
+    run: RunInputs,
+    selection: Selection,
+    statistics: LayerStatistics | None,
+    router: list[dict[str, Any]],
+    bootstrap: int,
+) -> Audit:
+    policy = selection.policy
+    return audit(
+        Scores.load(run.path / "score/scores.npz"),
+        layers=len(selection.layers),
+        policy=f"masks/{selection.preset}" if policy == "masks" else policy,
+        statistics=statistics,
+        router=router,
+        trained_router=trained_routers(run.path),
+        losses=arm_losses(run.path),
+        budget=selection.budget,
+        score=selection.score,
+        seed=selection.seed,
+        bootstrap=bootstrap,
+        progress=partial(run.progress.step, "audit"),
+    )
+
+
+def trained_routers(run: Path) -> list[dict[str, Any]]:
+    """Router statistics of the run's final adapter, from the eval stage; empty without it."""
+    file = run / "eval/router.json"
+    return list(read_json(file)["modules"]) if file.is_file() else []
+
+
+def arm_losses(run: Path) -> dict[int, Any] | None:
+    """Number of whole layers -> per-row test losses of the run's policy, and of all layers.
+
+    Each row's summed loss over the mean number of target tokens, so that the mean over rows is the
+    loss per token that the evaluation reports. None without losses of several numbers of layers.
+    """
+    file = run / "eval/losses.json"
+    if not file.is_file():
+        return None
+    losses = read_json(file)
+    arms = {path.parent.name: read_json(path) for path in run.glob("train/*/metrics.json")}
+    own = arms.get("main", {}).get("policy")
+    tokens = np.asarray(losses["tokens"], dtype=np.float64)
+    found = {
+        len(metrics["layers"]): np.asarray(losses["nll"][arm]) / tokens.mean()
+        for arm, metrics in sorted(arms.items(), key=lambda item: item[0] == "main")
+        if metrics["policy"] in (own, "all") and arm in losses["nll"]
+        if not {"modules", "sizes"} & metrics.keys()
+    }
+    return found if len(found) > 1 else None
+
+
+def _statistics(
+    run: RunInputs, names: Sequence[str], rows: int, count: int, strict: bool
+) -> tuple[LayerStatistics | None, dict[str, str]]:
+    """The statistics that the policies ``names`` need, those of one measurement at a time.
+
+    Some models lack what a statistic looks at (unquantised weights, say): without ``strict`` its
+    policies are named with the reason, else that is the ValueError it was. Forward selection goes
+    as far as ``count``, the number of chosen layers.
+    """
+    parts: dict[tuple[str, ...], list[str]] = {}
+    for name in names:
+        parts.setdefault(POLICIES[name].statistics, []).append(name)
+    values: dict[str, Any] = {}
+    failed: dict[str, str] = {}
+    layers = 0
+    for policies in parts.values():
+        part = f"audit/{policies[0]}"
+        options = {
+            "seed": run.config.select.seed,
+            "rank": run.size[0],
+            "steps": count,
+            "progress": partial(run.progress.step, part),
+        }
+
+        def build(folder: Path, policy: str = policies[0], options: Any = options) -> None:
+            with _warm_up(run, rows) as (model, batches):
+                measured = measure_statistics(model, batches, [policy], **options)
+            measured.save(folder / "statistics.npz")
+
+        more = {"steps": count} if policies[0] == "forward_selection" else {}
+        try:
+            _make(run, part, inputs(run, part, rows) | more, build)
+        except ValueError as error:
+            if strict:
+                raise
+            failed |= dict.fromkeys(policies, f"a statistic this model does not give: {error}")
+            continue
+        found = LayerStatistics.load(run.path / part / "statistics.npz")
+        values |= dict(found.values)
+        layers = found.layers
+    return LayerStatistics(layers, values) if values else None, failed
+
+
+def _routers(run: RunInputs, rows: int) -> list[dict[str, Any]]:
+    """Router statistics of the warm-up adapter."""
+
+    def build(folder: Path) -> None:
+        with _warm_up(run, rows) as (model, batches):
+            modules = router_statistics(model, batches)
+        write_json(folder / "routers.json", {"modules": plain(modules)})
+
+    _make(run, "audit/routers", inputs(run, "audit/routers", rows), build)
+    return list(read_json(run.path / "audit/routers/routers.json")["modules"])
+
+
+def inputs(run: RunInputs, part: str, rows: int) -> dict[str, Any]:
+    """What decides a measurement of the audit."""
+    return {
+        "adapter": identity.of_adapter(run, "search"),
+        "rows": rows,
+        "seed": run.config.select.seed,
+        "calibration": read_json(run.path / "score/DONE.json")["inputs"]["rows"],
+        "name": part,
+    }
+
+
+def _make(run: RunInputs, part: str, inputs: dict[str, Any], build: Callable[[Path], None]) -> None:
+    run.folder.make(Stage(part, inputs, build, disposable=True), run.progress.stage)
+
+
+@contextmanager
+def _warm_up(run: RunInputs, rows: int) -> Iterator[tuple[Any, list[Batch]]]:
+    """The warm-up model, and the rows that the audit measures on."""
+    settings = run.config.score
+    chosen = sample(run.calibration_rows, rows, settings.seed)
+    with run.adapted(run.path / "search/adapter") as model:
+        yield model, run.batches(chosen, settings.batch_size)

@@ -1,0 +1,139 @@
+"""``floe eval``: every arm and the base model on the test rows, the same way; router health."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from floe.data.batches import fingerprint, row_order
+from floe.evaluation.evaluate import (
+    Answers,
+    Losses,
+    evaluate_choices,
+    evaluate_generation,
+    evaluate_rows,
+    group_by_task,
+    paired_difference,
+    summarise_loss,
+)
+from floe.evaluation.routers import router_statistics
+from floe.pipeline import identity, train
+from floe.pipeline.inputs import RunInputs, plain
+from floe.pipeline.run_folder import Stage
+from floe.storage import hash_of, read_json, write_json
+
+INTERVALS = "95 %: bootstrap over rows for loss, Wilson for accuracy"
+
+
+def stages(run: RunInputs) -> Iterator[Stage]:
+    """The evaluation."""
+    adapters = {arm: identity.of_adapter(run, f"train/{arm}") for arm in train.arms(run)}
+    yield Stage(
+        "eval",
+        inputs(run) | {"arms": adapters},
+        partial(build, run, adapters),
+        results=("results.json", "losses.json", "router.json", "arms"),
+        growing=("arms",),
+    )
+
+
+def inputs(run: RunInputs) -> dict[str, Any]:
+    """What decides the figures of every arm, but for its adapter."""
+    return identity.of_stage(run, "eval") | {
+        "tokenizer": run.model_digests["tokenizer"],
+        "test": hash_of([[row.index for row in run.test_rows], run.test_examples]),
+        "validation": fingerprint(run.validation_rows),  # of the router statistics
+    }
+
+
+def build(run: RunInputs, adapters: dict[str, str], folder: Path) -> None:
+    """Write ``results.json``, ``losses.json`` (by row), ``router.json`` and ``arms/``.
+
+    What ``arms/`` has of an adapter of the same digest, from before an interruption or from when
+    there were fewer arms, is not measured again.
+    """
+    (folder / "arms").mkdir(exist_ok=True)
+    digests: dict[str, str | None] = {"base": None, **adapters}
+    measured = {arm: _measured(run, arm, digest, folder) for arm, digest in digests.items()}
+    tasks, seed = group_by_task(run.test_rows), run.config.eval.seed
+    results = {arm: _results(*values, tasks, seed) for arm, values in measured.items()}
+    for arm, (losses, _) in measured.items():
+        gap = paired_difference(losses, measured["main"][0], seed=seed)
+        results[arm]["loss_minus_main"] = plain(gap)
+    document = {"arms": results, "intervals": INTERVALS, "seed": seed}
+    write_json(folder / "results.json", document)
+    write_json(
+        folder / "losses.json",
+        {
+            "nll": {arm: losses.nll.tolist() for arm, (losses, _) in measured.items()},
+            "tokens": measured["main"][0].tokens.tolist(),
+            "rows": [row.index for row in run.test_rows],
+        },
+    )
+
+
+def _measured(
+    run: RunInputs, arm: str, digest: str | None, folder: Path
+) -> tuple[Losses, Answers | None]:
+    """Losses and answers of the test rows, which both speak of by the same numbers."""
+    file = folder / f"arms/{arm}.json"
+    if not file.is_file() or read_json(file)["adapter"] != digest:
+        adapter = run.path / f"train/{arm}/adapter"
+        with nullcontext(run.base_model) if digest is None else run.adapted(adapter) as model:
+            losses, answers = _losses(run, model, arm), _answers(run, model, arm)
+            if arm == "main":
+                _write_routers(run, model, folder)
+        packed = {"nll": losses.nll.tolist(), "tokens": losses.tokens.tolist(), "adapter": digest}
+        if answers is not None:
+            packed |= {"given": answers.given, "correct": answers.correct.tolist()}
+        write_json(file, packed)
+    packed = read_json(file)
+    rows = np.array([row.index for row in run.test_rows], dtype=np.int64)
+    losses = Losses(np.array(packed["nll"]), np.array(packed["tokens"], dtype=np.int64), rows)
+    if "given" not in packed:
+        return losses, None
+    return losses, Answers(packed["given"], np.array(packed["correct"], dtype=bool), rows)
+
+
+def _losses(run: RunInputs, model: Any, arm: str) -> Losses:
+    pad = run.tokenizer.pad_token_id or 0
+    return evaluate_rows(model, run.test_rows, run.config.eval.batch_size, pad)
+
+
+def _answers(run: RunInputs, model: Any, arm: str) -> Answers | None:
+    settings, data, kind = run.config.eval, run.config.data, run.accuracy
+    common: dict[str, Any] = {
+        "template": data.template, "max_length": data.max_length, "batch_size": settings.batch_size,
+        "source": "data.test",
+    }  # fmt: skip
+    if kind == "choices":
+        common["score"] = settings.choice_score
+        return evaluate_choices(model, run.tokenizer, run.test_examples, **common)
+    if kind == "generation":
+        common["max_new_tokens"] = settings.max_new_tokens
+        return evaluate_generation(model, run.tokenizer, run.test_examples, **common)
+    return None
+
+
+def _write_routers(run: RunInputs, model: Any, folder: Path) -> None:
+    rows = [run.validation_rows[i] for i in row_order(run.validation_rows, False)]
+    batches = run.batches(rows, run.config.eval.batch_size)
+    write_json(folder / "router.json", {"modules": plain(router_statistics(model, batches))})
+
+
+def _results(
+    losses: Losses, answers: Answers | None, tasks: dict[str, list[int]], seed: int
+) -> dict[str, Any]:
+    """Over all rows, and by task."""
+
+    def figures(losses: Losses, rows: list[int] | None = None) -> dict[str, Any]:
+        part = {"loss": plain(summarise_loss(losses, seed=seed))}
+        return part if answers is None else part | {"accuracy": plain(answers.accuracy(rows))}
+
+    by_task = {task: figures(losses.take(rows), rows) for task, rows in tasks.items()}
+    return figures(losses) | {"by_task": by_task}

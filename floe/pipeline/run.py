@@ -1,0 +1,220 @@
+"""``floe run``: every stage in order, each made from what those before it left in the folder."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from floe.adapters.folder import check_new
+from floe.adapters.plain_lora import export_lora
+from floe.config import RunConfig, dump_config, load_config
+from floe.data.rows import sample
+from floe.pipeline import eval, identity, profile, score, search, select, train
+from floe.pipeline.check import Account, check
+from floe.pipeline.inputs import RunInputs
+from floe.pipeline.run_folder import RunFolder, Stage, environment
+from floe.progress import Progress
+from floe.report import build_report
+from floe.storage import read_json, write_json, write_text
+
+VERBS: dict[str, tuple[Any, ...]] = {
+    "search": (search,),
+    "score": (score,),
+    "select": (select,),
+    "train": (train,),
+    "eval": (profile, eval),
+    "report": (),  # made anew from the artifacts whenever it is asked for
+}
+"""Command -> the modules whose ``stages`` it makes, after those of the commands before it."""
+
+
+def run(
+    config: RunConfig | str | os.PathLike[str],
+    *,
+    until: str = "report",
+    progress: Progress | None = None,
+    dry_run: bool = False,
+    redo: bool = False,
+) -> RunResult:
+    """Run the stages up to ``until``.
+
+    Those whose inputs are unchanged are skipped, an unfinished one resumes. Before the first, all
+    that any stage will read is checked; see :func:`floe.pipeline.check.check`.
+
+    Args:
+        config: a RunConfig, or the path of its YAML file.
+        until: "search", "score", "select", "train", "eval" or "report".
+        progress: told about stages and steps.
+        dry_run: check alone, and write nothing; the result's ``account`` says what was found.
+        redo: stages that were made from other settings or data may be made again, in place of what
+            is there. Without it they are refused, with what differs.
+
+    Raises:
+        CheckError: several problems were found before the first stage.
+        ValueError: for a setting the model or the data do not allow.
+        FileError, DataError: for files and rows that cannot be used, and for finished or begun work
+            that was made from other inputs.
+    """
+    if until not in VERBS:
+        raise ValueError(f"until must be one of {', '.join(VERBS)}, got {until!r}")
+    if score.worker_count() > 1 and (until != "score" or dry_run):
+        asked = f"{until!r} with dry_run" if dry_run else repr(until)
+        raise ValueError(
+            f"several workers can run the score stage alone, got {asked}: "
+            "torchrun --nproc-per-node N -m floe score CONFIG"
+        )
+    settings = config if isinstance(config, RunConfig) else load_config(config)
+    folder = RunFolder(Path(settings.output_dir) / settings.name, read_only=dry_run)
+    inputs = RunInputs(settings, folder, progress)
+    with score.workers():
+        if score.is_helper():
+            score.help_score(inputs)
+            return RunResult(folder.path, until)
+        account = check(inputs)
+        for line in account.remarks():
+            inputs.progress.say(line)
+        verbs = list(VERBS)[: list(VERBS).index(until) + 1]
+        if dry_run:
+            account.stages = _outlook(inputs, verbs, redo)
+        else:
+            with folder.locked():
+                _make(inputs, verbs, account, redo)
+    return RunResult(folder.path, until, account)
+
+
+def _make(run: RunInputs, verbs: Sequence[str], account: Account, redo: bool) -> None:
+    """Every stage of the commands, one after the other; then the report, if it is among them."""
+
+    @cache
+    def describe() -> None:
+        """Settings, rows, machine and versions, once the settings are those of the results."""
+        write_text(run.path / "config.yaml", dump_config(run.config))
+        account.write(run.path / "data.json")
+        model = {"device": str(run.device), "dtype": str(run.dtype)}
+        write_json(run.path / "env.json", environment() | model)
+
+    def announce(stage: str, what: str) -> None:
+        if what == "started":  # nothing is refused any more
+            describe()
+        run.progress.stage(stage, what)
+
+    for verb in verbs:
+        for stage in _stages(run, verb):
+            run.folder.make(stage, announce, lambda names: redo or identity.may_discard(names))
+    describe()
+    if "report" in verbs:
+        run.progress.stage("report", "started")
+        build_report(run.path)
+        run.progress.stage("report", "finished")
+
+
+def _outlook(run: RunInputs, verbs: Sequence[str], redo: bool) -> dict[str, str]:
+    """What each command would do: nothing ("done"), or in words what; later ones rest on it."""
+    outlook = dict.fromkeys(verbs, "to do")
+    for verb in verbs if run.path.is_dir() else ():
+        for stage in _stages(run, verb):
+            state = run.folder.outlook(stage, lambda names: redo or identity.may_discard(names))
+            if state != "done":
+                outlook[verb] = state if stage.name == verb else f"{stage.name}: {state}"
+                return outlook
+        if verb != "report":
+            outlook[verb] = "done"
+    return outlook
+
+
+def _stages(run: RunInputs, verb: str) -> Iterator[Stage]:
+    """A command's stages, each once those before it are done."""
+    for module in VERBS[verb]:
+        for stage in module.stages(run):
+            kind = stage.name.partition("/")[0]
+            yield replace(stage, notes=identity.notes(run.config, kind))
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """A finished run: its folder, and its artifacts read back."""
+
+    folder: Path
+    until: str
+    account: Account | None = None  # of what the run works on
+
+    def summary(self) -> dict[str, Any]:
+        """The run's results as plain values, for ``--json``."""
+        found: dict[str, Any] = {"folder": str(self.folder), "until": self.until}
+        for key, verb in (("search", "search"), ("selection", "select"), ("evaluation", "eval")):
+            if (self.folder / RESULTS[verb]).is_file():
+                found[key] = read_json(self.folder / RESULTS[verb])
+        found["training"] = self.training()
+        if (self.folder / RESULTS["report"]).is_file():
+            found["report"] = str(self.folder / RESULTS["report"])
+        return found
+
+    def training(self) -> dict[str, Any]:
+        """Metrics of every trained arm of the configuration."""
+        placed = self.folder / train.PLACEMENTS
+        arms = sorted(read_json(placed)) if placed.is_file() else []
+        files = {arm: self.folder / "train" / arm / "metrics.json" for arm in arms}
+        return {arm: read_json(file) for arm, file in files.items() if file.is_file()}
+
+    def table(self) -> str:
+        """One line an arm: layers, loss and accuracy with intervals, size, speed, memory."""
+        results = self.folder / RESULTS["eval"]
+        return _arms_table(read_json(results), self.training()) if results.is_file() else ""
+
+    def outcome(self) -> str:
+        """The last line: where the result is."""
+        return f"{self.until}: {self.folder / RESULTS[self.until]}"
+
+
+RESULTS = {
+    "search": "search/result.json",
+    "score": "score/scores.npz",
+    "select": "select/selection.json",
+    "train": "adapter",
+    "eval": "eval/results.json",
+    "report": "report.html",
+}
+"""What each command leaves for its user."""
+
+
+def _arms_table(evaluation: dict[str, Any], training: dict[str, dict[str, Any]]) -> str:
+    """One line an arm; intervals are 95 %."""
+    lines = [("arm", "layers", "loss", "[95 %]", "accuracy", "[95 %]", "trainable", "s/step",
+              "peak memory")]  # fmt: skip
+    for arm in sorted(evaluation["arms"], key=lambda arm: (arm != "base", arm != "main", arm)):
+        results, metrics = evaluation["arms"][arm], training.get(arm)
+        loss, accuracy = results["loss"], results.get("accuracy")
+        shares = ("-", "-")
+        if accuracy:
+            shares = (
+                f"{accuracy['value']:.1%}",
+                f"{accuracy['low']:.1%}-{accuracy['high']:.1%}",
+            )
+        label, layers, cost = arm, "-", ("0", "-", "-")
+        if metrics:
+            policy, layers = metrics["policy"], str(len(metrics["layers"]))
+            label = arm if policy == arm else f"{arm} ({policy})"
+            memory = f"{metrics['peak_memory_bytes'] / 2**30:.2f} GiB"
+            size = f"{metrics['trainable_parameters']:,}"
+            cost = (size, f"{metrics['seconds_per_step']:.2f}", memory)
+        interval = f"{loss['low']:.3f}-{loss['high']:.3f}"
+        lines.append((label, layers, f"{loss['value']:.4f}", interval, *shares, *cost))
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    lines.insert(1, tuple("-" * width for width in widths))  # type: ignore[arg-type]
+    return "\n".join(
+        "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])])
+        for line in lines
+    )
+
+
+def export_run(config: RunConfig, output: Path, rows: int) -> Any:
+    """The finished run's adapter as one plain LoRA, averaged over ``rows`` training rows."""
+    check_new(output)  # before the model is loaded
+    run = RunInputs(config)
+    batches = run.batches(sample(run.train_rows, rows, config.train.seed), config.eval.batch_size)
+    with run.adapted(run.path / "adapter") as model:
+        return export_lora(model, output, batches)

@@ -1,0 +1,301 @@
+"""``floe select``: the layers that get adapters, by the run's policy, and the places of every arm.
+
+The paper's masks are computed and stored whatever decides. A sweep trains one arm for every number
+of layers that is to be tried, and takes the smallest that the validation rows support.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Set
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+
+from floe.adapters.targets import input_widths, parameter_counts, projection_shapes
+from floe.config import Baseline, Schedule, SearchConfig
+from floe.data.batches import fingerprint
+from floe.decoder_blocks import find_blocks
+from floe.evaluation.evaluate import evaluate_rows
+from floe.importance.scores import Scores
+from floe.importance.statistics import LayerStatistics
+from floe.pipeline import identity, train
+from floe.pipeline.inputs import RunInputs, plain
+from floe.pipeline.run_folder import Stage
+from floe.pipeline.score import load_statistics, statistics_of
+from floe.selection.allocate import Options, Saturating, fit_gain, option_costs
+from floe.selection.layer_count import choose_count, layer_memory, saved_bytes_per_token
+from floe.selection.masks.presets import PRESETS
+from floe.selection.placement import Placement, module_scores
+from floe.selection.select import Selection, SelectOptions, select_by
+from floe.storage import read_json, write_json
+
+LOSSES = "losses.json"
+
+
+def stages(run: RunInputs) -> Iterator[Stage]:
+    """The arms of a sweep, the selection, and the places of every arm's adapters."""
+    counts = swept_counts(run)
+    for count in counts:
+        evidence = Evidence.load(run, {run.config.select.policy})
+        chosen = choose(run, evidence, count)
+        placement = placed(run, evidence, chosen, run.config.select.choose)
+        yield Stage(
+            f"sweep/{count}",
+            train.inputs(run, "sweep", placement),
+            partial(_build_swept, run, count, placement),
+            results=("adapter", "metrics.json", LOSSES),
+            tidy=train.tidy,
+        )
+    yield Stage(
+        "select",
+        inputs(run)
+        | {"sweep": {n: run.folder.digest(run.path / f"sweep/{n}" / LOSSES) for n in counts}},
+        partial(build, run, counts),
+        results=("selection.json", "masks.npz", "sweep.json"),
+    )
+    yield Stage(
+        "arms",
+        _place_inputs(run),
+        partial(_build_places, run),
+        results=(Path(train.PLACEMENTS).name,),
+        disposable=True,
+    )
+
+
+def inputs(run: RunInputs) -> dict[str, Any]:
+    """What decides the layers, but for a sweep."""
+    settings, (rank, experts) = run.config.select, run.size
+    found = identity.of_stage(run, "select") | {
+        "scores": run.folder.digest(run.path / "score/scores.npz"),
+        "rank": rank,
+        "num_experts": experts,
+        "statistics": _statistics_digests(run, {settings.policy}),
+    }
+    if settings.tune is False:
+        del found["select.tune_tokens"]
+    else:
+        adapter = {"adapter": identity.of_adapter(run, "search")}
+        found |= adapter | {"rows": fingerprint(run.calibration_rows)}
+    if settings.score != "path":
+        del found["select.budget_path"]
+    if isinstance(settings.layers, dict) and "memory" in settings.layers:
+        found["tokens"] = run.config.train.batch_size * run.config.data.max_length
+    return found
+
+
+def build(run: RunInputs, counts: list[int], folder: Path) -> None:
+    """Write ``selection.json`` and ``masks.npz``; of a sweep ``sweep.json``, too."""
+    count = None
+    if counts:
+        losses = {n: read_json(run.path / f"sweep/{n}" / LOSSES)["rows"] for n in counts}
+        swept = choose_count(losses)
+        write_json(folder / "sweep.json", plain(swept))
+        count = swept.count
+    choose(run, Evidence.load(run, {run.config.select.policy}), count).save(folder)
+
+
+def _place_inputs(run: RunInputs) -> dict[str, Any]:
+    search = run.config.search
+    return inputs(run) | identity.values(run.config, "arms") | {
+        "selection": run.folder.digest(run.path / "select/selection.json"),
+        "search.rank": search.rank,
+        "search.num_experts": search.num_experts,
+        "trials": run.folder.digest(run.path / "search/result.json"),
+        "measured": _statistics_digests(run, run.policies),
+    }  # fmt: skip
+
+
+def _build_places(run: RunInputs, folder: Path) -> None:
+    """Write ``placements.json``: where the adapters of every arm go."""
+    evidence, chosen = Evidence.load(run, run.policies), Selection.load(run.path / "select")
+    arms = {"main": placed(run, evidence, chosen, run.config.select.choose)}
+    for arm in run.config.baselines:
+        arms[arm.name] = place_baseline(run, evidence, chosen, arm)
+    documents = {name: placement.document() for name, placement in arms.items()}
+    write_json(folder / Path(train.PLACEMENTS).name, documents)
+
+
+def _statistics_digests(run: RunInputs, policies: Set[str]) -> dict[str, str]:
+    files = {n: run.path / f"statistics/{n}/statistics.npz" for n in statistics_of(policies)}
+    return {name: run.folder.digest(file) for name, file in files.items()}
+
+
+def swept_counts(run: RunInputs) -> list[int]:
+    """The numbers of layers to try, ascending; none unless ``select.layers`` is a sweep."""
+    layers: Any = run.config.select.layers
+    if not (isinstance(layers, dict) and "sweep" in layers):
+        return []
+    counts = sorted(set(layers["sweep"]))
+    total = len(find_blocks(run.base_model))
+    if counts[-1] > total:
+        raise ValueError(f"select.layers.sweep must be at most {total} layers, got {counts[-1]}")
+    return counts
+
+
+def _build_swept(run: RunInputs, count: int, placement: Placement, folder: Path) -> None:
+    """Train one arm of a sweep, and write its losses on the validation rows, nats per token."""
+    train.build(run, f"sweep/{count}", run.config.select.policy, placement, folder)
+    with run.adapted(folder / "adapter") as model:
+        losses = evaluate_rows(
+            model, run.validation_rows, run.config.eval.batch_size, run.tokenizer.pad_token_id or 0
+        )
+    write_json(folder / LOSSES, {"rows": (losses.nll / losses.tokens).tolist()})
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What layers are chosen by: scores, layer statistics, and the search's ``result.json``."""
+
+    scores: Scores
+    statistics: LayerStatistics | None
+    search: dict[str, Any]
+
+    @classmethod
+    def load(cls, run: RunInputs, policies: Set[str]) -> Evidence:
+        """What the run's stages have left, as far as these policies look at it."""
+        scores = Scores.load(run.path / "score/scores.npz")
+        statistics = load_statistics(run, policies)
+        return cls(scores, statistics, read_json(run.path / "search/result.json"))
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Rank and number of experts that the search decided on."""
+        return self.search["rank"], self.search["num_experts"]
+
+
+def choose(run: RunInputs, evidence: Evidence, count: int | None = None) -> Selection:
+    """Apply ``config.select``; tuning uses the warm-up model.
+
+    ``count``: choose so many layers, whatever the configuration says.
+    """
+    settings = run.config.select
+    layers: Any = count or settings.layers  # a sweep brings its counts
+    memory = isinstance(layers, dict) and "memory" in layers
+    options = replace(
+        _options(run, evidence, settings.policy, settings.preset),
+        layers=layers,
+        seed=settings.seed,
+        pick=settings.pick,
+        layer_memory=_layer_memory(run, evidence.size) if memory else None,
+        tune=settings.tune,
+        tune_tokens=settings.tune_tokens,
+    )
+    if settings.tune is False:
+        return select_by(options, evidence.scores)
+    with run.adapted(run.path / "search/adapter") as model:
+        batches = run.batches(run.calibration_rows, run.config.score.batch_size)
+        tell = partial(run.progress.step, "select")
+        return select_by(options, evidence.scores, model, batches, tell)
+
+
+def _options(run: RunInputs, evidence: Evidence, policy: str, preset: str) -> SelectOptions:
+    """The options that the run's own choice and its baselines' share."""
+    settings = run.config.select
+    return SelectOptions(
+        policy=policy,
+        preset=replace(PRESETS[preset], first_order=settings.first_order),
+        budget=settings.budget,
+        score=settings.score,
+        budget_path=settings.budget_path,
+        statistics=evidence.statistics,
+    )
+
+
+def _layer_memory(run: RunInputs, size: tuple[int, int]) -> list[int]:
+    """What training each layer's adapters takes, in bytes."""
+    config = run.adapter_config(*size)
+    saved = [
+        saved_bytes_per_token(widths, *size, element_bytes=run.dtype.itemsize)
+        for widths in input_widths(run.base_model, config)
+    ]
+    tokens = run.config.train.batch_size * run.config.data.max_length
+    return layer_memory(parameter_counts(run.base_model, config), saved, tokens)
+
+
+def placed(run: RunInputs, evidence: Evidence, choice: Selection, kind: str) -> Placement:
+    """Where adapters go by this choice; ``kind`` is ``config.select.choose`` or an arm's.
+
+    Raises:
+        ValueError: see :func:`place`; or the search's trials do not say what capacity is worth.
+    """
+    settings, gain = run.config, None
+    if kind == "sizes" and settings.select.r0 is not None:
+        gain = Saturating(settings.select.r0)
+    elif kind == "sizes":
+        trials = [trial for trial in evidence.search["trials"] if trial["state"] == "complete"]
+        try:
+            gain = fit_gain(trials)
+        except ValueError as error:
+            problem = f"select.r0 must be set, the search does not tell it: {error}"
+            raise ValueError(problem) from error
+    options = size_options(settings.search)
+    return place(run, evidence.scores, choice, kind, evidence.size, options, gain)
+
+
+def place_baseline(
+    run: RunInputs, evidence: Evidence, chosen: Selection, arm: Baseline
+) -> Placement:
+    """Where one baseline's adapters go: as many layers as the main arm chose, by its own policy.
+
+    The policy ``all`` takes every one. The paper's masks at the run's own preset are those already
+    computed, and tuned, for the main selection.
+    """
+    if arm.policy in ("all", *get_args(Schedule)):
+        return Placement(tuple(range(len(chosen.layer_scores))))
+    count, paper = len(chosen.layers), chosen.paper
+    if arm.policy == "masks" and arm.preset == run.config.select.preset and arm.pick == "top":
+        layers = tuple(sorted(paper.ranking[:count]))
+        choice = replace(chosen, policy="masks", layers=layers, layer_scores=paper.layer_scores)
+    else:
+        options = _options(run, evidence, arm.policy, arm.preset)
+        options = replace(options, layers=count, seed=arm.seed, pick=arm.pick)
+        choice = select_by(options, evidence.scores)
+    return placed(run, evidence, choice, arm.choose)
+
+
+def place(
+    run: RunInputs,
+    scores: Scores,
+    choice: Selection,
+    kind: str,
+    size: tuple[int, int],
+    options: Options = (),
+    gain: Saturating | None = None,
+) -> Placement:
+    """Where adapters go, with at most the parameters of the chosen layers at ``size``.
+
+    Args:
+        kind: "layers" for the chosen ones; "modules" for the projections of most score; "sizes"
+            for the rank and experts of every layer that gain most.
+        size: rank and experts.
+        options, gain: of "sizes": the pairs to choose from (besides no adapter), and what they
+            are worth.
+
+    Raises:
+        ValueError: a policy without scores of projections, negative layer scores for "sizes".
+    """
+    if kind == "layers":
+        return Placement(choice.layers)
+    shapes = projection_shapes(run.base_model, run.adapter_config(*size))
+    names = [str(name) for name in scores.meta["adapter_modules"]]
+    parameters = np.array(
+        [[option_costs([block[n]], [size])[0] if n in block else 0 for n in names]
+         for block in shapes]
+    )  # fmt: skip
+    budget = int(parameters[list(choice.layers)].sum())
+    if kind == "modules":
+        return Placement.of_modules(module_scores(scores, choice.policy), parameters, budget, names)
+    assert gain is not None
+    pairs = [(0, 0), *options]
+    costs = np.array([option_costs(list(block.values()), pairs) for block in shapes])
+    return Placement.of_sizes(choice.layer_scores, pairs, costs, budget, gain)
+
+
+def size_options(search: SearchConfig) -> list[tuple[int, int]]:
+    """The pairs (rank, experts) of the search space, in its order."""
+    (low, high, step), (fewest, most, each) = search.rank, search.num_experts
+    ranks, experts = range(low, high + 1, step), range(fewest, most + 1, each)
+    return [(rank, count) for rank in ranks for count in experts]

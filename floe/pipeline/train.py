@@ -1,0 +1,105 @@
+"""``floe train``: the chosen layers, then every baseline on the same schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, get_args
+
+from floe.adapters import remove_adapters
+from floe.adapters.files import save_adapter
+from floe.config import Schedule
+from floe.data.batches import fingerprint
+from floe.pipeline import identity
+from floe.pipeline.inputs import RunInputs, plain
+from floe.pipeline.run_folder import Stage
+from floe.selection.placement import Placement
+from floe.storage import copy_folder, read_json, write_json
+from floe.training.checkpoints import remove_checkpoints
+from floe.training.layer_schedule import SCHEDULES
+from floe.training.train import train
+
+PLACEMENTS = "arms/placements.json"
+
+
+def stages(run: RunInputs) -> Iterator[Stage]:
+    """One an arm. Arms that are configured no more stay where they are.
+
+    ``adapter/`` is the main one's.
+    """
+    for arm, (policy, placement) in arms(run).items():
+        yield Stage(
+            f"train/{arm}",
+            inputs(run, "train", placement) | {"policy": policy, "movement": _movement(run, arm)},
+            partial(build, run, arm, policy, placement),
+            results=("adapter", "metrics.json"),
+            tidy=tidy,
+        )
+    if not run.folder.read_only:
+        copy_folder(run.path / "train/main/adapter", run.path / "adapter")
+
+
+def inputs(run: RunInputs, stage: str, placement: Placement) -> dict[str, Any]:
+    """What decides the adapter that is trained in these places."""
+    rank, experts = run.size
+    rows = {"rows": fingerprint(run.train_rows), "rank": rank, "num_experts": experts}
+    return identity.of_training(run, stage) | rows | placement.document()
+
+
+def build(run: RunInputs, arm: str, policy: str, placement: Placement, folder: Path) -> None:
+    """Write ``adapter/`` and ``metrics.json``."""
+    rank, experts = run.size
+    model = run.fresh(rank, experts, placement)
+    movement = _movement(run, arm)
+    schedule = SCHEDULES[movement.pop("kind")](model, **movement) if movement else None
+    try:
+        result = train(
+            model,
+            run.train_rows,
+            settings=run.settings(),
+            output_dir=folder / "checkpoints",
+            validation=run.validation_rows,
+            on_progress=losses_to(run, f"train/{arm}"),
+            layer_schedule=schedule,
+        )
+        save_adapter(model, folder / "adapter")
+    finally:
+        remove_adapters(model)
+    about = {"arm": arm, "policy": policy, **placement.document(), "rank": rank}
+    about |= {"num_experts": experts, "seed": run.config.train.seed}
+    write_json(folder / "metrics.json", plain(result) | about)
+
+
+def tidy(folder: Path) -> None:
+    """Remove the checkpoints."""
+    remove_checkpoints(folder / "checkpoints")
+
+
+def arms(run: RunInputs) -> dict[str, tuple[str, Placement]]:
+    """Arm -> its policy and where its adapters are; the chosen one is ``main``."""
+    policies: dict[str, str] = {"main": run.config.select.policy}
+    for arm in run.config.baselines:
+        preset = f"/{arm.preset}" if arm.policy == "masks" else ""
+        policies[arm.name] = f"{arm.policy}{preset}"
+    places = read_json(run.path / PLACEMENTS)
+    return {arm: (policy, Placement.read(places[arm])) for arm, policy in policies.items()}
+
+
+def losses_to(run: RunInputs, stage: str) -> Callable[[int, int, float, float], None]:
+    """What training calls after each step: tells the run's progress of it."""
+
+    def tell(step: int, steps: int, loss: float, seconds_left: float) -> None:
+        run.progress.step(stage, step, steps, f"loss {loss:.3f}")
+
+    return tell
+
+
+def _movement(run: RunInputs, arm: str) -> dict[str, Any] | None:
+    """How the trained layers move in this arm; None where they stay."""
+    for settings in run.config.baselines:
+        if settings.name == arm and settings.policy in get_args(Schedule):
+            count = len(read_json(run.path / "select/selection.json")["layers"])
+            moving = {"count": count, "interval": settings.interval, "seed": settings.seed}
+            return {"kind": settings.policy, **moving}
+    return None
