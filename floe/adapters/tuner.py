@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import re
+import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -473,7 +474,10 @@ def wrap(
         raise TypeError(f"base_model and config must be a module and a FloeConfig, got {came}")
     kind = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, peft.PeftModel)
     try:
-        return kind(base_model, config, adapter_name, autocast_adapter_dtype=False)
+        with warnings.catch_warnings():  # PEFT asks by a name that transformers has deprecated
+            text = "`is_gradient_checkpointing` is deprecated"
+            warnings.filterwarnings("ignore", text, FutureWarning)
+            return kind(base_model, config, adapter_name, autocast_adapter_dtype=False)
     except AttributeError as error:
         remove_adapters(base_model)
         raise ValueError(

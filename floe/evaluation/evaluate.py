@@ -19,6 +19,7 @@ from floe.errors import DataError
 from floe.types import Batch, Flags, Floats, Integers
 
 RESAMPLES = 2000
+OnRows = Callable[[int], None]
 _Z = 1.959963984540054  # the normal's 97.5 % point
 
 
@@ -113,8 +114,12 @@ class Answers(_ByRow):
         return wilson(int(chosen.sum()), len(chosen))
 
 
-def evaluate_loss(model: nn.Module, batches: Sequence[Batch]) -> Losses:
+def evaluate_loss(
+    model: nn.Module, batches: Sequence[Batch], on_rows: OnRows | None = None
+) -> Losses:
     """Loss of every row of the batches, in order; the loss is :func:`~floe.data.loss.row_losses`.
+
+    ``on_rows`` is called after each batch with the number of its rows.
 
     Raises:
         ValueError: if there is no batch.
@@ -129,6 +134,8 @@ def evaluate_loss(model: nn.Module, batches: Sequence[Batch]) -> Losses:
             values, counts = batch_losses(model, batch)
             nll.append(values.double().cpu().numpy())
             tokens.append(counts.cpu().numpy())
+            if on_rows is not None:
+                on_rows(len(counts))
     losses = Losses(np.concatenate(nll), np.concatenate(tokens))
     bad = np.flatnonzero(~np.isfinite(losses.nll))
     if len(bad):
@@ -139,11 +146,15 @@ def evaluate_loss(model: nn.Module, batches: Sequence[Batch]) -> Losses:
 
 
 def evaluate_rows(
-    model: nn.Module, rows: Sequence[TokenRow], batch_size: int = 16, pad_id: int = 0
+    model: nn.Module,
+    rows: Sequence[TokenRow],
+    batch_size: int = 16,
+    pad_id: int = 0,
+    on_rows: OnRows | None = None,
 ) -> Losses:
     """Loss of every row, in the order of the rows whatever the batching, with their ``index``."""
     batches = make_batches(rows, batch_size, True, Collator.for_model(model, pad_id))
-    losses = evaluate_loss(model, batches).take(np.argsort(row_order(rows)).tolist())
+    losses = evaluate_loss(model, batches, on_rows).take(np.argsort(row_order(rows)).tolist())
     return replace(losses, rows=np.array([row.index for row in rows], dtype=np.int64))
 
 
@@ -240,11 +251,13 @@ def evaluate_choices(
     batch_size: int = 16,
     score: Literal["mean", "sum"] = "mean",
     source: str = "rows",
+    on_rows: OnRows | None = None,
 ) -> Answers:
     """Answer each row by the choice most likely after its prompt; ties go to the lower index.
 
     ``score="mean"`` compares log-likelihood per token of the choice (eos not counted), ``"sum"``
-    the total. Long prompts lose their left, the same for all of a row's choices.
+    the total. Long prompts lose their left, the same for all of a row's choices. ``on_rows`` as in
+    :func:`evaluate_loss`, with choices for rows.
 
     Returns:
         ``given``: the index chosen per row.
@@ -263,7 +276,8 @@ def evaluate_choices(
     for place in sorted(place for places in encoded.dropped.values() for place in places):
         message = f"prompt and choices must hold tokens and fit in max_length={max_length}"
         raise DataError(source, message, place)
-    losses = evaluate_rows(model, encoded.rows, batch_size, tokenizer.pad_token_id or 0)
+    pad = tokenizer.pad_token_id or 0
+    losses = evaluate_rows(model, encoded.rows, batch_size, pad, on_rows)
     values = -losses.nll / (losses.tokens if score == "mean" else 1)
     starts = np.cumsum([0] + [len(row["choices"]) for row in rows])
     given = [int(np.argmax(values[start:stop])) for start, stop in pairwise(starts)]
@@ -283,6 +297,7 @@ def evaluate_generation(
     ignore_case: bool = False,
     ignore_space: bool = True,
     source: str = "rows",
+    on_rows: OnRows | None = None,
 ) -> Answers:
     """Answer each row by greedy generation; right if it equals the completion.
 
@@ -316,6 +331,8 @@ def evaluate_generation(
             texts = _generate(model, tokenizer, chosen, max_new_tokens, stops)
             for place, text in zip(places, texts, strict=True):
                 given[place] = text
+            if on_rows is not None:
+                on_rows(len(places))
     same = _comparison(ignore_case, ignore_space)
     right = [same(text) == same(row["completion"]) for text, row in zip(given, rows, strict=True)]
     return Answers(given, np.array(right, dtype=bool))

@@ -14,6 +14,7 @@ from floe.data.batches import fingerprint, row_order
 from floe.evaluation.evaluate import (
     Answers,
     Losses,
+    OnRows,
     evaluate_choices,
     evaluate_generation,
     evaluate_rows,
@@ -59,7 +60,11 @@ def build(run: RunInputs, adapters: dict[str, str], folder: Path) -> None:
     """
     (folder / "arms").mkdir(exist_ok=True)
     digests: dict[str, str | None] = {"base": None, **adapters}
-    measured = {arm: _measured(run, arm, digest, folder) for arm, digest in digests.items()}
+    each = len(run.test_rows) + (0 if run.accuracy == "none" else len(run.answer_rows))
+    measured = {}
+    for place, (arm, digest) in enumerate(digests.items()):
+        on_rows = _rows_told(run, arm, place * each, len(digests) * each)
+        measured[arm] = _measured(run, arm, digest, folder, on_rows)
     tasks, seed = group_by_task(run.test_rows), run.config.eval.seed
     results = {arm: _results(*values, tasks, seed) for arm, values in measured.items()}
     for arm, (losses, _) in measured.items():
@@ -77,15 +82,29 @@ def build(run: RunInputs, adapters: dict[str, str], folder: Path) -> None:
     )
 
 
+def _rows_told(run: RunInputs, arm: str, done: int, total: int) -> OnRows:
+    """Tells of more and more rows: those of the arm's losses first, then of its answers."""
+    answers = done + len(run.test_rows)
+
+    def on_rows(rows: int) -> None:
+        nonlocal done
+        done += rows
+        run.progress.step(
+            "eval", done, total, f"{arm}: {'answers' if done > answers else 'losses'}"
+        )
+
+    return on_rows
+
+
 def _measured(
-    run: RunInputs, arm: str, digest: str | None, folder: Path
+    run: RunInputs, arm: str, digest: str | None, folder: Path, on_rows: OnRows
 ) -> tuple[Losses, Answers | None]:
     """Losses and answers of the test rows, which both speak of by the same numbers."""
     file = folder / f"arms/{arm}.json"
     if not file.is_file() or read_json(file)["adapter"] != digest:
         adapter = run.path / f"train/{arm}/adapter"
         with nullcontext(run.base_model) if digest is None else run.adapted(adapter) as model:
-            losses, answers = _losses(run, model, arm), _answers(run, model, arm)
+            losses, answers = _losses(run, model, on_rows), _answers(run, model, on_rows)
             if arm == "main":
                 _write_routers(run, model, folder)
         packed = {"nll": losses.nll.tolist(), "tokens": losses.tokens.tolist(), "adapter": digest}
@@ -100,16 +119,16 @@ def _measured(
     return losses, Answers(packed["given"], np.array(packed["correct"], dtype=bool), rows)
 
 
-def _losses(run: RunInputs, model: Any, arm: str) -> Losses:
+def _losses(run: RunInputs, model: Any, on_rows: OnRows) -> Losses:
     pad = run.tokenizer.pad_token_id or 0
-    return evaluate_rows(model, run.test_rows, run.config.eval.batch_size, pad)
+    return evaluate_rows(model, run.test_rows, run.config.eval.batch_size, pad, on_rows)
 
 
-def _answers(run: RunInputs, model: Any, arm: str) -> Answers | None:
+def _answers(run: RunInputs, model: Any, on_rows: OnRows) -> Answers | None:
     settings, data, kind = run.config.eval, run.config.data, run.accuracy
     common: dict[str, Any] = {
         "template": data.template, "max_length": data.max_length, "batch_size": settings.batch_size,
-        "source": "data.test",
+        "source": "data.test", "on_rows": on_rows,
     }  # fmt: skip
     if kind == "choices":
         common["score"] = settings.choice_score

@@ -34,6 +34,32 @@ def workspace(tmp_path, rows=TEST, held_out=None, **settings):
     return RunInputs(parse_config(config))
 
 
+def evaluated(work, tmp_path):
+    """The eval stage's folder, of one arm with fresh adapters."""
+    model = work.fresh(2, 2)
+    save_adapter(model, work.path / "train/main/adapter")
+    remove_adapters(model)
+    folder = tmp_path / "eval"
+    folder.mkdir()
+    eval.build(work, {"main": "d"}, folder)
+    return folder
+
+
+@pytest.mark.parametrize("accuracy", ["choices", "generation", "none"])
+def test_progress_counts_the_rows_of_losses_and_answers_of_all_arms(tmp_path, accuracy):
+    work = workspace(tmp_path, rows=TEST[1:4], accuracy=accuracy, batch_size=2)
+    steps = []
+    work.progress.step = lambda stage, done, total, note="": steps.append((done, total, note))
+    evaluated(work, tmp_path)
+    answers = {"choices": [2, 4, 6], "generation": [2, 3], "none": []}[accuracy]
+    each = 3 + (answers[-1] if answers else 0)
+    assert steps == [
+        (before + done, 2 * each, f"{arm}: {what}")
+        for before, arm in ((0, "base"), (each, "main"))
+        for done, what in [*((n, "losses") for n in (2, 3)), *((3 + n, "answers") for n in answers)]
+    ]
+
+
 def test_loss_and_accuracy_are_of_the_same_rows(tmp_path, monkeypatch):
     work = workspace(tmp_path)
     encoded = work.encoded("test")
@@ -49,12 +75,7 @@ def test_loss_and_accuracy_are_of_the_same_rows(tmp_path, monkeypatch):
         return eval.Answers(given, eval.np.array(given) == 0)
 
     monkeypatch.setattr(eval, "evaluate_choices", right_where_easy)
-    model = work.fresh(2, 2)
-    save_adapter(model, work.path / "train/main/adapter")
-    remove_adapters(model)
-    folder = tmp_path / "eval"
-    folder.mkdir()
-    eval.build(work, {"main": "d"}, folder)
+    folder = evaluated(work, tmp_path)
     results = json.loads((folder / "results.json").read_text())["arms"]["base"]
     found = {task: one["accuracy"]["value"] for task, one in results["by_task"].items()}
     assert found == {"easy": 1.0, "hard": 0.0}
