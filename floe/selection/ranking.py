@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import accumulate
 from numbers import Integral, Real
 from typing import Literal, get_args
 
@@ -99,7 +100,7 @@ def choose_layers(
         layers: a count, a fraction (see :func:`count_layers`), or a budget: as many layers from the
             front of the ranking as fit it together.
         costs: [L], what each layer takes of the budget: adapter parameters for {"params": n}, bytes
-            for {"memory": n} (see counts.layer_memory). Needed for a budget only.
+            for {"memory": n} (see layer_count.layer_memory). Needed for a budget only.
 
     Raises:
         ValueError: not a ranking, a number out of range, or a budget that not even the first layer
@@ -111,12 +112,7 @@ def choose_layers(
         return tuple(sorted(order[: count_layers(layers, len(order))]))
     kind, budget = layer_budget(layers)
     known = _costs(kind, costs, len(order))
-    count, spent = 0, 0
-    for layer in order:
-        spent += known[layer]
-        if spent > budget:
-            break
-        count += 1
+    count = sum(spent <= budget for spent in accumulate(known[layer] for layer in order))
     if count == 0:
         raise ValueError(
             f"layers[{kind!r}] must fit at least one layer, got {budget}; "

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from floe.importance.statistics import LayerStatistics
@@ -111,6 +111,7 @@ def test_the_best_segment_comes_first_and_in_order():
         ranking("segment", total=2, count=1, adapter_fisher=np.array([np.inf, 0]))
 
 
+@settings(deadline=None)
 @given(st.integers(1, 9).flatmap(lambda n: st.tuples(st.just(n), st.integers(1, n))), st.randoms())
 def test_a_window_ranking_starts_with_a_best_window(sizes, random):
     total, count = sizes
@@ -121,6 +122,7 @@ def test_a_window_ranking_starts_with_a_best_window(sizes, random):
     assert sorted(order) == list(range(total))
 
 
+@settings(deadline=None)
 @given(st.permutations(range(6)))
 def test_positions_reproduce_an_order(order):
     assert rank_layers(by_position(order)).tolist() == list(order)

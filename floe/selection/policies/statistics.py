@@ -151,7 +151,7 @@ _ANGLES = Measure(
     cheap=True,
     score="angle between a block's input and output at the last token",
     source='"The unreasonable ineffectiveness of the deeper layers", arXiv 2403.17887',
-    assumed="adapt where the source would not prune",
+    assumed="adapt where the source would not prune; block size 1",
     cost="one forward",
 )
 def angular(inputs: PolicyInputs) -> Floats:
