@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks import harness
+from floe.artifacts.schema import document, parse
 from floe.selection.placement import Placement
 from floe.storage import read_json
 
@@ -74,7 +75,7 @@ def read(folder: Path) -> Records:
 
 def place_of(record: Result) -> tuple[str, str]:
     """The mix and where the adapters were: what decides how long a step takes."""
-    return record["mix"], json.dumps(Placement.read(record).document(), sort_keys=True)
+    return record["mix"], json.dumps(document(parse(Placement, record, "runs")), sort_keys=True)
 
 
 def last_loss(run: Result) -> float:

@@ -22,6 +22,7 @@ from benchmarks import harness, study
 from benchmarks.quality_data import MIXES, SPLITS, mix_rows, shorter_than, write_split
 from floe.adapters import remove_adapters
 from floe.adapters.files import save_adapter
+from floe.artifacts.schema import document
 from floe.config import parse_config
 from floe.data.batches import TokenRow, fingerprint
 from floe.evaluation.evaluate import evaluate_rows, mean_loss
@@ -278,7 +279,7 @@ class Study:
         finally:
             remove_adapters(model)
         result = {
-            "format": FORMAT, **dataclasses.asdict(run), **losses, **placement.document(),
+            "format": FORMAT, **dataclasses.asdict(run), **losses, **document(placement),
             "parameters": trained.trainable_parameters, "validation": trained.validation_loss,
             "train_loss": trained.train_loss, "seconds_per_step": trained.seconds_per_step,
             "seconds": time.monotonic() - began, "environment": self.environment,

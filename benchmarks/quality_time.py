@@ -13,6 +13,7 @@ from benchmarks.harness import Candidate
 from benchmarks.quality_report import read
 from benchmarks.quality_runs import Study
 from floe.adapters import get_model
+from floe.artifacts.schema import document, parse
 from floe.data.batches import Collator
 from floe.pipeline.inputs import RunInputs
 from floe.selection.placement import Placement
@@ -38,12 +39,13 @@ def measure(study: Study, rounds: int, clock_name: str, clock: Callable[[], floa
     for mix in sorted({run["mix"] for run in runs}):
         here = [run for run in runs if run["mix"] == mix]
         work = study.work(mix, min(run["seed"] for run in here))
-        places = {str(place): place for place in (Placement.read(run) for run in here)}
+        placed = (parse(Placement, run, study.folder) for run in here)
+        places = {str(place): place for place in placed}
         found = [Candidate(name, _step(study, work, place), list) for name, place in places.items()]
         seconds = harness.measure(found, rounds=rounds, device=torch.device("cpu"), clock=clock)
         for name, place in places.items():
             times = harness.summary(seconds[name])
-            rows.append({"mix": mix, **place.document(), "seconds": times})
+            rows.append({"mix": mix, **document(place), "seconds": times})
     facts = {"clock": clock_name, "environment": study.environment}
     write_json(study.folder / "times.json", {"format": 1, "rows": rows, **facts})
 

@@ -343,7 +343,7 @@ def test_an_audit_measures_once_and_enters_the_report(audited, floe):
     assert document == json.loads((folder / "audit/audit.json").read_text())
 
     from floe.report.page import sections
-    from floe.report.read import read_run
+    from floe.report.run import read_run
 
     (part,) = [part for part in sections(read_run(folder)) if part.key == "audit"]
     assert len(part.pictures) == 3

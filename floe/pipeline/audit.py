@@ -11,6 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from floe.artifacts.results import Router, Routers
+from floe.artifacts.schema import read
+from floe.artifacts.selection import Selection
 from floe.config import RunConfig
 from floe.data.rows import sample
 from floe.errors import FileError
@@ -22,7 +25,6 @@ from floe.pipeline import identity
 from floe.pipeline.inputs import RunInputs, plain
 from floe.pipeline.run_folder import FORMAT, Stage
 from floe.progress import Progress
-from floe.selection.artifact import Selection
 from floe.selection.audit import Audit, audit
 from floe.selection.policies import POLICIES
 from floe.storage import read_json, write_json
@@ -40,12 +42,7 @@ class AuditResult:
 
     def text(self) -> str:
         """The verdicts, one a line, and the path."""
-        marks = {"solid": "solid", "open": "open ", "note": "note "}
-        lines = [
-            f"{marks[kind]}  {sentence}"
-            for kind, sentences in self.audit.verdicts.items()
-            for sentence in sentences
-        ]
+        lines = [f"{kind:<5}  {sentence}" for kind, sentence in self.audit.sentences]
         return "\n".join([*lines, f"audit: {self.path}"])
 
 
@@ -147,7 +144,7 @@ def _audit(
     run: RunInputs,
     selection: Selection,
     statistics: LayerStatistics | None,
-    router: list[dict[str, Any]],
+    router: list[Router],
     bootstrap: int,
 ) -> Audit:
     policy = selection.policy
@@ -167,10 +164,10 @@ def _audit(
     )
 
 
-def trained_routers(run: Path) -> list[dict[str, Any]]:
+def trained_routers(run: Path) -> list[Router]:
     """Router statistics of the run's final adapter, from the eval stage; empty without it."""
     file = run / "eval/router.json"
-    return list(read_json(file)["modules"]) if file.is_file() else []
+    return read(Routers, file).modules if file.is_file() else []
 
 
 def arm_losses(run: Path) -> dict[int, Any] | None:
@@ -238,7 +235,7 @@ def _statistics(
     return LayerStatistics(layers, values) if values else None, failed
 
 
-def _routers(run: RunInputs, rows: int) -> list[dict[str, Any]]:
+def _routers(run: RunInputs, rows: int) -> list[Router]:
     """Router statistics of the warm-up adapter."""
 
     def build(folder: Path) -> None:
@@ -247,7 +244,7 @@ def _routers(run: RunInputs, rows: int) -> list[dict[str, Any]]:
         write_json(folder / "routers.json", {"modules": plain(modules)})
 
     _make(run, "audit/routers", inputs(run, "audit/routers", rows), build)
-    return list(read_json(run.path / "audit/routers/routers.json")["modules"])
+    return read(Routers, run.path / "audit/routers/routers.json").modules
 
 
 def inputs(run: RunInputs, part: str, rows: int) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from typing import Any, get_args
 import numpy as np
 
 from floe.adapters.targets import input_widths, parameter_counts, projection_shapes
+from floe.artifacts.schema import write
 from floe.config import Baseline, Schedule, SearchConfig
 from floe.data.batches import fingerprint
 from floe.decoder_blocks import find_blocks
@@ -114,8 +115,7 @@ def _build_places(run: RunInputs, folder: Path) -> None:
     arms = {"main": placed(run, evidence, chosen, run.config.select.choose)}
     for arm in run.config.baselines:
         arms[arm.name] = place_baseline(run, evidence, chosen, arm)
-    documents = {name: placement.document() for name, placement in arms.items()}
-    write_json(folder / Path(train.PLACEMENTS).name, documents)
+    write(folder / Path(train.PLACEMENTS).name, arms)
 
 
 def _statistics_digests(run: RunInputs, policies: Set[str]) -> dict[str, str]:

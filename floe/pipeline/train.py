@@ -9,6 +9,8 @@ from typing import Any, get_args
 
 from floe.adapters import remove_adapters
 from floe.adapters.files import save_adapter
+from floe.artifacts.results import Placements
+from floe.artifacts.schema import document, read
 from floe.config import Schedule
 from floe.data.batches import fingerprint
 from floe.pipeline import identity
@@ -44,7 +46,8 @@ def inputs(run: RunInputs, stage: str, placement: Placement) -> dict[str, Any]:
     """What decides the adapter that is trained in these places."""
     rank, experts = run.size
     rows = {"rows": fingerprint(run.train_rows), "rank": rank, "num_experts": experts}
-    return identity.of_training(run, stage) | rows | placement.document()
+    places: dict[str, Any] = document(placement)
+    return identity.of_training(run, stage) | rows | places
 
 
 def build(run: RunInputs, arm: str, policy: str, placement: Placement, folder: Path) -> None:
@@ -66,7 +69,7 @@ def build(run: RunInputs, arm: str, policy: str, placement: Placement, folder: P
         save_adapter(model, folder / "adapter")
     finally:
         remove_adapters(model)
-    about = {"arm": arm, "policy": policy, **placement.document(), "rank": rank}
+    about = {"arm": arm, "policy": policy, **document(placement), "rank": rank}
     about |= {"num_experts": experts, "seed": run.config.train.seed}
     write_json(folder / "metrics.json", plain(result) | about)
 
@@ -82,8 +85,8 @@ def arms(run: RunInputs) -> dict[str, tuple[str, Placement]]:
     for arm in run.config.baselines:
         preset = f"/{arm.preset}" if arm.policy == "masks" else ""
         policies[arm.name] = f"{arm.policy}{preset}"
-    places = read_json(run.path / PLACEMENTS)
-    return {arm: (policy, Placement.read(places[arm])) for arm, policy in policies.items()}
+    places = read(Placements, run.path / PLACEMENTS)
+    return {arm: (policy, places[arm]) for arm, policy in policies.items()}
 
 
 def losses_to(run: RunInputs, stage: str) -> Callable[[int, int, float, float], None]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from floe.report.artifacts import Evaluation, Interval, Outcome, Run
+from floe.artifacts.results import Evaluation, Interval, TaskOutcome
+from floe.report.run import Run
 from floe.report.tables import Cell, Picture, Table, decimals, label, percent, plural
 from floe.report.theme import Theme, new_figure
 from floe.types import Floats
@@ -80,6 +81,17 @@ def _masks_arm(run: Run) -> str | None:
     return next((arm for arm in arms if run.training[arm].layers == theirs), None)
 
 
+def points(curve: Sequence[tuple[float, float]]) -> Floats:
+    """A curve as ``[n, 2]`` float64 of step and loss."""
+    return np.asarray(curve, dtype=np.float64).reshape(-1, 2)
+
+
+def flat(interval: Interval) -> tuple[Cell, ...]:
+    """A value, its ends and its rows, as cells."""
+    low, high = interval.ends or (None, None)
+    return interval.value, low, high, interval.rows
+
+
 def smooth(values: Floats) -> Floats:
     """Centred running mean over about a tenth of the points, narrower at the ends; NaN spreads."""
     half = max(1, len(values) // 20)
@@ -122,13 +134,12 @@ def _draw_curves(run: Run, arms: list[str], theme: Theme) -> Figure:
     for arm in reversed(arms):
         look, one = style[arm], run.training[arm]
         front = {"zorder": 3 if arm == "main" else 2, "linewidth": 2.1 if arm == "main" else 1.3}
+        (steps, losses), held_out = points(one.train_loss).T, points(one.validation_loss)
         if arm == "main":
-            axes[0].plot(*one.train_loss.T, color=look.color, linewidth=0.7, alpha=0.35)
-        axes[0].plot(
-            one.train_loss[:, 0], smooth(one.train_loss[:, 1]), look.line, color=look.color, **front
-        )
-        late = one.validation_loss[one.validation_loss[:, 0] >= one.steps / 2]
-        for ax, curve in ((axes[1], one.validation_loss), (axes[2], late)):
+            axes[0].plot(steps, losses, color=look.color, linewidth=0.7, alpha=0.35)
+        axes[0].plot(steps, smooth(losses), look.line, color=look.color, **front)
+        late = held_out[held_out[:, 0] >= one.steps / 2]
+        for ax, curve in ((axes[1], held_out), (axes[2], late)):
             ax.plot(*curve.T, look.line, color=look.color, marker=look.marker, markersize=4.2,
                     label=look.text, **front)  # fmt: skip
     titles = ("Training rows", "Validation rows", "Validation rows, second half")
@@ -148,7 +159,7 @@ def outcomes(run: Run, evaluation: Evaluation) -> Picture:
         if arm in evaluation.arms:
             one = evaluation.arms[arm]
             rows += [
-                (arm, what, interval.value, interval.low, interval.high, interval.n)
+                (arm, what, *flat(interval))
                 for what in _MEASURES
                 if (interval := getattr(one, what)) is not None
             ]
@@ -201,22 +212,21 @@ def _mark_main(ax: Any, evaluation: Evaluation, what: str, theme: Theme) -> None
         ax.axvline(0, color=theme.chosen, linewidth=1, linestyle=(0, (4, 3)))
         return
     main = getattr(evaluation.arms.get("main"), what, None)
-    if main is not None and main.low is not None and main.high is not None:
-        ax.axvspan(main.low, main.high, color=theme.chosen, alpha=0.1, linewidth=0)
+    if main is not None and main.ends is not None:
+        ax.axvspan(*main.ends, color=theme.chosen, alpha=0.1, linewidth=0)
 
 
 def forest_mark(ax: Any, row: float, interval: Interval | None, look: Look, theme: Theme) -> None:
     """A dot with its interval as a line; hollow where there is no interval; nothing for None."""
     if interval is None or not math.isfinite(interval.value):
         return
-    bounded = interval.low is not None and interval.high is not None
-    if bounded:
-        ax.plot([interval.low, interval.high], [row, row], color=look.color, linewidth=1.6)
+    if interval.ends is not None:
+        ax.plot(interval.ends, [row, row], color=look.color, linewidth=1.6)
     ax.plot([interval.value], [row], look.marker, color=look.color, markersize=6, gid="value",
-            markerfacecolor=look.color if bounded else theme.paper)  # fmt: skip
+            markerfacecolor=look.color if interval.ends else theme.paper)  # fmt: skip
 
 
-def _finish(ax: Any, results: dict[str, Outcome], what: str, theme: Theme) -> None:
+def _finish(ax: Any, results: Mapping[str, TaskOutcome], what: str, theme: Theme) -> None:
     """Axis over the trained arms; an arrow points at a base model far beyond it."""
     ax.grid(axis="x")
     ax.spines["left"].set_visible(False)
@@ -245,8 +255,7 @@ def _ends(interval: Interval | None) -> list[float]:
     """The finite ones of a value and its bounds."""
     if interval is None:
         return []
-    ends = (interval.value, interval.low, interval.high)
-    return [end for end in ends if end is not None and math.isfinite(end)]
+    return [end for end in (interval.value, *(interval.ends or ())) if math.isfinite(end)]
 
 
 def _point_beyond(ax: Any, line: Any, number: Callable[[float], str]) -> None:
@@ -273,9 +282,7 @@ def tasks(run: Run, evaluation: Evaluation) -> Picture | None:
             for what in ("loss", "accuracy") if one else ():
                 interval = getattr(one, what)
                 if interval is not None:
-                    rows.append(
-                        (task, arm, what, interval.value, interval.low, interval.high, interval.n)
-                    )
+                    rows.append((task, arm, what, *flat(interval)))
     arms = [arm for arm in arm_names(run) if arm in evaluation.arms]
     if len(names) > _TASKS_WITH_EVERY_ARM:
         arms = [arm for arm in arms if arm in ("base", "main") or adapts_all(run, arm)]

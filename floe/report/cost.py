@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from floe.report.arms import arm_names, looks
-from floe.report.artifacts import Run
+from floe.report.run import Run
 from floe.report.tables import Cell, Picture, Table
 from floe.report.theme import Theme, new_figure
 
@@ -18,7 +18,15 @@ def cost(run: Run) -> Picture | None:
     rows: list[tuple[Cell, ...]] = []
     if run.profile is not None:
         rows += [
-            ("profile", p.layers, p.seconds, p.low, p.high, p.memory, p.memory_kind)
+            (
+                "profile",
+                p.layers,
+                p.seconds_per_step,
+                p.low,
+                p.high,
+                p.peak_memory_bytes,
+                p.memory_kind,
+            )
             for p in run.profile.points
         ]
     for arm in arm_names(run):
@@ -94,15 +102,18 @@ def _memory_text(run: Run) -> str:
 def _draw_cost(run: Run, theme: Theme) -> Figure:
     figure = new_figure(3.5)
     left, right = figure.subplots(1, 2)
-    points = run.profile.points if run.profile else ()
+    points = run.profile.points if run.profile else []
     bounded = [p for p in points if p.low is not None and p.high is not None]
     layers, low, high = ([getattr(p, name) for p in bounded] for name in ("layers", "low", "high"))
     left.fill_between(layers, low, high, color=theme.muted, alpha=0.2, linewidth=0)
     left.plot(
-        [p.layers for p in points], [p.seconds for p in points], color=theme.muted, marker="."
+        [p.layers for p in points],
+        [p.seconds_per_step for p in points],
+        color=theme.muted,
+        marker=".",
     )
-    known = [p for p in points if p.memory is not None]
-    right.plot([p.layers for p in known], [p.memory / 2**30 for p in known if p.memory is not None],
+    known = [p for p in points if p.peak_memory_bytes is not None]
+    right.plot([p.layers for p in known], [(p.peak_memory_bytes or 0) / 2**30 for p in known],
                color=theme.muted, marker=".", label="profile" if points else None)  # fmt: skip
     style = looks(run, theme)
     for arm, x in _side_by_side(run).items():

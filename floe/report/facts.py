@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from floe.artifacts.results import Interval, Outcome
 from floe.report.arms import adapts_all, arm_names
-from floe.report.artifacts import Interval, Outcome, Run
+from floe.report.run import Run
 from floe.report.tables import (
     Cell,
     Table,
@@ -84,7 +85,7 @@ def facts(run: Run) -> list[Fact]:
 
 def _loss_note(run: Run, loss: Interval) -> str:
     note = spread(loss, decimals)
-    note += f" over {count(loss.n)} rows" if loss.n is not None else ""
+    note += f" over {count(loss.rows)} rows" if loss.rows is not None else ""
     base = _outcome(run, "base")
     return note + (
         f"; base {decimals(base.loss.value)}" if base is not None and base.loss is not None else ""
@@ -184,9 +185,9 @@ def _sign(run: Run, arm: str, what: str, paired: bool) -> int | None:
         return None
     if paired:
         gap = one.loss_minus_main
-        if gap is None or gap.low is None or gap.high is None:
+        if gap is None or gap.ends is None:
             return None
-        return 1 if gap.low > 0 else -1 if gap.high < 0 else 0
+        return 1 if gap.ends[0] > 0 else -1 if gap.ends[1] < 0 else 0
     mine, other = getattr(main, what), getattr(one, what)
     together = overlaps(mine, other)
     if together is None:
@@ -223,7 +224,8 @@ def _outcome(run: Run, arm: str) -> Outcome | None:
 def _flat(interval: Interval | None) -> tuple[Cell, ...]:
     if interval is None:
         return (None, None, None, None)
-    return (interval.value, interval.low, interval.high, interval.n)
+    low, high = interval.ends or (None, None)
+    return (interval.value, low, high, interval.rows)
 
 
 def _signed(value: float) -> str:

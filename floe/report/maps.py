@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from floe.report.arms import arm_names, looks
-from floe.report.artifacts import Run
+from floe.report.run import Run
 from floe.report.tables import Picture, Table, label, percent, plural, significant
 from floe.report.theme import Theme, new_figure
 from floe.types import Floats
@@ -25,7 +25,7 @@ def mark_layers(ax: Any, run: Run, theme: Theme, labels: bool = True) -> None:
         (run.choice.layers, theme.chosen, "o", True, f"chosen ({label(run.choice.policy)})"),
         (run.choice.paper.layers, theme.contrast, "D", False, "the paper's masks"),
     )
-    shown = rows[:1] if run.choice.is_paper else rows
+    shown = rows[:1] if run.is_paper else rows
     for row, (layers, color, marker, filled, text) in enumerate(shown):
         y = 1 + (0.13 + 0.19 * (1 - row)) / height
         face = color if filled else "none"
@@ -93,8 +93,8 @@ def components(run: Run) -> dict[str, Floats]:
         "neurons, mean Fisher": scores.neuron_fisher.mean(axis=1),
         "heads, mean Taylor": scores.head_taylor.mean(axis=1),
         "neurons, mean Taylor": scores.neuron_taylor.mean(axis=1),
-        "masked heads, share": paper.masked_heads,
-        "masked neurons, share": paper.masked_neurons,
+        "masked heads, share": paper.masked_head_fraction,
+        "masked neurons, share": paper.masked_neuron_fraction,
         "layer score": run.choice.layer_scores,
     }
     return {name: row for name, row in rows.items() if row is not None}

@@ -14,15 +14,14 @@ from markupsafe import Markup
 from floe.errors import FileError
 from floe.report import audit as auditing
 from floe.report.arms import curves, outcomes, tasks
-from floe.report.artifacts import Run
 from floe.report.cost import cost
 from floe.report.facts import arm_rows, arm_table, facts, training_seeds, verdicts
 from floe.report.maps import adapted, saliency, units
 from floe.report.placements import placements
 from floe.report.provenance import certificate_rows, environment_rows, stage_table
 from floe.report.ranks import rankings, tuning
-from floe.report.read import read_run
 from floe.report.router import router
+from floe.report.run import Run, read_run
 from floe.report.searching import search_history
 from floe.report.tables import Picture, duration, plain, significant
 from floe.report.theme import DARK, LIGHT, render_both, render_svg
@@ -134,7 +133,7 @@ def _ranking(run: Run) -> Section:
     )
     pictures: tuple[Picture, ...] = (tuning(run),) if run.choice.tuning else ()
     absent = []
-    if run.choice.is_paper:
+    if run.is_paper:
         absent.append(
             "The chosen policy is the paper's masks: there is no second ranking to compare."
         )
@@ -156,10 +155,10 @@ def _audit(run: Run) -> Section:
         "What the choice rests on: whether other rules agree, whether other rows or budgets would "
         "have given the same layers."
     )
-    return Section(
-        "audit", "Audit", lead, auditing.pictures(run.audit), verdicts=run.audit.verdicts,
-        lacking=run.audit.lacking,
-    )  # fmt: skip
+    verdicts = tuple(run.audit.sentences)
+    absent = (run.audit.lacking, run.audit.not_resampled)
+    lacking = tuple(pair for needs in absent for pair in sorted(needs.items()))
+    return Section("audit", "Audit", lead, auditing.pictures(run.audit), "", verdicts, lacking)
 
 
 def _search(run: Run) -> Section:
@@ -275,7 +274,7 @@ def _page(run: Run, parts: tuple[Section, ...], shown: dict[str, Shown]) -> str:
         shown=shown,
         environment=environment_rows(run),
         certificate=certificate_rows(run),
-        longest=max((stage.seconds or 0.0 for stage in run.stages), default=0.0),
+        longest=max((stage.seconds or 0.0 for stage in run.stages.values()), default=0.0),
         is_small=lambda table: len(table.rows) <= _SHOWN_ROWS,
         cell=_cell,
         light=LIGHT,

@@ -6,9 +6,10 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from floe.artifacts.results import Training
 from floe.report.arms import arm_names, looks
-from floe.report.artifacts import Run, Training
 from floe.report.maps import layer_axis
+from floe.report.run import Run
 from floe.report.tables import Picture, Table, plural
 from floe.report.theme import Theme, new_figure
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from floe.report.artifacts import Run
+from floe.report.run import Run
 from floe.report.tables import Table, plain
 
 
@@ -21,13 +21,12 @@ def environment_rows(run: Run) -> list[tuple[str, str]]:
 
 def _seeds(run: Run) -> list[tuple[str, str]]:
     rows: list[tuple[str, str]] = []
-    if run.search is not None and run.search.sampler is not None:
-        settings = run.search.sampler.data.items()
+    if run.search is not None and run.search.sampler:
+        settings = run.search.sampler.items()
         rows.append(("search sampler", ", ".join(f"{k} {_text(v)}" for k, v in sorted(settings))))
     if isinstance(run.scores.meta.get("seed"), int):
         rows.append(("seed of the scores", str(run.scores.meta["seed"])))
-    if run.choice.seed is not None:
-        rows.append(("seed of the selection", str(run.choice.seed)))
+    rows.append(("seed of the selection", str(run.choice.seed)))
     arms: dict[int, list[str]] = {}
     for arm, one in run.training.items():
         if one.seed is not None:
@@ -43,8 +42,6 @@ def _seeds(run: Run) -> list[tuple[str, str]]:
 def certificate_rows(run: Run) -> list[tuple[str, str]]:
     """The mask problem's solution against its proven upper bound."""
     certificate = run.choice.certificate
-    if certificate is None:
-        return []
     names = (
         ("value", "Fisher information retained"),
         ("upper_bound", "proven upper bound"),
@@ -52,12 +49,10 @@ def certificate_rows(run: Run) -> list[tuple[str, str]]:
         ("cost", "Taylor cost retained"),
         ("budget", "budget"),
     )
-    rows = [(text, plain(certificate.number(key))) for key, text in names if certificate.has(key)]
-    if certificate.has("optimal"):
-        proven = certificate.flag("optimal")
-        rows.append(
-            ("optimal", "yes, proven" if proven else "not proven: the gap bounds what is missing")
-        )
+    rows = [(text, plain(certificate[key])) for key, text in names if key in certificate]
+    if "optimal" in certificate:
+        unproven = "not proven: the gap bounds what is missing"
+        rows.append(("optimal", "yes, proven" if certificate["optimal"] else unproven))
     return rows
 
 
@@ -66,7 +61,7 @@ def stage_table(run: Run) -> Table:
     return Table(
         "stages",
         ("stage", "seconds", "finished"),
-        tuple((stage.name, stage.seconds, stage.finished) for stage in run.stages),
+        tuple((name, stage.seconds, stage.finished) for name, stage in run.stages.items()),
     )
 
 

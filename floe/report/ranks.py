@@ -9,7 +9,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullFormatter
 
-from floe.report.artifacts import Run, Tuned
+from floe.artifacts.selection import Tuned
+from floe.report.run import Run
 from floe.report.tables import Picture, Table, decimals, label
 from floe.report.theme import Theme, new_figure
 
@@ -67,8 +68,9 @@ def _ranking_caption(run: Run, odds: list[float], shared: int) -> str:
     text += f"{len(choice.layers)} layers; two random sets of these sizes share {expected:.1f} on "
     text += "average, "
     text += f"and at least as many with probability {sum(odds[shared:]):.2f}. "
-    if choice.spearman is not None:
-        text += f"Spearman correlation of the two scores: {choice.spearman:+.2f} over n = "
+    if choice.agreement["spearman"] is not None:
+        rho = choice.agreement["spearman"]
+        text += f"Spearman correlation of the two scores: {rho:+.2f} over n = "
         text += f"{run.layer_count} "
         text += "layers. "
     return (
@@ -166,9 +168,18 @@ def tuning(run: Run) -> Picture:
     table = Table(
         "tuning",
         ("layer", "component", "accepted", "residual before", "residual after"),
-        tuple((t.layer, t.component, int(t.accepted), t.before, t.after) for t in entries),
+        tuple(
+            (
+                t["layer"],
+                t["component"],
+                int(t["accepted"]),
+                t["residual_before"],
+                t["residual_after"],
+            )
+            for t in entries
+        ),
     )
-    accepted = sum(t.accepted for t in entries)
+    accepted = sum(t["accepted"] for t in entries)
 
     def draw(theme: Theme) -> Figure:
         return _draw_tuning(run, theme)
@@ -191,10 +202,9 @@ def tuning(run: Run) -> Picture:
     )
 
 
-def _gain(entries: tuple[Tuned, ...]) -> str:
-    ratios = [
-        t.after / t.before for t in entries if t.accepted and t.before and t.after is not None
-    ]
+def _gain(entries: list[Tuned]) -> str:
+    ends = [(t["residual_before"], t["residual_after"]) for t in entries if t["accepted"]]
+    ratios = [after / before for before, after in ends if before and after is not None]
     if not ratios:
         return ""
     low, middle, high = np.percentile(ratios, [0, 50, 100])
@@ -205,24 +215,19 @@ def _gain(entries: tuple[Tuned, ...]) -> str:
 
 
 def _draw_tuning(run: Run, theme: Theme) -> Figure:
-    kinds = sorted({t.component for t in run.choice.tuning})
+    kinds = sorted({t["component"] for t in run.choice.tuning})
     figure = new_figure(1.75 * len(kinds) + 0.5)
     axes = figure.subplots(len(kinds), 1, squeeze=False, sharex=True)[:, 0]
     for ax, kind in zip(axes, kinds, strict=True):
-        for t in (t for t in run.choice.tuning if t.component == kind):
-            if t.before is None or t.after is None:
+        for t in (t for t in run.choice.tuning if t["component"] == kind):
+            layer, before, after = t["layer"], t["residual_before"], t["residual_after"]
+            if before is None or after is None:
                 continue
-            color = theme.chosen if t.accepted else theme.contrast
-            ax.plot([t.layer, t.layer], [t.before, t.after], color=color, linewidth=1.3)
-            ax.plot(
-                t.layer,
-                t.before,
-                "o",
-                color=theme.muted,
-                markerfacecolor=theme.paper,
-                markersize=4.4,
-            )
-            ax.plot(t.layer, t.after, "o" if t.accepted else "X", color=color, markersize=5.4)
+            color, mark = (theme.chosen, "o") if t["accepted"] else (theme.contrast, "X")
+            ax.plot([layer, layer], [before, after], color=color, linewidth=1.3)
+            hollow = {"color": theme.muted, "markerfacecolor": theme.paper}
+            ax.plot(layer, before, "o", markersize=4.4, **hollow)
+            ax.plot(layer, after, mark, color=color, markersize=5.4)
         ax.set_title(label(kind))
         ax.set_ylabel("residual")
         ax.set_ylim(bottom=0)

@@ -9,7 +9,8 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
-from floe.report.artifacts import Router, Run
+from floe.artifacts.results import Router
+from floe.report.run import Run
 from floe.report.tables import Picture, Table, label
 from floe.report.theme import Theme, new_figure
 
@@ -59,13 +60,13 @@ def _padded(one: Router, experts: int) -> tuple[float | None, ...]:
     return (*(float(u) for u in one.usage), *([None] * (experts - len(one.usage))))
 
 
-def _draw_router(found: tuple[Router, ...], experts: int, theme: Theme) -> Figure:
+def _draw_router(found: list[Router], experts: int, theme: Theme) -> Figure:
     modules = list(dict.fromkeys(r.module for r in found))
     layers = sorted({r.layer for r in found})
     figure = new_figure(len(modules) * (0.17 * experts + 0.34) + 4.1)
     heights = [0.17 * experts + 0.2] * len(modules) + [1.25, 1.25]
     axes = figure.subplots(len(heights), 1, height_ratios=heights)
-    top = max(2 / experts, *(float(r.usage.max()) for r in found))
+    top = max(2 / experts, *(max(r.usage) for r in found))
     for ax, module in zip(axes, modules, strict=False):
         grid = np.full((experts, len(layers)), np.nan)
         for r in found:
@@ -106,7 +107,7 @@ def _map_axis(ax: Any, module: str, shape: tuple[int, int], theme: Theme) -> Non
 
 def _draw_bars(
     ax: Any,
-    found: tuple[Router, ...],
+    found: list[Router],
     modules: list[str],
     layers: list[int],
     what: str,

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from floe.report.artifacts import Run, Search, Trial
+from floe.artifacts.results import Search, Trial
+from floe.report.run import Run
 from floe.report.tables import Picture, Table, decimals, duration, plural
 from floe.report.theme import Theme, new_figure
 
@@ -53,7 +55,7 @@ def search_history(run: Run, search: Search) -> Picture:
     )
 
 
-def best_so_far(trials: tuple[Trial, ...]) -> list[float | None]:
+def best_so_far(trials: Sequence[Trial]) -> list[float | None]:
     """Smallest complete value up to each trial; None before the first."""
     best: float | None = None
     found = []

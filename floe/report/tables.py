@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from floe.report.artifacts import Interval
+from floe.artifacts.results import Interval
 from floe.report.theme import Draw
 
 Cell = str | int | float | None
@@ -114,18 +114,16 @@ def spread(interval: Interval | None, number: Callable[[float], str]) -> str:
     """The interval behind a value as [low, high], or a word where there is none."""
     if interval is None:
         return ""
-    if interval.low is None or interval.high is None:
+    if interval.ends is None:
         return "no interval"
-    return f"[{number(interval.low)}, {number(interval.high)}]"
+    return f"[{', '.join(map(number, interval.ends))}]"
 
 
 def overlaps(one: Interval | None, other: Interval | None) -> bool | None:
     """Whether two intervals share a point; None where either is missing."""
-    if one is None or other is None:
+    if one is None or other is None or one.ends is None or other.ends is None:
         return None
-    if one.low is None or one.high is None or other.low is None or other.high is None:
-        return None
-    return one.low <= other.high and other.low <= one.high
+    return one.ends[0] <= other.ends[1] and other.ends[0] <= one.ends[1]
 
 
 def plain(value: float) -> str:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike
 
+from floe.artifacts.schema import IF_SET, Layers, Text, Whole
 from floe.selection.allocate import Options, Saturating, allocate
 from floe.selection.masks.solvers import count, numbers, solve_mask
 from floe.selection.policies import POLICIES
@@ -31,9 +32,9 @@ class Placement:
         sizes: layer -> (rank, experts); empty: one size for all.
     """
 
-    layers: tuple[int, ...]
-    modules: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
-    sizes: Mapping[int, tuple[int, int]] = field(default_factory=dict)
+    layers: Layers
+    modules: Mapping[int, tuple[Text, ...]] = field(default_factory=dict, metadata=IF_SET)
+    sizes: Mapping[int, tuple[Whole, Whole]] = field(default_factory=dict, metadata=IF_SET)
 
     def __post_init__(self) -> None:
         if not self.layers or list(self.layers) != sorted(set(self.layers)):
@@ -53,25 +54,6 @@ class Placement:
             found["rank_pattern"] = {str(k): rank for k, (rank, _) in self.sizes.items()}
             found["expert_pattern"] = {str(k): experts for k, (_, experts) in self.sizes.items()}
         return found
-
-    def document(self) -> dict[str, Any]:
-        """As JSON values; what is empty is left out."""
-        found: dict[str, Any] = {"layers": list(self.layers)}
-        if self.modules:
-            found["modules"] = {str(k): list(names) for k, names in self.modules.items()}
-        if self.sizes:
-            found["sizes"] = {str(k): list(size) for k, size in self.sizes.items()}
-        return found
-
-    @classmethod
-    def read(cls, document: Mapping[str, Any]) -> Placement:
-        """What :meth:`document` gave, among other keys."""
-        modules, sizes = document.get("modules", {}), document.get("sizes", {})
-        return cls(
-            tuple(document["layers"]),
-            {int(k): tuple(names) for k, names in modules.items()},
-            {int(k): (int(rank), int(experts)) for k, (rank, experts) in sizes.items()},
-        )
 
     @classmethod
     def of_modules(

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 import floe
-from floe.selection.artifact import PICKS, Masks, PaperSelection, Selection
+from floe.artifacts.selection import PICKS, Masks, PaperSelection, Selection
 from floe.selection.masks.determine import (
     BUDGET_PATH,
     Determination,

@@ -16,7 +16,7 @@ from floe.config import TEMPLATE, dump_config, parse_config, storage_url
 from floe.report.facts import arm_rows, arm_table, facts, verdicts
 from floe.report.page import sections
 from floe.report.provenance import certificate_rows, environment_rows, stage_table
-from floe.report.read import read_run
+from floe.report.run import read_run
 
 SECRET = "S3CRET"
 URL = f"postgresql://u:{SECRET}@h/db"

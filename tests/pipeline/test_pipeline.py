@@ -25,7 +25,7 @@ from floe.importance.statistics import LayerStatistics
 from floe.pipeline import identity
 from floe.pipeline.run import export_run, run
 from floe.progress import Progress
-from floe.report.read import read_run
+from floe.report.run import read_run
 from floe.selection.select import Selection
 from floe.storage import sha256
 from floe.training.schedule import TrainSettings
@@ -234,7 +234,7 @@ def test_a_changed_setting_reruns_what_depends_on_it_alone(config, finished):
     assert {"select", "train/main", "eval"} <= stale
     assert (finished / "train/random/metrics.json").is_file()  # no longer configured, and kept
     assert set(run(parse_config(changed), until="eval").training()) == {"main", "all", "paper"}
-    assert "train/random" not in {stage.name for stage in read_run(finished).stages}
+    assert "train/random" not in read_run(finished).stages
     assert set(read_run(finished).training) == {"main", "all", "paper"}
     log = Log()
     run(parse_config(config), progress=log, redo=True)  # as the other tests expect it

@@ -11,12 +11,13 @@ import pytest
 from helpers.report_fixture import LAYERS, TOP, write_json, write_run
 from markupsafe import escape
 
+from floe.artifacts.results import Router
 from floe.errors import FileError
 from floe.importance.scores import Scores
 from floe.report import build_report
 from floe.report.audit import pictures, shown_policy
 from floe.report.page import sections
-from floe.report.read import read_run
+from floe.report.run import read_run
 from floe.report.theme import DARK, LIGHT, render_svg
 from floe.selection.audit import audit
 
@@ -33,10 +34,7 @@ def audits():
     heads = rng.random((LAYERS, 4)), rng.random((LAYERS, 4))
     neurons = rng.random((LAYERS, 16)), rng.random((LAYERS, 16))
     scores = Scores(heads[0], neurons[0], heads[1], neurons[1], samples.sum(axis=0))
-    router = {
-        "layer": 0, "module": "up_proj", "usage": [0.95, 0.05], "load_entropy": 0.3,
-        "token_entropy": 0.2, "mutual_information": 0.1,
-    }  # fmt: skip
+    router = Router(0, "up_proj", (0.95, 0.05), 0.3, 0.2, 0.1)
     options = {"layers": TOP, "bootstrap": 40}
     full = replace(scores, adapter_samples=samples)
     return (
@@ -156,7 +154,7 @@ def test_the_run_s_policy_is_shown_where_it_was_resampled(base, audits):
     run = put(base, audits[0])
     assert shown_policy(run.audit).name == "adapter_fisher"
     other = replace(run.audit, policy="even")
-    assert shown_policy(other).name == run.audit.resampled[0].name
+    assert shown_policy(other).name == run.audit.bootstrap[0].name
     assert len(pictures(other)) == 3
 
 
@@ -183,7 +181,8 @@ def test_constant_scores_leave_blanks(base, audits):
         (lambda d: d.update(policy="best"), "policy must be one of the policies"),
         (lambda d: d.pop("selection"), "selection is missing"),
         (lambda d: d["agreement"]["names"].append("even"), "agreement.names must be distinct"),
-        (lambda d: d["agreement"]["names"].pop(), "policy must be one of the policies"),
+        (lambda d: d["agreement"]["names"].pop(), "agreement.spearman must be a"),
+        (lambda d: d["policies"].pop(), "policy must be one of the policies that agreement names"),
         (lambda d: d["agreement"]["spearman"].pop(), "agreement.spearman must be a"),
         (lambda d: d["agreement"]["overlap"][0].pop(), "agreement.overlap must be a"),
         (lambda d: d["agreement"]["spearman"][0].__setitem__(0, "x"), "agreement.spearman must"),

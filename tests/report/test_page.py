@@ -18,17 +18,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from floe.artifacts.results import Interval, Router, Trial
 from floe.errors import FileError
 from floe.importance.scores import Scores
 from floe.report import build_report, page
 from floe.report.arms import arm_names, curves, looks, outcomes, smooth, tasks
-from floe.report.artifacts import Interval, Router, Trial
 from floe.report.facts import arm_rows, facts, verdicts
 from floe.report.maps import normalised, sorted_bins
 from floe.report.page import sections
 from floe.report.placements import placements
 from floe.report.ranks import chance_overlap, rankings
-from floe.report.read import read_run
+from floe.report.run import read_run
 from floe.report.searching import best_so_far
 from floe.report.tables import Table, decimals, duration, label, overlaps, significant, size
 from floe.report.theme import DARK, LIGHT, render_svg, themed
@@ -287,7 +287,7 @@ def test_arms_that_chose_by_projection_or_size_are_drawn(fresh):
 )
 def test_placements_that_cannot_be_are_named(fresh, wrong):
     edit(fresh, lambda data: data.update(wrong), *MAIN)
-    with pytest.raises(FileError, match=r"metrics\.json.*does not say where its adapters are"):
+    with pytest.raises(FileError, match=r"metrics\.json: (modules|sizes) must "):
         read_run(fresh)
 
 
@@ -430,7 +430,7 @@ RESULTS, ROUTER = ("eval", "results.json"), ("eval", "router.json")
         (SELECTION, lambda d: d.pop("layers"), "layers is missing"),
         (SELECTION, lambda d: d.update(layers=[0, 30]), r"layers must be .*\[0, 30\)"),
         (SELECTION, lambda d: d["ranking"].pop(), "ranking must be a permutation"),
-        (SELECTION, lambda d: d.update(layer_scores=[1.0]), "a list of 30 numbers"),
+        (SELECTION, lambda d: d.update(layer_scores=[1.0]), "a list of 30 finite numbers"),
         (SELECTION, lambda d: d["paper"].pop("ranking"), "paper.ranking is missing"),
         (SEARCH, lambda d: d["trials"][2].update(state="lost"), r"trials\[2\].state must be"),
         (MAIN, lambda d: d.update(steps="200"), "steps must be a whole"),

@@ -9,6 +9,7 @@ import pytest
 from helpers.audit_cases import NEURONS, H, K, L, S, light, make, named, run
 
 import floe
+from floe.artifacts.audit import Likeness, Spread
 from floe.errors import FileError
 from floe.importance.statistics import LayerStatistics
 from floe.selection.audit import audit
@@ -25,7 +26,6 @@ from floe.selection.audit.compare import (
     score_layers,
     spread,
 )
-from floe.selection.audit.result import Likeness, Spread
 from floe.selection.masks.determine import determine
 from floe.selection.masks.presets import PRESETS
 from floe.selection.policies import POLICIES

@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 from helpers.audit_cases import light, make, run
 
+from floe.artifacts.audit import Audit
+from floe.artifacts.results import Router
+from floe.artifacts.schema import document
 from floe.pipeline.audit import arm_losses
-from floe.report.artifacts import Router
-from floe.selection.audit.build import router_health
 from floe.selection.audit.verdicts import judge
-from floe.storage import write_json
+from floe.storage import read_json, write_json
 
 
 @pytest.fixture(scope="module")
@@ -20,23 +21,23 @@ def found():
 
 
 def router(usage, load=0.9, information=0.1, layer=0):
-    return {
-        "layer": layer, "module": "up_proj", "usage": usage, "load_entropy": load,
-        "token_entropy": load - information, "mutual_information": information,
-    }  # fmt: skip
+    return Router(layer, "up_proj", tuple(usage), load, load - information, information)
 
 
 @pytest.mark.parametrize("usage", [[1.0], [0.5, 0.5], [0.95, 0.05], [0.9, 0.1]])
 @pytest.mark.parametrize("load", [0.49, 0.5])
 @pytest.mark.parametrize("information", [0.0099, 0.01])
-def test_flags_of_routers_are_those_of_the_report(usage, load, information):
-    one = router_health(router(usage, load, information))
-    shown = Router(0, "up_proj", np.array(usage), load, load - information, information)
-    assert (one.collapsed, one.unspecialised) == (shown.collapsed, shown.unspecialised)
+def test_the_flags_of_routers_are_in_the_file(found, usage, load, information, tmp_path):
+    one = router(usage, load, information)
+    replace(found, routers=(one,)).save(tmp_path / "audit.json")
+    (written,) = read_json(tmp_path / "audit.json")["routers"]
+    flags = {name: getattr(one, name) for name in ("collapsed", "unspecialised", "cv2")}
+    assert written == document(one) | flags
+    assert Audit.load(tmp_path / "audit.json", found.layers).routers == (one,)
 
 
 def test_cv2_of_routers():
-    even, uneven = map(router_health, (router([0.5, 0.5]), router([0.75, 0.25])))
+    even, uneven = router([0.5, 0.5]), router([0.75, 0.25])
     assert even.cv2 == 0
     assert uneven.cv2 == pytest.approx(0.25)  # variance 1/16 over squared mean 1/4
 

@@ -1,3 +1,4 @@
+import json
 from types import SimpleNamespace
 
 import numpy as np
@@ -5,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from floe.artifacts.schema import document, parse
 from floe.selection.allocate import Saturating, option_costs
 from floe.selection.placement import Placement, module_scores
 
@@ -21,7 +23,8 @@ SHAPES = [(8, 16), (8, 16), (16, 8)]  # of one layer's projections
     ],
 )
 def test_documents_are_read_back(placement):
-    assert Placement.read({**placement.document(), "policy": "even"}) == placement
+    values = json.loads(json.dumps({**document(placement), "policy": "even"}))
+    assert parse(Placement, values, "placement") == placement
 
 
 def test_it_becomes_an_adapter_of_these_projections_and_sizes():

@@ -9,11 +9,13 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import ArrayLike
 
+from floe.artifacts.audit import Audit, Cliff, MaskLoss
+from floe.artifacts.results import Router
 from floe.selection.audit.compare import (
     NO_ROWS,
     SPLITS,
@@ -28,12 +30,6 @@ from floe.selection.audit.compare import (
     resamplable,
     subset_policy,
 )
-from floe.selection.audit.result import (
-    Audit,
-    Cliff,
-    MaskLoss,
-    RouterHealth,
-)
 from floe.selection.audit.verdicts import judge
 from floe.selection.layer_count import choose_count
 from floe.selection.masks.determine import determine
@@ -45,10 +41,6 @@ if TYPE_CHECKING:
     from floe.importance.scores import Scores
     from floe.importance.statistics import LayerStatistics
 
-COLLAPSED_LOAD = 0.5
-COLLAPSED_USAGE = 0.9
-UNSPECIALISED = 0.01
-
 
 def audit(
     scores: Scores,
@@ -56,8 +48,8 @@ def audit(
     layers: int | float = 8,
     policy: str = "adapter_fisher",
     statistics: LayerStatistics | None = None,
-    router: Iterable[Mapping[str, Any]] = (),
-    trained_router: Iterable[Mapping[str, Any]] = (),
+    router: Iterable[Router] = (),
+    trained_router: Iterable[Router] = (),
     losses: Mapping[int, ArrayLike] | None = None,
     budget: float = 0.5,
     score: str = "soft",
@@ -124,10 +116,11 @@ def audit(
         null=null_policy(next(p for p in policies if p.name == policy), scores, options),
         budgets=budget_presets(policies, scores, options, tick),
         masks=mask_loss(scores, options.budget),
-        routers=tuple(map(router_health, router)),
-        trained_routers=tuple(map(router_health, trained_router)),
+        routers=tuple(router),
+        trained_routers=tuple(trained_router),
         cliff=_cliff(losses),
-        verdicts={},
+        verdicts={"solid": [], "open": [], "note": []},
+        selection="",
     )
     return replace(result, verdicts=judge(result))
 
@@ -160,26 +153,4 @@ def _cliff(losses: Mapping[int, ArrayLike] | None) -> Cliff | None:
         error=tuple(found.above_full_error.tolist()),
         worse=found.worse,
         begins=found.cliff,
-    )
-
-
-def router_health(one: Mapping[str, Any]) -> RouterHealth:
-    """Flags for one entry of what floe.evaluation.routers.router_statistics returned.
-
-    Raises:
-        KeyError: the entry lacks one of its values.
-    """
-    usage = np.asarray(one["usage"], dtype=np.float64)
-    load, information = float(one["load_entropy"]), float(one["mutual_information"])
-    several = len(usage) > 1
-    return RouterHealth(
-        layer=int(one["layer"]),
-        module=str(one["module"]),
-        usage=tuple(usage.tolist()),
-        load_entropy=load,
-        token_entropy=float(one["token_entropy"]),
-        mutual_information=information,
-        cv2=float(usage.var() / usage.mean() ** 2),
-        collapsed=several and bool(load < COLLAPSED_LOAD or usage.max() > COLLAPSED_USAGE),
-        unspecialised=several and information < UNSPECIALISED,
     )

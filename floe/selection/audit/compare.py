@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from floe.selection.audit.result import (
+from floe.artifacts.audit import (
     Agreement,
     Bootstrap,
     Budgets,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from floe.selection.audit.result import Audit
+from floe.artifacts.audit import Audit, Verdicts
 from floe.selection.masks.presets import PRESETS
 
 SOLID_DRAWS = 0.9  # share of bootstrap draws
@@ -20,17 +20,16 @@ _SHOWN = 8  # names in one sentence
 Verdict = tuple[str, str]
 
 
-def judge(audit: Audit) -> dict[str, list[str]]:
+def judge(audit: Audit) -> Verdicts:
     """The sentences on an audit, by kind: "solid", "open" and "note"."""
     rules = (_rows, _readings, _budgets, _ties, _chance, _together, _routers, _cliff)
-    found: dict[str, list[str]] = {"solid": [], "open": [], "note": []}
-    for rule in rules:
-        for kind, text in rule(audit):
-            found[kind].append(text)
-    found["note"].append(
-        "An audit shows which choices reproduce; which layers train best, only training shows."
-    )
-    return found
+    verdicts = [verdict for rule in rules for verdict in rule(audit)]
+    last = "An audit shows which choices reproduce; which layers train best, only training shows."
+    return {
+        "solid": [text for kind, text in verdicts if kind == "solid"],
+        "open": [text for kind, text in verdicts if kind == "open"],
+        "note": [*(text for kind, text in verdicts if kind == "note"), last],
+    }
 
 
 def _rows(audit: Audit) -> Iterable[Verdict]:

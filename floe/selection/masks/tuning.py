@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from floe.adapters.linear import MoELoRALinear, separate_base
+from floe.artifacts.selection import Tuned
 from floe.data.batches import accepts_logits_to_keep
 from floe.data.loss import evaluating, on_device, token_mask
 from floe.decoder_blocks import Block, base_of, find_blocks, geometry, linear_at
@@ -48,7 +49,7 @@ class TuningResult:
 
     head_mask: Floats
     neuron_mask: Floats
-    records: list[dict[str, Any]]
+    records: list[Tuned]
 
 
 def tune_masks(
@@ -90,7 +91,7 @@ def tune_masks(
     blocks = find_blocks(model)
     head_mask, neuron_mask = _checked(model, head_mask, neuron_mask, blocks)
     _check_weights(model, blocks)
-    records: list[dict[str, Any]] = []
+    records: list[Tuned] = []
     with evaluating(model), separate_base(model):
         streams = _streams(model, blocks, leading_rows(batches, max_tokens))
         for block in blocks:
@@ -288,21 +289,26 @@ class _Layer:
                 )
             self.traces.append(trace)
 
-    def tune(self, component: str, ridge: float, bound: float) -> dict[str, Any]:
+    def tune(self, component: str, ridge: float, bound: float) -> Tuned:
         """Solve one component's scales, write the tuned mask if acceptable, return the record."""
         mask = self.masks[component]
         kept = np.flatnonzero(mask)
         system = self._system(component, kept)
         before = self._relative(component, system.residual(torch.ones_like(system.rhs)))
-        record = {"layer": self.block.index, "component": component}
-        if not len(kept):
-            return record | {"accepted": True, "residual_before": before, "residual_after": before}
-        scale = system.solve(ridge)
-        accepted = bool(scale.isfinite().all()) and bool((scale.abs() <= bound).all())
-        if accepted:
-            mask[kept] *= scale.cpu().numpy()
-        after = self._relative(component, system.residual(scale)) if accepted else before
-        return record | {"accepted": accepted, "residual_before": before, "residual_after": after}
+        accepted, after = True, before
+        if len(kept):
+            scale = system.solve(ridge)
+            accepted = bool(scale.isfinite().all()) and bool((scale.abs() <= bound).all())
+            if accepted:
+                mask[kept] *= scale.cpu().numpy()
+                after = self._relative(component, system.residual(scale))
+        return {
+            "layer": self.block.index,
+            "component": component,
+            "accepted": accepted,
+            "residual_before": before,
+            "residual_after": after,
+        }
 
     def advance(self) -> None:
         """Both streams past this block."""
