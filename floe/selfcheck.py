@@ -9,7 +9,6 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from floe_triton import reference
 from floe_triton.devices import runs_triton
@@ -18,13 +17,13 @@ from torch import Tensor
 from floe import ops
 from floe.numerics import Result, error_budget, relative_error
 from floe.selection.masks.solvers import solve_mask, solve_two_class
+from floe.types import Flags, Floats
 
 Found = tuple[str, float, float]  # output, error, budget
 Compared = tuple[str, Tensor, Tensor, Tensor]  # output, ours, in float64, plain torch's
 Arguments = tuple[
     Tensor, Tensor, int, Tensor | None
 ]  # activation, gradient, group size, token mask
-Numbers = npt.NDArray[np.float64]
 
 _TOKENS = (0, 1, 17, 513)  # none, decoding, a ragged block, several blocks
 # (K, N, r, M): odd sizes, one expert, ranks below and above a vector's width
@@ -349,9 +348,7 @@ def _check_two_class(draw: int) -> list[Found]:
     return _against_all_masks(mask, value, cost, 9.0)
 
 
-def _against_all_masks(
-    mask: npt.NDArray[np.bool_], value: Numbers, cost: Numbers, budget: float
-) -> list[Found]:
+def _against_all_masks(mask: Flags, value: Floats, cost: Floats, budget: float) -> list[Found]:
     """What the mask loses against the best of all 2^n masks, and what it costs too much."""
     every = (np.arange(2 ** len(value))[:, None] >> np.arange(len(value))) & 1
     best = float((every @ value)[every @ cost <= budget].max())
