@@ -21,8 +21,7 @@ import optuna
 from numpy.typing import NDArray
 
 from benchmarks import harness
-from floe.rank_search.proposals import SAMPLERS, propose, sampler_settings
-from floe.rank_search.space import Point, SearchSpace
+from floe.rank_search.space import SAMPLERS, Point, SearchSpace, propose, sampler_settings
 from floe.rank_search.studies import Outcome, Owner, begin_trial, end_trial
 from floe.storage import read_json
 

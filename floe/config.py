@@ -249,7 +249,7 @@ class ScoreConfig(_Section):
         False, description="Keep every row's mask gradients: for block Fisher and bootstraps."
     )
     first_order: bool = Field(False, description="Also keep the first-order term of Eq. 6.")
-    reduction: Literal["sample", "batch", "token"] = "sample"
+    reduction: Literal["sample", "batch"] = "sample"
     mask_scope: Literal["base", "full"] = "base"
     taylor_rows: Count = 32
     taylor_kind: Literal["element", "vector"] = "element"
@@ -262,12 +262,6 @@ class ScoreConfig(_Section):
         32, description="Calibration rows of the layer statistics some policies need."
     )
     seed: Seed = 41
-
-    @model_validator(mode="after")
-    def _rows_apart(self) -> ScoreConfig:
-        if self.reduction == "token" and (self.keep_samples or self.first_order):
-            raise ValueError("keep_samples and first_order need reduction sample or batch")
-        return self
 
 
 class SelectConfig(_Section):

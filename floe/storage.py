@@ -109,6 +109,12 @@ def copy_folder(source: Path, final: Path) -> None:
         publish(new, final)
 
 
+def remove_if_empty(folder: Path) -> None:
+    """Delete a folder in which nothing is left."""
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
+
+
 def _flush_all(folder: Path) -> None:
     for file in folder.rglob("*"):
         if file.is_file():
@@ -203,6 +209,12 @@ def hash_of(value: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def differing(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """Names of the values in which ``new``, made JSON, differs from the JSON object ``old``."""
+    new = json.loads(json.dumps(new))
+    return [name for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]
+
+
 def sha256(path: Path) -> str:
     """sha256 of a file's bytes."""
     with path.open("rb") as file:
@@ -232,7 +244,7 @@ def save_arrays(
         for name, array in (first | dict(arrays)).items():
             entry = zipfile.ZipInfo(f"{name}.npy", date_time=_EPOCH)
             with archive.open(entry, "w", force_zip64=True) as member:
-                npy.write_array(member, np.ascontiguousarray(array), allow_pickle=False)
+                npy.write_array(member, np.asarray(array, order="C"), allow_pickle=False)
     try:
         write_bytes(Path(path), buffer.getvalue())
     except OSError as error:

@@ -9,6 +9,7 @@ from itertools import pairwise
 from typing import Any, Literal
 
 import numpy as np
+import torch
 from torch import nn
 
 from floe.data.batches import Collator, TokenRow, make_batches, row_order
@@ -37,12 +38,12 @@ class _ByRow:
 
     def places(self, numbers: Sequence[int]) -> list[int]:
         """Where the rows of these numbers stand; ValueError for one that is not here just once."""
-        found = {int(number): place for place, number in enumerate(self.rows)}
-        missing = [number for number in numbers if number not in found]
-        if missing or len(found) < len(self.rows):
+        place_of = {int(number): place for place, number in enumerate(self.rows)}
+        missing = [number for number in numbers if number not in place_of]
+        if missing or len(place_of) < len(self.rows):
             what = f"no row {missing[0]}" if missing else "numbers that occur twice"
             raise ValueError(f"numbers must be of rows that were measured once, got {what}")
-        return [found[number] for number in numbers]
+        return [place_of[number] for number in numbers]
 
 
 @dataclass(frozen=True)
@@ -66,38 +67,6 @@ class Losses(_ByRow):
 
 
 @dataclass(frozen=True)
-class LossSummary:
-    """Mean negative log-likelihood per target token, with its 95 % bootstrap interval over rows."""
-
-    value: float
-    low: float
-    high: float
-    rows: int
-    tokens: int
-
-
-@dataclass(frozen=True)
-class Accuracy:
-    """Share of correct rows with its 95 % Wilson interval."""
-
-    value: float
-    low: float
-    high: float
-    correct: int
-    rows: int
-
-
-@dataclass(frozen=True)
-class Difference:
-    """Mean loss of a minus that of b on the same rows, with its 95 % paired bootstrap interval."""
-
-    value: float
-    low: float
-    high: float
-    rows: int
-
-
-@dataclass(frozen=True)
 class Answers(_ByRow):
     """Per row: the answer given and whether it was right; ``rows`` as in :class:`Losses`."""
 
@@ -110,8 +79,40 @@ class Answers(_ByRow):
 
     def accuracy(self, numbers: Sequence[int] | None = None) -> Accuracy:
         """Accuracy over all rows, or over those of these numbers."""
-        chosen = self.correct if numbers is None else self.correct[self.places(numbers)]
-        return wilson(int(chosen.sum()), len(chosen))
+        correct = self.correct if numbers is None else self.correct[self.places(numbers)]
+        return wilson(int(correct.sum()), len(correct))
+
+
+@dataclass(frozen=True)
+class _Estimate:
+    """A value with the ends of its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class LossSummary(_Estimate):
+    """Mean negative log-likelihood per target token; the interval is a bootstrap over rows."""
+
+    rows: int
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Accuracy(_Estimate):
+    """Share of correct rows; the interval is Wilson's."""
+
+    correct: int
+    rows: int
+
+
+@dataclass(frozen=True)
+class Difference(_Estimate):
+    """Mean loss of a minus that of b on the same rows; the interval is a paired bootstrap."""
+
+    rows: int
 
 
 def evaluate_loss(
@@ -127,16 +128,14 @@ def evaluate_loss(
     """
     if not batches:
         raise ValueError("batches must not be empty")
-    nll: list[Floats] = []
-    tokens: list[Integers] = []
     with evaluating(model):
+        parts = []
         for batch in batches:
-            values, counts = batch_losses(model, batch)
-            nll.append(values.double().cpu().numpy())
-            tokens.append(counts.cpu().numpy())
+            parts.append(batch_losses(model, batch))
             if on_rows is not None:
-                on_rows(len(counts))
-    losses = Losses(np.concatenate(nll), np.concatenate(tokens))
+                on_rows(len(parts[-1][1]))
+    nll = torch.cat([values.double().cpu() for values, _ in parts])
+    losses = Losses(nll.numpy(), torch.cat([counts.cpu() for _, counts in parts]).numpy())
     bad = np.flatnonzero(~np.isfinite(losses.nll))
     if len(bad):
         raise FloatingPointError(
@@ -160,8 +159,7 @@ def evaluate_rows(
 
 def validation_loss(model: nn.Module, batches: Sequence[Batch]) -> float:
     """Token-weighted mean loss of the batches, nats per target token."""
-    losses = evaluate_loss(model, batches)
-    return mean_loss(losses)
+    return mean_loss(evaluate_loss(model, batches))
 
 
 def summarise_loss(losses: Losses, *, resamples: int = RESAMPLES, seed: int = 41) -> LossSummary:
@@ -225,19 +223,12 @@ def wilson(correct: int, rows: int) -> Accuracy:
     return Accuracy(share, max(0.0, middle - half), min(1.0, middle + half), correct, rows)
 
 
-def group_by_task(rows: Sequence[Mapping[str, Any] | TokenRow]) -> dict[str, list[int]]:
-    """Numbers of the rows of each task, tasks sorted; rows without one are left out.
-
-    A token row's number is its ``index``, another's its place.
-    """
+def group_by_task(rows: Sequence[TokenRow]) -> dict[str, list[int]]:
+    """Numbers (``index``) of the rows of each task, tasks sorted; rows without one are left out."""
     groups: dict[str, list[int]] = {}
-    for place, row in enumerate(rows):
-        if isinstance(row, TokenRow):
-            task, number = row.task, row.index
-        else:
-            task, number = row.get("task"), place
-        if task is not None:
-            groups.setdefault(task, []).append(number)
+    for row in rows:
+        if row.task is not None:
+            groups.setdefault(row.task, []).append(row.index)
     return dict(sorted(groups.items()))
 
 
@@ -268,14 +259,14 @@ def evaluate_choices(
     """
     if score not in ("mean", "sum"):
         raise ValueError(f"score must be 'mean' or 'sum', got {score!r}")
-    if not rows:
-        raise ValueError("rows must not be empty")
+    _check_some(rows)
     encoded = encode_choices(
         rows, tokenizer, template=template, max_length=max_length, source=source
     )
-    for place in sorted(place for places in encoded.dropped.values() for place in places):
+    dropped = [place for places in encoded.dropped.values() for place in places]
+    if dropped:
         message = f"prompt and choices must hold tokens and fit in max_length={max_length}"
-        raise DataError(source, message, place)
+        raise DataError(source, message, min(dropped))
     pad = tokenizer.pad_token_id or 0
     losses = evaluate_rows(model, encoded.rows, batch_size, pad, on_rows)
     values = -losses.nll / (losses.tokens if score == "mean" else 1)
@@ -294,17 +285,14 @@ def evaluate_generation(
     max_length: int = 1024,
     max_new_tokens: int = 32,
     batch_size: int = 16,
-    ignore_case: bool = False,
-    ignore_space: bool = True,
     source: str = "rows",
     on_rows: OnRows | None = None,
 ) -> Answers:
-    """Answer each row by greedy generation; right if it equals the completion.
+    """Answer each row by greedy generation; right if it equals the completion, blanks aside.
 
     An answer ends at the first of eos, the model's own stop tokens (``generation_config``) and the
     chat template's end of turn. Nothing else of the ``generation_config`` is used: no penalties, no
-    least length. ``ignore_space`` compares with runs of white space as one blank and none at the
-    ends, ``ignore_case`` without case.
+    least length. Runs of white space are compared as one blank, and none at the ends.
 
     Returns:
         ``given``: the generated text per row, without special tokens.
@@ -313,12 +301,15 @@ def evaluate_generation(
         ValueError: for no rows, or ``max_new_tokens`` outside [1, max_length).
         DataError: for a row without a prompt.
     """
-    if not rows:
-        raise ValueError("rows must not be empty")
+    _check_some(rows)
     encoded = encode_questions(
-        rows, tokenizer, template=template, max_length=max_length,
-        max_new_tokens=max_new_tokens, source=source,
-    )  # fmt: skip
+        rows,
+        tokenizer,
+        template=template,
+        max_length=max_length,
+        max_new_tokens=max_new_tokens,
+        source=source,
+    )
     for places in encoded.dropped.values():
         raise DataError(source, "prompt must hold at least one token", places[0])
     stops = _stop_tokens(model, tokenizer, template)
@@ -327,20 +318,25 @@ def evaluate_generation(
     with evaluating(model):
         for start in range(0, len(order), batch_size):
             places = order[start : start + batch_size]
-            chosen = [encoded.rows[i] for i in places]
-            texts = _generate(model, tokenizer, chosen, max_new_tokens, stops)
+            asked = [encoded.rows[i] for i in places]
+            texts = _generate(model, tokenizer, asked, max_new_tokens, stops)
             for place, text in zip(places, texts, strict=True):
                 given[place] = text
             if on_rows is not None:
                 on_rows(len(places))
-    same = _comparison(ignore_case, ignore_space)
-    right = [same(text) == same(row["completion"]) for text, row in zip(given, rows, strict=True)]
+    pairs = zip(given, rows, strict=True)
+    right = [text.split() == row["completion"].split() for text, row in pairs]
     return Answers(given, np.array(right, dtype=bool))
 
 
+def _check_some(rows: Sequence[Any]) -> None:
+    if not rows:
+        raise ValueError("rows must not be empty")
+
+
 def _stop_tokens(model: nn.Module, tokenizer: Any, template: str | None) -> list[int]:
-    own = getattr(getattr(base_of(model), "generation_config", None), "eos_token_id", None)
-    listed = own if isinstance(own, list | tuple) else [own]
+    ends = getattr(getattr(base_of(model), "generation_config", None), "eos_token_id", None)
+    listed = ends if isinstance(ends, list | tuple) else [ends]
     return sorted({*stop_tokens(tokenizer, template), *(t for t in listed if t is not None)})
 
 
@@ -360,7 +356,7 @@ def _generate(
         use_cache=True,
     )
     base: Any = base_of(model)
-    own = base.generation_config
+    before = base.generation_config
     base.generation_config = settings  # generate() fills what is not set here from the model's own
     try:
         out = model.generate(
@@ -369,17 +365,9 @@ def _generate(
             generation_config=settings,
         )
     finally:
-        base.generation_config = own
+        base.generation_config = before
     new = out[:, batch["input_ids"].shape[1] :].tolist()
     ends = (next((i for i, token in enumerate(row) if token in stops), None) for row in new)
     answers = [row[:end] for row, end in zip(new, ends, strict=True)]
     texts: list[str] = tokenizer.batch_decode(answers, skip_special_tokens=True)
     return texts
-
-
-def _comparison(ignore_case: bool, ignore_space: bool) -> Callable[[str], str]:
-    def normal(text: str) -> str:
-        text = " ".join(text.split()) if ignore_space else text
-        return text.casefold() if ignore_case else text
-
-    return normal

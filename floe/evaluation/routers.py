@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -16,9 +17,7 @@ from floe.data.loss import evaluating, on_device
 from floe.types import Batch
 
 
-def router_statistics(
-    model: nn.Module, batches: Sequence[Batch], adapter: str | None = None
-) -> list[dict[str, Any]]:
+def router_statistics(model: nn.Module, batches: Sequence[Batch]) -> list[dict[str, Any]]:
     """Use of the experts by each adapted module over all tokens that are not padding.
 
     With gates w[t, i] of token t and expert i: usage = mean_t w[t]; load entropy = H(usage) / ln M;
@@ -26,7 +25,7 @@ def router_statistics(
     is routed alike. With one expert both entropies are 1.
 
     Args:
-        model: an adapted model. adapter: its adapter's name; None = the active one.
+        model: an adapted model; its active adapter is looked at.
         batches: as :func:`floe.data.batches.make_batches` makes them.
 
     Returns:
@@ -42,33 +41,30 @@ def router_statistics(
     if not batches:
         raise ValueError("batches must not be empty")
     watched = [
-        _Watched(layer, name, module, adapter or _active(module))
+        _Watched(layer, name, module)
         for layer, modules in sorted(layers.items())
         for name, module in sorted(modules.items())
     ]
     mask: list[Tensor] = []
-    handles = [w.linear.register_forward_pre_hook(partial(_observe, w, mask)) for w in watched]
-    try:
-        with evaluating(model):
-            for batch in batches:
-                inputs = on_device(batch, model)
-                inputs.pop("labels", None)
-                mask[:] = [inputs["attention_mask"].bool()]
-                model(**inputs, use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return [w.summary() for w in watched]
-
-
-def _active(module: Any) -> str:
-    return str(module.active_adapters[0])
+    with ExitStack() as hooks, evaluating(model):
+        for each in watched:
+            handle = each.linear.register_forward_pre_hook(partial(_observe, each, mask))
+            hooks.callback(handle.remove)
+        for batch in batches:
+            inputs = on_device(batch, model)
+            inputs.pop("labels", None)
+            mask[:] = [inputs["attention_mask"].bool()]
+            model(**inputs, use_cache=False)
+    return [
+        {"layer": w.layer, "module": w.name, **_summary(w.usage, w.entropy, w.tokens)}
+        for w in watched
+    ]
 
 
 def gate_statistics(gates: Tensor) -> dict[str, Any]:
     """The statistics of :func:`router_statistics` for gates [T, M], any floating dtype."""
     gates = gates.double()
-    return _summary(gates.sum(0), float(_entropy(gates).sum()), gates.shape[0])
+    return _summary(gates.sum(0), float(_entropy(gates).sum()), len(gates))
 
 
 @dataclass
@@ -76,26 +72,20 @@ class _Watched:
     layer: int
     name: str
     linear: MoELoRALinear
-    adapter: str
-    usage: Tensor | float = 0.0  # float64 [M]: sum over tokens
+    usage: Tensor = field(default_factory=lambda: torch.zeros(1, dtype=torch.float64))  # [M]: sum
     entropy: float = 0.0
-    tokens: int = field(default=0)
-
-    def summary(self) -> dict[str, Any]:
-        assert isinstance(self.usage, Tensor)
-        found = _summary(self.usage, self.entropy, self.tokens)
-        return {"layer": self.layer, "module": self.name, **found}
+    tokens: int = 0
 
 
 def _observe(
     watched: _Watched, mask: list[Tensor], module: nn.Module, args: tuple[Any, ...]
 ) -> None:
     x: Tensor = args[0][mask[0]]  # [P, K]: tokens that are not padding
-    router = watched.linear.router_weight(watched.adapter)
+    router = watched.linear.router_weight(watched.linear.active_adapters[0])
     gates = torch.softmax(x.float() @ router.float().T, dim=-1).double()
     watched.usage = watched.usage + gates.sum(0).cpu()
     watched.entropy += float(_entropy(gates).sum())
-    watched.tokens += gates.shape[0]
+    watched.tokens += len(gates)
 
 
 def _entropy(p: Tensor) -> Tensor:

@@ -65,7 +65,7 @@ def adapter_gradients(
     float32; what lies between them is float32, and sums over products are float64.
     """
     samples, tokens, _ = x.shape
-    dtype = x.dtype if x.dtype == torch.bfloat16 else _wide(x)
+    dtype = x.dtype if x.dtype == torch.bfloat16 else wide(x)
     squared, gate = torch.zeros(2, samples, dtype=torch.float64, device=x.device)
     for name in active_adapters(module):
         features, experts, rank = module.weights(name)[1].shape
@@ -107,12 +107,13 @@ def sum_of_squares(values: Tensor) -> Tensor:
 
     Along the last dimension in float32 at least, then in float64.
     """
-    values = values.to(_wide(values))
+    values = values.to(wide(values))
     along: Tensor = torch.linalg.vecdot(values, values)
     return along.double().sum(1)
 
 
-def _wide(values: Tensor) -> torch.dtype:
+def wide(values: Tensor) -> torch.dtype:
+    """The dtype of sums over these values: float32 at least."""
     return torch.promote_types(values.dtype, torch.float32)
 
 
@@ -120,7 +121,7 @@ def _forward(module: MoELoRALinear, name: str, x: Tensor) -> tuple[Tensor, Tenso
     """hidden [..., r], gate [..., M] and the scaled routed hidden [..., M r], float32 at least."""
     rank = module.r[name]
     products = x @ module.weights(name)[0].detach().to(x.dtype).T
-    products = products.to(_wide(x))
+    products = products.to(wide(x))
     hidden, gate = products[..., :rank], torch.softmax(products[..., rank:], dim=-1)
     routed = module.scaling[name] * gate[..., :, None] * hidden[..., None, :]
     return hidden, gate, routed.flatten(-2)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
-from floe.data.loss import losses, on_device, token_mask
+from floe.data.loss import losses, token_mask
 from floe.decoder_blocks import Block
 from floe.types import Batch
 
@@ -39,30 +42,26 @@ class BackwardRecord:
 class CallRecorder:
     """Records, on the CPU, every block's call during the forwards made within it.
 
-    Tensors shared by the blocks (attention masks, rotary tables) are kept once per forward.
-
-    Args:
-        blocks: the decoder blocks in order. keep: indices of the blocks whose hidden states are
-            kept; None = all.
+    Tensors shared by the blocks (attention masks, rotary tables) are kept once per forward. Hidden
+    states are kept of the blocks whose indices are in ``keep``; None = of all.
     """
 
     def __init__(self, blocks: list[Block], keep: set[int] | None = None) -> None:
         self.blocks, self.keep = blocks, keep
         self._calls: dict[int, Call] = {}
-        self._moved: dict[
-            int, tuple[Tensor, Tensor]
-        ] = {}  # the original is held so its id stays its own
-        self._hooks: list[Any] = []
+        # By id; the original is held so that its id stays its own.
+        self._moved: dict[int, tuple[Tensor, Tensor]] = {}
+        self._hooks = ExitStack()
 
     def __enter__(self) -> CallRecorder:
         for block in self.blocks:
-            hook = self._hook_for(block.index)
-            self._hooks.append(block.module.register_forward_pre_hook(hook, with_kwargs=True))
+            hook = partial(self._record, block.index)
+            handle = block.module.register_forward_pre_hook(hook, with_kwargs=True)
+            self._hooks.callback(handle.remove)
         return self
 
     def __exit__(self, *error: object) -> None:
-        for hook in self._hooks:
-            hook.remove()
+        self._hooks.close()
 
     def take(self) -> list[Call]:
         """The calls of the forward just made, one per block."""
@@ -73,25 +72,17 @@ class CallRecorder:
         self._calls, self._moved = {}, {}
         return calls
 
-    def _hook_for(self, index: int) -> Any:
-        def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            rest = dict(kwargs)
-            hidden = args[0] if args else rest.pop("hidden_states")
-            kept = self.keep is None or index in self.keep
-            self._calls[index] = Call(
-                hidden.detach().cpu() if kept else None,
-                tuple(self._offload(a) for a in args[1:]),
-                {name: self._offload(value) for name, value in rest.items()},
-            )
+    def _record(self, index: int, _module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        rest = dict(kwargs)
+        hidden = args[0] if args else rest.pop("hidden_states")
+        kept = self.keep is None or index in self.keep
+        args, rest = tree_map_only(Tensor, self._offload, (args[1:], rest))
+        self._calls[index] = Call(hidden.detach().cpu() if kept else None, args, rest)
 
-        return hook
-
-    def _offload(self, value: Any) -> Any:
-        if isinstance(value, Tensor):
-            if id(value) not in self._moved:
-                self._moved[id(value)] = (value, value.detach().cpu())
-            return self._moved[id(value)][1]
-        return _map(self._offload, value)
+    def _offload(self, value: Tensor) -> Tensor:
+        if id(value) not in self._moved:
+            self._moved[id(value)] = (value, value.detach().cpu())
+        return self._moved[id(value)][1]
 
 
 def record_backward(
@@ -101,7 +92,6 @@ def record_backward(
 
     The gradient is that of the sum of the rows' mean losses; ``rows`` numbers them in errors.
     """
-    batch = on_device(batch, model)
     leaf: list[Tensor] = []
 
     def cut(_module: nn.Module, _args: object, output: object) -> object:
@@ -119,14 +109,27 @@ def record_backward(
         hook.remove()
 
 
+def replay_backward(block: Block, record: BackwardRecord) -> tuple[Tensor, Tensor]:
+    """The block on one batch, forward and back: its input and the gradient of its output.
+
+    No parameter gets a gradient. Leaves in the record the gradient of the block's input, which is
+    that of the block before's output.
+    """
+    device = device_of_block(block)
+    call, above = record.calls[block.index], record.gradient.to(device)
+    assert call.hidden is not None
+    hidden = call.hidden.to(device).requires_grad_()
+    call.hidden = None  # not needed again: memory falls as the replay goes back
+    with torch.enable_grad():
+        (below,) = torch.autograd.grad(call_block(block, call, hidden), [hidden], above)
+    record.gradient = below.cpu()
+    return hidden.detach(), above
+
+
 def call_block(block: Block, call: Call, hidden: Tensor) -> Tensor:
     """The block's output [S, T, d] on ``hidden``, with everything else as recorded."""
-
-    def move(value: Any) -> Any:
-        return value.to(hidden.device) if isinstance(value, Tensor) else _map(move, value)
-
-    kwargs = {name: move(value) for name, value in call.kwargs.items()}
-    return hidden_of(block.module(hidden, *(move(a) for a in call.args), **kwargs))
+    args, kwargs = tree_map_only(Tensor, lambda t: t.to(hidden.device), (call.args, call.kwargs))
+    return hidden_of(block.module(hidden, *args, **kwargs))
 
 
 def hidden_of(output: Any) -> Tensor:
@@ -138,12 +141,3 @@ def hidden_of(output: Any) -> Tensor:
 def device_of_block(block: Block) -> torch.device:
     """Where the block's parameters are."""
     return next(block.module.parameters()).device
-
-
-def _map(function: Any, value: Any) -> Any:
-    """``function`` on the members of tuples, lists and dicts; anything else unchanged."""
-    if isinstance(value, (tuple, list)):
-        return type(value)(function(v) for v in value)
-    if isinstance(value, Mapping):
-        return {name: function(v) for name, v in value.items()}
-    return value

@@ -3,30 +3,28 @@
 Workers are the processes of ``torch.distributed`` (torchrun starts them); without it there is one.
 A piece is a function of what the workbook's identity names, so it does not matter who did it, or
 when: a killed run continues with the pieces that are missing.
+
+A model's arithmetic depends in its last bits on what shares a batch. So calibration rows are cut
+into chunks of a fixed number of rows, and run in passes that a chunk alone decides: the same
+scores, bit for bit, whatever batches they came in.
 """
 
 from __future__ import annotations
 
-import io
-import json
 import os
-import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from torch import distributed
 
 from floe.data.batches import TokenRow
 from floe.errors import FileError
-from floe.storage import write_bytes
+from floe.storage import hash_of, load_arrays, save_arrays
 from floe.types import Array
 
 Arrays = dict[str, Array]
-
-
+_FORMAT = 1
 CHUNK_ROWS = 32
 PASS_TOKENS = 2048  # padded tokens of one forward pass; part of what a score is, like the chunks
 
@@ -63,13 +61,6 @@ def passes(
     return groups
 
 
-def worker() -> tuple[int, int]:
-    """This process's number and how many work together: (0, 1) unless torch.distributed is up."""
-    if distributed.is_available() and distributed.is_initialized():
-        return distributed.get_rank(), distributed.get_world_size()
-    return 0, 1
-
-
 class Workbook:
     """The pieces of one measurement, in files ``<name>.npz`` of a folder, or in memory.
 
@@ -83,9 +74,10 @@ class Workbook:
     """
 
     def __init__(self, folder: str | os.PathLike[str] | None, identity: Mapping[str, Any]) -> None:
-        text = json.dumps(identity, sort_keys=True, allow_nan=False)
-        self.identity = sha256(text.encode()).hexdigest()
-        self.number, self.count = worker()
+        self.identity = hash_of(identity)
+        self.number, self.count = 0, 1  # this process, and how many work together
+        if distributed.is_available() and distributed.is_initialized():
+            self.number, self.count = distributed.get_rank(), distributed.get_world_size()
         self.folder = None if folder is None else Path(folder)
         if self.count > 1:
             self._check_agreement()
@@ -96,7 +88,7 @@ class Workbook:
     def missing(self, names: Sequence[str], first_worker: int = 0) -> Iterator[tuple[int, str]]:
         """Pieces this worker has to do, with their places in ``names``: every ``count``-th."""
         for place, name in enumerate(names):
-            if (place + first_worker) % self.count == self.number and not self._has(name):
+            if (place + first_worker) % self.count == self.number and self._read(name) is None:
                 yield place, name
 
     def work(
@@ -104,7 +96,12 @@ class Workbook:
     ) -> None:
         """Do this worker's pieces: ``build(place in names)`` returns one's arrays."""
         for place, name in self.missing(names, first_worker):
-            self._put(name, build(place))
+            arrays = build(place)
+            if self.folder is None:
+                self._kept[name] = arrays
+            else:
+                header = {"format": _FORMAT, "meta": {"identity": self.identity}}
+                save_arrays(self.folder / f"{name}.npz", "piece", header, arrays)
 
     def wait(self) -> None:
         """Until every worker has done its pieces."""
@@ -117,32 +114,22 @@ class Workbook:
         Raises:
             FileError: it is not there or cannot be read.
         """
-        if self.folder is None:
-            return self._kept.pop(name)
-        found = _read(self._file(name), self.identity)
-        if found is None:
-            raise FileError(self._file(name), "must hold a finished piece of the scores, got none")
-        return found
+        arrays = self._read(name)
+        if arrays is None:
+            place = (self.folder or Path()) / f"{name}.npz"
+            raise FileError(place, "must hold a finished piece of the scores, got none")
+        self._kept.pop(name, None)
+        return arrays
 
-    def _has(self, name: str) -> bool:
+    def _read(self, name: str) -> Arrays | None:
+        """The arrays of a piece; None if there is none of this identity, or it is damaged."""
         if self.folder is None:
-            return name in self._kept
-        return _read(self._file(name), self.identity) is not None
-
-    def _put(self, name: str, arrays: Arrays) -> None:
-        if self.folder is None:
-            self._kept[name] = arrays
-            return
-        buffer = io.BytesIO()
-        np.savez(buffer, allow_pickle=False, identity=np.array(self.identity), **arrays)
+            return self._kept.get(name)
         try:
-            write_bytes(self._file(name), buffer.getvalue())
-        except OSError as error:
-            raise FileError(self._file(name), f"cannot be written: {error.strerror}") from error
-
-    def _file(self, name: str) -> Path:
-        assert self.folder is not None
-        return self.folder / f"{name}.npz"
+            header, arrays = load_arrays(self.folder / f"{name}.npz", "piece", _FORMAT)
+        except FileError:
+            return None
+        return arrays if header["meta"].get("identity") == self.identity else None
 
     def _check_agreement(self) -> None:
         if self.folder is None:
@@ -158,13 +145,3 @@ class Workbook:
                 "all workers must hold the same model, rows and options, got others in workers "
                 f"{different} than in worker 0"
             )
-
-
-def _read(path: Path, identity: str) -> Arrays | None:
-    """The arrays of a piece written under ``identity``; None if there is no such piece."""
-    try:
-        with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile):
-        return None  # absent, or damaged: it will be made again
-    return arrays if str(arrays.pop("identity", "")) == identity else None

@@ -7,9 +7,10 @@ let go.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,24 +21,24 @@ from torch.utils.hooks import RemovableHandle
 from floe import ops
 from floe.adapters.linear import MoELoRALinear, separate_base
 from floe.adapters.targets import adapted_layers
-from floe.data.loss import evaluating, for_loss, losses, on_device, token_mask
-from floe.decoder_blocks import Geometry, base_of, find_blocks, geometry, linear_at
+from floe.data.batches import Collator, TokenRow
+from floe.data.loss import evaluating, for_loss, losses, token_mask
+from floe.decoder_blocks import base_of, find_blocks, geometry, linear_at
 from floe.importance.adapter_gradients import AdapterGradients, adapter_gradients
 from floe.types import Batch, Floats, Integers
 
 SCOPES = ("base", "full")
-HEAD_UNITS = ("head", "kv_group")
 Sink = Callable[[Tensor, Tensor], None]
 
 
 @dataclass(frozen=True)
 class RowGradients:
-    """One batch's gradients; S rows, L layers, H heads (or KV groups), I neurons, P projections.
+    """S rows' gradients; L layers, H heads, I neurons, P projections; None where not asked.
 
-    ``head`` [S, L, H] and ``neuron`` [S, L, I] float64: d L_n / d m of row n, or with ``per_token``
-    the sum of the tokens' squares. ``adapter`` [S, L, P] float64: || d L_n / d phi ||^2 of the
-    adapter of projection p in layer k, 0 where there is none; ``gate`` [S, L, P] float64: d L_n / d
-    g of a factor g = 1 on what that adapter adds. ``tokens`` [S] int64: labels in the loss.
+    ``head`` [S, L, H] and ``neuron`` [S, L, I] float64: d L_n / d m of row n. ``adapter`` [S, L, P]
+    float64: || d L_n / d phi ||^2 of the adapter of projection p in layer k, 0 where there is none;
+    ``gate`` [S, L, P] float64: d L_n / d g of a factor g = 1 on what that adapter adds. ``tokens``
+    [S] int64: labels in the loss.
     """
 
     head: Floats | None
@@ -59,10 +60,7 @@ class Capture:
         model: causal language model, plain or a PeftModel with floe adapters.
         scope: "base" masks the input of the frozen weight alone (m * theta + phi, FLoE Eq. 2);
             "full" masks the input of the whole adapted projection.
-        head_unit: "head" = query heads; "kv_group" = the query heads that share one key/value head,
-            together.
         masks: capture mask gradients. adapters: capture adapter gradient norms.
-        per_token: square every token's own product instead of summing tokens first (a diagnostic).
         tokens: loss over "response" tokens (the batch's labels) or over "all" tokens.
 
     Raises:
@@ -74,29 +72,25 @@ class Capture:
         model: nn.Module,
         *,
         scope: str = "base",
-        head_unit: str = "head",
         masks: bool = True,
         adapters: bool = False,
-        per_token: bool = False,
         tokens: str = "response",
     ) -> None:
-        for name, value, known in (("scope", scope, SCOPES), ("head_unit", head_unit, HEAD_UNITS)):
-            if value not in known:
-                raise ValueError(f"{name} must be one of {known}, got {value!r}")
+        if scope not in SCOPES:
+            raise ValueError(f"scope must be one of {SCOPES}, got {scope!r}")
         if not masks and not adapters:
             raise ValueError("masks or adapters must be True, got False for both")
-        self.model, self.scope, self.head_unit = model, scope, head_unit
-        self.masks, self.adapters = masks, adapters
-        self.per_token, self.tokens = per_token, tokens
+        self.model, self.scope, self.masks, self.tokens = model, scope, masks, tokens
         self.blocks = find_blocks(model)
-        self.geometry = geometry(model, self.blocks)
+        self.head_width = geometry(model, self.blocks).head_dim
         self.modules = adapted_layers(model) if adapters else {}
         if adapters and not self.modules:
             raise ValueError("model must carry floe adapters to measure their gradients, got none")
-        self.projections = projections(self.modules)
+        names = (name for modules in self.modules.values() for name in modules)
+        self.projections = tuple(dict.fromkeys(names))
         self._rows = 0
         self._mask = torch.empty(0, 0, dtype=torch.bool)
-        self._found: dict[tuple[str, int], Tensor] = {}
+        self._gradients: dict[tuple[str, int], Tensor] = {}
         self._adapter: dict[tuple[int, str], AdapterGradients] = {}
         self._stack = ExitStack()
 
@@ -112,8 +106,28 @@ class Capture:
 
     def __exit__(self, *error: object) -> None:
         self._stack.close()
-        self._found.clear()
+        self._gradients.clear()
         self._adapter.clear()
+
+    def run(
+        self,
+        rows: Sequence[TokenRow],
+        groups: Sequence[Sequence[int]],
+        announce: Callable[[int, int], None] | None = None,
+    ) -> RowGradients:
+        """Gradients of the rows of these numbers, one :meth:`step` a group, in the rows' order."""
+        collate, parts = Collator.for_model(self.model), list[RowGradients]()
+        for group in groups:
+            parts.append(self.step(collate([rows[n] for n in group]), group))
+            if announce is not None:
+                announce(len(parts), len(groups))
+        order = np.argsort([n for group in groups for n in group])
+
+        def joined(name: str) -> Any:
+            values = [getattr(part, name) for part in parts]
+            return None if values[0] is None else np.concatenate(values)[order]
+
+        return RowGradients(*(joined(field.name) for field in fields(RowGradients)))
 
     def step(self, batch: Batch, numbers: Sequence[int] | None = None) -> RowGradients:
         """Gradients of one batch's rows.
@@ -124,79 +138,64 @@ class Capture:
             ValueError: a row without labels; a loss or gradient that is not finite, named by layer,
                 unit and row.
         """
-        batch = on_device(for_loss(batch, self.tokens), self.model)
         if numbers is None:
             numbers = range(self._rows, self._rows + len(batch["input_ids"]))
         self._mask = token_mask(batch)
-        self._found.clear()
+        self._gradients.clear()
         self._adapter.clear()
         with torch.enable_grad():
-            loss, tokens = losses(self.model, batch, numbers)
+            loss, tokens = losses(self.model, for_loss(batch, self.tokens), numbers)
             loss.sum().backward()
         masks = {kind: self._stacked(kind) for kind in ("neuron", "head") if self.masks}
-        found = {f"mask gradient of {kind}": values for kind, values in masks.items()}
-        adapter = gate = None
-        if self.adapters:
-            adapter, gate = self._of_adapters()
-            found |= {"squared gradient of adapter": adapter, "gate gradient of adapter": gate}
-        self._check_finite(found, numbers)
+        adapter, gate = self._of_adapters() if self.modules else (None, None)
+        named = {
+            "mask gradient of neuron": masks.get("neuron"),
+            "mask gradient of head": masks.get("head"),
+            "squared gradient of adapter": adapter,
+            "gate gradient of adapter": gate,
+        }
+        self._check_finite(named, numbers)
         self._rows += len(loss)
-        return RowGradients(
-            masks.get("head"), masks.get("neuron"), adapter, gate, tokens.cpu().numpy()
-        )
+        counts = tokens.cpu().numpy()
+        return RowGradients(masks.get("head"), masks.get("neuron"), adapter, gate, counts)
 
-    def _mask_hooks(self) -> list[RemovableHandle]:
-        if not self.masks:
-            return []
-        sizes = {"head": head_width(self.geometry, self.head_unit), "neuron": 1}
-        hooks = []
-        for block in self.blocks:
-            for kind, path in (("head", block.o_proj), ("neuron", block.down_proj)):
-                base = self.scope == "base"
-                module = (
-                    linear_at(self.model, path) if base else base_of(self.model).get_submodule(path)
-                )
-                sink = self._mask_sink(kind, block.index, sizes[kind])
-                hooks.append(module.register_forward_pre_hook(_tap_input(sink)))
-        return hooks
+    def _mask_hooks(self) -> Iterator[RemovableHandle]:
+        for block in self.blocks if self.masks else []:
+            sites = (("head", block.o_proj, self.head_width), ("neuron", block.down_proj, 1))
+            for kind, path, width in sites:
+                module = base_of(self.model).get_submodule(path)
+                if self.scope == "base":
+                    module = linear_at(self.model, path)
+                sink = partial(self._take_mask, kind, block.index, width)
+                yield module.register_forward_pre_hook(_tap_input(sink))
 
-    def _adapter_hooks(self) -> list[RemovableHandle]:
-        return [
-            module.register_forward_hook(tap_output(self._adapter_sink(layer, name, module)))
-            for layer, modules in self.modules.items()
-            for name, module in modules.items()
-        ]
+    def _adapter_hooks(self) -> Iterator[RemovableHandle]:
+        for layer, modules in self.modules.items():
+            for name, module in modules.items():
+                sink = partial(self._take_adapter, layer, name, module)
+                yield module.register_forward_hook(tap_output(sink))
 
-    def _mask_sink(self, kind: str, layer: int, width: int) -> Sink:
-        def sink(activation: Tensor, gradient: Tensor) -> None:
-            mask = self._mask.to(gradient.device)
-            if not self.per_token:
-                values = ops.mask_gradients(activation, gradient, width, mask)
-                self._found[kind, layer] = values.double()
-                return
-            each = [
-                t.flatten(0, 1)[:, None] for t in (activation, gradient, mask)
-            ]  # a token as a sample
-            values = ops.mask_gradients(each[0], each[1], width, each[2]).double()
-            self._found[kind, layer] = values.square().unflatten(0, mask.shape).sum(1)
+    def _take_mask(
+        self, kind: str, layer: int, width: int, activation: Tensor, gradient: Tensor
+    ) -> None:
+        mask = self._mask.to(gradient.device)
+        values = ops.mask_gradients(activation, gradient, width, mask)
+        self._gradients[kind, layer] = values.double()
 
-        return sink
-
-    def _adapter_sink(self, layer: int, name: str, module: MoELoRALinear) -> Sink:
-        def sink(x: Tensor, grad_y: Tensor) -> None:
-            mask = self._mask.to(x.device)
-            self._adapter[layer, name] = adapter_gradients(module, x, grad_y, mask)
-
-        return sink
+    def _take_adapter(
+        self, layer: int, name: str, module: MoELoRALinear, x: Tensor, grad_y: Tensor
+    ) -> None:
+        mask = self._mask.to(x.device)
+        self._adapter[layer, name] = adapter_gradients(module, x, grad_y, mask)
 
     def _stacked(self, kind: str) -> Floats:
-        missing = [block.index for block in self.blocks if (kind, block.index) not in self._found]
+        missing = [b.index for b in self.blocks if (kind, b.index) not in self._gradients]
         if missing:
             raise RuntimeError(
                 f"no gradient reached the {kind} masks of layers {missing}; the model's forward "
                 "must call its projections as modules and keep its graph"
             )
-        layers = [self._found.pop((kind, block.index)).cpu().numpy() for block in self.blocks]
+        layers = [self._gradients.pop((kind, block.index)).cpu().numpy() for block in self.blocks]
         values: Floats = np.stack(layers, axis=1)
         return values
 
@@ -206,33 +205,21 @@ class Capture:
         squared, gate = np.zeros(shape), np.zeros(shape)
         for layer, modules in self.modules.items():
             for name in modules:
-                found, place = self._adapter.pop((layer, name)), self.projections.index(name)
-                squared[:, layer, place] = found.squared_norm.cpu().numpy()
-                gate[:, layer, place] = found.gate.cpu().numpy()
+                taken, place = self._adapter.pop((layer, name)), self.projections.index(name)
+                squared[:, layer, place] = taken.squared_norm.cpu().numpy()
+                gate[:, layer, place] = taken.gate.cpu().numpy()
         return squared, gate
 
-    def _check_finite(self, found: dict[str, Floats], numbers: Sequence[int]) -> None:
+    def _check_finite(self, named: Mapping[str, Floats | None], numbers: Sequence[int]) -> None:
         """Name the last layer's first bad value: gradients come from behind, so it arose there."""
         for layer in reversed(range(len(self.blocks))):
-            for what, values in found.items():
-                bad = np.argwhere(~np.isfinite(values[:, layer]))
-                if len(bad):
-                    row, unit = (int(i) for i in bad[0])
+            for what, values in named.items():
+                if values is not None and not np.isfinite(values[:, layer]).all():
+                    row, unit = np.argwhere(~np.isfinite(values[:, layer]))[0].tolist()
                     raise ValueError(
                         f"{what} {unit} in layer {layer} must be finite, "
                         f"got {values[row, layer, unit]} for row {numbers[row]}"
                     )
-
-
-def projections(layers: Mapping[int, Mapping[str, MoELoRALinear]]) -> tuple[str, ...]:
-    """Names of the adapted projections, P of them, in the order of the blocks."""
-    return tuple(dict.fromkeys(name for modules in layers.values() for name in modules))
-
-
-def head_width(sizes: Geometry, head_unit: str) -> int:
-    """Channels of one attention unit in o_proj's input."""
-    group = sizes.heads // sizes.kv_heads if head_unit == "kv_group" else 1
-    return sizes.head_dim * group
 
 
 class _Tap(torch.autograd.Function):

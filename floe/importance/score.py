@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import floe
 from floe.adapters.fingerprint import model_fingerprint
-from floe.adapters.linear import MoELoRALinear, module_generator
+from floe.adapters.linear import module_generator
 from floe.adapters.targets import adapted_layers, adapted_modules
 from floe.data.batches import TokenRow, fingerprint, rows_of
 from floe.decoder_blocks import base_of, find_blocks
@@ -42,7 +42,6 @@ def score(
     taylor_kind: str = "element",
     taylor_aggregate: str = "abs_of_mean",
     taylor_tokens: str = "all",
-    head_unit: str = "head",
     keep_samples: bool = False,
     probe: bool = False,
     seed: int = 41,
@@ -63,8 +62,8 @@ def score(
         batches: calibration rows: dicts passed to the model, with labels, or rows as tokens. The
             same for all workers.
         taylor_batches: rows of the Taylor cost; None = the first 32 of ``batches``.
-        reduction, mask_scope, head_unit, keep_samples, first_order: see ``measure_fisher``.
-        taylor_kind, taylor_aggregate, taylor_tokens: see ``measure_taylor``.
+        reduction, mask_scope, keep_samples, first_order: see ``FisherPlan``.
+        taylor_kind, taylor_aggregate, taylor_tokens: see ``TaylorPlan``.
         probe: also measure the adapter Fisher at fresh adapters (B = 0), which needs no warm-up;
             the adapters are put back bit by bit. seed: of that draw.
         folder: keeps finished chunks, so that a killed measurement continues; needed, and shared,
@@ -85,21 +84,36 @@ def score(
     rows = rows_of(batches)
     taylor_rows = rows[:TAYLOR_ROWS] if taylor_batches is None else rows_of(taylor_batches)
     fisher = FisherPlan(
-        model, rows, reduction, mask_scope, head_unit, adapters=True, keep_samples=keep_samples,
+        model,
+        rows,
+        reduction,
+        mask_scope,
+        adapters=True,
+        keep_samples=keep_samples,
         first_order=first_order,
-    )  # fmt: skip
-    taylor = TaylorPlan(
-        model, taylor_rows, taylor_kind, taylor_aggregate, taylor_tokens, head_unit
-    )  # fmt: skip
+    )
+    taylor = TaylorPlan(model, taylor_rows, taylor_kind, taylor_aggregate, taylor_tokens)
     fresh = FisherPlan(model, rows, masks=False, adapters=True, scope="full", name="probe")
     options = {
-        "reduction": reduction, "mask_scope": mask_scope, "head_unit": head_unit, "seed": seed,
-        "taylor_aggregate": taylor_aggregate, "taylor_loss": taylor_tokens,
-        "taylor_kind_asked": taylor_kind, "taylor_from_calibration": taylor_batches is None,
+        "reduction": reduction,
+        "mask_scope": mask_scope,
+        "seed": seed,
+        "taylor_aggregate": taylor_aggregate,
+        "taylor_loss": taylor_tokens,
+        "taylor_kind_asked": taylor_kind,
+        "taylor_from_calibration": taylor_batches is None,
         "data": fingerprint(rows),
-        "taylor_data": fingerprint(taylor_rows), "model_values": model_fingerprint(model),
-    }  # fmt: skip
-    book = Workbook(folder, _identity(options, fisher, taylor))
+        "taylor_data": fingerprint(taylor_rows),
+        "model_values": model_fingerprint(model),
+        "versions": {"floe": floe.__version__} | {n: metadata.version(n) for n in _PACKAGES},
+    }
+    book = Workbook(
+        folder,
+        # Everything that decides the bits of a piece, as far as one program can tell.
+        options
+        | {"fisher": fisher.identity, "taylor": taylor.identity}
+        | {"chunk_rows": CHUNK_ROWS, "pass_tokens": PASS_TOKENS},
+    )
     taylor.work(book, progress)
     fisher.work(book, progress)
     if probe:
@@ -109,15 +123,14 @@ def score(
     measured, costs = fisher.result(book), taylor.result(book)
     drawn = fresh.result(book).adapter if probe else None
     book.wait()  # a worker may clear the folder when all have read it
-    return _assemble(measured, costs, _describe(model, measured, costs) | options, drawn)
-
-
-def _identity(options: dict[str, Any], fisher: FisherPlan, taylor: TaylorPlan) -> dict[str, Any]:
-    """Everything that decides the bits of a piece, as far as one program can tell."""
-    return options | {
-        "fisher": fisher.identity, "taylor": taylor.identity, "versions": _versions(),
-        "chunk_rows": CHUNK_ROWS, "pass_tokens": PASS_TOKENS,
-    }  # fmt: skip
+    scores = _scores(measured, costs, _describe(model, measured, costs) | options, drawn)
+    _warn_of_zeros(scores)
+    if costs.quantised and taylor_kind == "element":
+        _warn(
+            "taylor_kind is 'vector', not 'element': quantised base weights have no gradient, "
+            "the masks on their inputs do"
+        )
+    return scores
 
 
 @contextmanager
@@ -128,8 +141,15 @@ def fresh_adapters(model: nn.Module, seed: int) -> Iterator[None]:
         with torch.no_grad():
             for path, module in adapted_modules(model).items():
                 for name in active_adapters(module):
-                    saved += [(weight, weight.detach().clone()) for weight in module.weights(name)]
-                    _draw(module, name, module_generator(seed, path))
+                    shrink, expand = module.weights(name)
+                    saved += [(weight, weight.detach().clone()) for weight in (shrink, expand)]
+                    bound, generator = (
+                        1.0 / math.sqrt(shrink.shape[1]),
+                        module_generator(seed, path),
+                    )
+                    drawn = torch.empty(shrink.shape).uniform_(-bound, bound, generator=generator)
+                    shrink.copy_(drawn)
+                    expand.zero_()
         yield
     finally:
         with torch.no_grad():
@@ -137,42 +157,34 @@ def fresh_adapters(model: nn.Module, seed: int) -> Iterator[None]:
                 parameter.copy_(value)
 
 
-def _draw(module: MoELoRALinear, name: str, generator: torch.Generator) -> None:
-    shrink, expand = module.weights(name)
-    bound = 1.0 / math.sqrt(shrink.shape[1])
-    shrink.copy_(torch.empty(shrink.shape).uniform_(-bound, bound, generator=generator))
-    expand.zero_()
-
-
-def _assemble(fisher: Fisher, taylor: Taylor, meta: dict[str, Any], probe: Floats | None) -> Scores:
+def _scores(fisher: Fisher, taylor: Taylor, meta: dict[str, Any], probe: Floats | None) -> Scores:
+    common = {k: v for k, v in vars(fisher).items() if k in Scores.__dataclass_fields__}
     assert fisher.head is not None
     assert fisher.neuron is not None
     assert fisher.adapter is not None
-    scores = Scores(
-        head_fisher=fisher.head, neuron_fisher=fisher.neuron, head_taylor=taylor.head,
-        neuron_taylor=taylor.neuron, adapter_fisher=fisher.adapter, meta=meta, probe_fisher=probe,
-        module_fisher=fisher.module, adapter_samples=fisher.adapter_samples,
-        gate_gradient=fisher.gate_gradient, head_mean=fisher.head_mean,
-        neuron_mean=fisher.neuron_mean, head_gradient=fisher.head_gradient,
-        neuron_gradient=fisher.neuron_gradient,
-    )  # fmt: skip
+    return Scores(
+        fisher.head,
+        fisher.neuron,
+        taylor.head,
+        taylor.neuron,
+        fisher.adapter,
+        meta,
+        probe,
+        fisher.module,
+        **common,
+    )
+
+
+def _warn_of_zeros(scores: Scores) -> None:
+    bare = np.flatnonzero(scores.adapter_fisher == 0).tolist()
+    if 0 < len(bare) < scores.layer_count:
+        _warn(f"adapter_fisher of layers {bare} is zero: without adapters none was measured")
     for name in ("head_fisher", "neuron_fisher", "head_taylor", "neuron_taylor", "adapter_fisher"):
-        if name == "adapter_fisher" and 0 < np.count_nonzero(scores.adapter_fisher) < len(
-            scores.adapter_fisher
-        ):
-            bare = np.flatnonzero(scores.adapter_fisher == 0).tolist()
-            _warn(f"adapter_fisher of layers {bare} is zero: without adapters none was measured")
         if not getattr(scores, name).any():
             _warn(
                 f"{name} is zero for every unit of every layer, so it ranks nothing; "
                 "check the labels and that the adapters were trained"
             )
-    if taylor.quantised and meta["taylor_kind_asked"] == "element":
-        _warn(
-            "taylor_kind is 'vector', not 'element': quantised base weights have no gradient, "
-            "the masks on their inputs do"
-        )
-    return scores
 
 
 def _warn(text: str) -> None:
@@ -196,9 +208,4 @@ def _describe(model: nn.Module, fisher: Fisher, taylor: Taylor) -> dict[str, Any
         "adapter_modules": list(fisher.projections),
         "base_quantised": taylor.quantised,
         "adapter_parameters": counts,
-        "versions": _versions(),
     }
-
-
-def _versions() -> dict[str, str]:
-    return {"floe": floe.__version__} | {name: metadata.version(name) for name in _PACKAGES}

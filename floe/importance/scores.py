@@ -31,7 +31,7 @@ _SINGLE = ("gate_gradient", "head_gradient", "neuron_gradient")  # float32: one 
 class Scores:
     """Fisher information and Taylor cost of every unit of every layer.
 
-    L layers, H heads (or KV groups), I neurons, P adapted projections, S samples. Units: Fisher in
+    L layers, H heads, I neurons, P adapted projections, S samples. Units: Fisher in
     nats^2 summed over samples, Taylor in nats (mean over samples).
 
     Attributes:

@@ -1,32 +1,41 @@
-"""First-order Taylor cost of heads and neurons on the base model (FLoE Eq. 4-5)."""
+"""First-order Taylor cost of heads and neurons on the base model (FLoE Eq. 4-5).
+
+The gradient of a projection's weight is ``dY^T X``, a product of what the backward pass holds
+already. Where the inputs and output gradients of all rows are smaller than the product they are
+kept, and |W * dY^T X| is reduced tile by tile, the product never being stored; else the product of
+one projection is accumulated in float32.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from floe.data.batches import Collator, TokenRow, fingerprint, rows_of
 from floe.data.loss import base_only, evaluating, for_loss
-from floe.decoder_blocks import Geometry, find_blocks, geometry, linear_at
-from floe.importance.block_replay import record_backward
+from floe.decoder_blocks import Block, Geometry, find_blocks, geometry, linear_at
+from floe.importance.adapter_gradients import wide
+from floe.importance.block_replay import BackwardRecord, record_backward, replay_backward
 from floe.importance.chunk_store import Arrays, Workbook, chunks, passes
 from floe.importance.fisher import added
-from floe.importance.gradients import HEAD_UNITS, Capture, RowGradients
-from floe.importance.weight_costs import block_costs
+from floe.importance.gradients import Capture, tap_output
 from floe.types import Batch, Floats, Progress
 
-Announce = Callable[[int, int], None]
 KINDS = ("element", "vector")
 AGGREGATES = ("abs_of_mean", "mean_of_abs")
+TILE_ROWS = 256
+_COLUMNS = ("o", "down")  # projections whose columns, not rows, belong to a unit
 
 
 @dataclass(frozen=True, eq=False)
 class Taylor:
-    """Costs in nats, float64: ``head`` [L, H] (or KV groups) and ``neuron`` [L, I].
+    """Costs in nats, float64: ``head`` [L, H] and ``neuron`` [L, I].
 
     ``kind`` and ``quantised`` say what was measured: with quantised base weights only "vector" is
     possible.
@@ -44,33 +53,28 @@ def measure_taylor(
     model: nn.Module,
     batches: Iterable[Batch | TokenRow],
     *,
-    kind: str = "element",
-    aggregate: str = "abs_of_mean",
-    tokens: str = "all",
-    head_unit: str = "head",
     progress: Progress | None = None,
+    **options: Any,
 ) -> Taylor:
     """``T_u = sum over u's weights of |w dL/dw|`` on the base model, L the rows' mean loss.
 
     A neuron's weights are its gate and up rows and its down column; a head's its q rows, its o
     columns and an equal share of its key/value head's k and v rows. Blocks are replayed from last
     to first, each given the gradient of its output, and |w g| is reduced from the inputs and output
-    gradients of its projections in float32 (floe.importance.weight_costs): at most one block's
-    weight gradients exist at a time, none where the rows take less room.
+    gradients of its projections in float32: at most one block's weight gradients exist at a time,
+    none where the rows take less room.
 
     Args:
         model: plain, or a PeftModel, whose adapters are then off.
-        batches: dicts passed to the model; every block's input is kept for all of them, on the CPU.
-        kind: "element" as above; "vector" = |sum of w g| over a unit, which is its mask gradient
-            (chosen by itself when base weights are quantised and have no gradient).
-        aggregate: "abs_of_mean" = |w * mean_n g_n|; "mean_of_abs" = the mean over rows of |w g_n|.
-        tokens: loss over "all" tokens or the "response". head_unit: "head" or "kv_group".
+        batches: dicts passed to the model, or rows as tokens; every block's input is kept for all
+            of them, on the CPU.
         progress: called as progress(done, in all, "taylor").
+        options: those of :class:`TaylorPlan`.
 
     Raises:
         ValueError: an unknown option, no rows, or a value that is not finite.
     """
-    plan = TaylorPlan(model, rows_of(batches), kind, aggregate, tokens, head_unit)
+    plan = TaylorPlan(model, rows_of(batches), **options)
     book = Workbook(None, {})
     plan.work(book, progress)
     return plan.result(book)
@@ -78,34 +82,33 @@ def measure_taylor(
 
 @dataclass(frozen=True)
 class TaylorPlan:
-    """What ``measure_taylor`` was asked for; one piece of work, done by the last worker."""
+    """What is to be measured; one piece of work, done by the last worker.
+
+    Attributes:
+        kind: "element" sums |w g| over a unit's weights; "vector" = |sum of w g| over a unit, which
+            is its mask gradient (chosen by itself when base weights are quantised and have no
+            gradient).
+        aggregate: "abs_of_mean" = |w * mean_n g_n|; "mean_of_abs" = the mean over rows of |w g_n|.
+        tokens: loss over "all" tokens or the "response".
+    """
 
     model: nn.Module
     rows: Sequence[TokenRow]
     kind: str = "element"
     aggregate: str = "abs_of_mean"
     tokens: str = "all"
-    head_unit: str = "head"
 
     def __post_init__(self) -> None:
-        for name, value, known in (
-            ("kind", self.kind, KINDS),
-            ("aggregate", self.aggregate, AGGREGATES),
-            ("head_unit", self.head_unit, HEAD_UNITS),
-        ):
-            if value not in known:
-                raise ValueError(f"{name} must be one of {known}, got {value!r}")
+        known = {"kind": KINDS, "aggregate": AGGREGATES}
+        for name, allowed in known.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
 
     @property
     def identity(self) -> dict[str, Any]:
         """What decides the numbers, the model aside."""
         options = {k: v for k, v in vars(self).items() if k not in ("model", "rows")}
         return options | {"data": fingerprint(self.rows)}
-
-    def batch(self, group: Sequence[int]) -> Batch:
-        """One batch of the rows of these numbers."""
-        collate = Collator.for_model(self.model)
-        return collate([self.rows[n] for n in group])
 
     def work(self, book: Workbook, progress: Progress | None) -> None:
         """Measure, if this worker is the one to do it."""
@@ -125,11 +128,9 @@ class TaylorPlan:
 
     def result(self, book: Workbook) -> Taylor:
         """The finished measurement."""
-        found = book.take("taylor")
-        return Taylor(
-            found["head"], found["neuron"], len(self.rows), int(found["tokens"]),
-            self._kind(), is_quantised(self.model),
-        )  # fmt: skip
+        found, quantised = book.take("taylor"), is_quantised(self.model)
+        head, neuron, tokens = found["head"], found["neuron"], int(found["tokens"])
+        return Taylor(head, neuron, len(self.rows), tokens, self._kind(), quantised)
 
     def _kind(self) -> str:
         return "vector" if is_quantised(self.model) else self.kind
@@ -147,15 +148,47 @@ def is_quantised(model: nn.Module) -> bool:
     return False
 
 
-def unit_costs(
-    parts: dict[str, Floats], sizes: Geometry, head_unit: str = "head"
-) -> tuple[Floats, Floats]:
+_Costs = tuple[Floats, Floats, int]  # heads', neurons', how many tokens the loss had
+_Announce = Callable[[int, int], None]
+
+
+def _vector(plan: TaylorPlan, groups: list[list[int]], announce: _Announce) -> _Costs:
+    """|mean over rows of the base model's mask gradients|, or the mean of their absolute values."""
+    capture = Capture(plan.model, tokens=plan.tokens)
+    with evaluating(plan.model), base_only(plan.model), capture:
+        gradients = capture.run(plan.rows, groups, announce)
+    costs = []
+    for rows in (gradients.head, gradients.neuron):
+        assert rows is not None
+        rows = np.abs(rows) if plan.aggregate == "mean_of_abs" else rows
+        costs.append(np.abs(added(rows)) / len(rows))
+    return costs[0], costs[1], int(gradients.tokens.sum())
+
+
+def _element(plan: TaylorPlan, groups: list[list[int]], announce: _Announce) -> _Costs:
+    model, blocks = plan.model, find_blocks(plan.model)
+    sizes, collate = geometry(model, blocks), Collator.for_model(model)
+    head, neuron = np.zeros((sizes.layers, sizes.heads)), np.zeros((sizes.layers, sizes.neurons))
+    steps = len(groups) + len(blocks)
+    with evaluating(model), base_only(model):
+        records = []
+        for group in groups:
+            batch = for_loss(collate([plan.rows[n] for n in group]), plan.tokens)
+            records.append(record_backward(model, blocks, batch, group))
+            announce(len(records), steps)
+        for block in reversed(blocks):
+            parts = _block_costs(model, block, records, plan.aggregate == "mean_of_abs")
+            parts = {name: cost / len(plan.rows) for name, cost in parts.items()}
+            head[block.index], neuron[block.index] = unit_costs(parts, sizes)
+            announce(steps - block.index, steps)
+    return head, neuron, sum(record.tokens for record in records)
+
+
+def unit_costs(parts: dict[str, Floats], sizes: Geometry) -> tuple[Floats, Floats]:
     """Heads' and neurons' costs of one block, ([H], [I]) float64, from its projections' sums.
 
-    Args:
-        parts: per projection the sum of |w g| of each row (q, k, v or qkv; gate, up or gate_up) or
-            column (o, down).
-        sizes: the model's. head_unit: "kv_group" adds up the heads of a key/value head.
+    ``parts`` holds per projection the sum of |w g| of each row (q, k, v or qkv; gate, up or
+    gate_up) or column (o, down).
     """
     width, kv_width = sizes.heads * sizes.head_dim, sizes.kv_heads * sizes.head_dim
     parts = dict(parts)
@@ -165,50 +198,104 @@ def unit_costs(
         parts["gate"], parts["up"] = np.split(parts["gate_up"], 2)
     heads = {name: parts[name].reshape(-1, sizes.head_dim).sum(1) for name in ("q", "k", "v", "o")}
     group = sizes.heads // sizes.kv_heads
-    shared = (
-        np.repeat(heads["k"] + heads["v"], group) / group
-    )  # every head of a group bears an equal share
-    head = heads["q"] + heads["o"] + shared
-    if head_unit == "kv_group":
-        head = head.reshape(-1, group).sum(1)
+    # Every head of a group bears an equal share of what they have in common.
+    head = heads["q"] + heads["o"] + np.repeat(heads["k"] + heads["v"], group) / group
     return head, parts["gate"] + parts["up"] + parts["down"]
 
 
-def _vector(plan: TaylorPlan, groups: list[list[int]], announce: Announce) -> tuple[Any, ...]:
-    """|mean over rows of the base model's mask gradients|, or the mean of their absolute values."""
-    found: list[RowGradients] = []
-    capture = Capture(plan.model, head_unit=plan.head_unit, tokens=plan.tokens)
-    with evaluating(plan.model), base_only(plan.model), capture:
-        for group in groups:
-            found.append(capture.step(plan.batch(group), group))
-            announce(len(found), len(groups))
-    order = np.argsort([n for group in groups for n in group])
-    pair = []
-    for parts in ([part.head for part in found], [part.neuron for part in found]):
-        rows = np.concatenate([part for part in parts if part is not None])[order]
-        rows = np.abs(rows) if plan.aggregate == "mean_of_abs" else rows
-        pair.append(np.abs(added(rows)) / len(rows))
-    return *pair, int(sum(part.tokens.sum() for part in found))
+def _block_costs(
+    model: nn.Module, block: Block, records: Iterable[BackwardRecord], per_row: bool
+) -> dict[str, Floats]:
+    """``sum |w g|`` per row of the block's q, k, v (or qkv), gate, up; per column of o and down.
+
+    ``g`` is the gradient of the sum of the row losses.
+    """
+    paths = {**block.attention, "o": block.o_proj, **block.mlp, "down": block.down_proj}
+    linears = {name: linear_at(model, path) for name, path in paths.items()}
+    costs = {
+        name: WeightCost(linear.weight, name in _COLUMNS, per_row)
+        for name, linear in linears.items()
+    }
+    for record in records:
+        with ExitStack() as hooks:
+            for name, linear in linears.items():
+                sink = _sink(costs[name], record.real)
+                hooks.callback(linear.register_forward_hook(tap_output(sink)).remove)
+            replay_backward(block, record)
+    return {name: cost.cost().cpu().numpy() for name, cost in costs.items()}
 
 
-def _element(plan: TaylorPlan, groups: list[list[int]], announce: Announce) -> tuple[Any, ...]:
-    model, blocks = plan.model, find_blocks(plan.model)
-    sizes = geometry(model, blocks)
-    heads = sizes.heads if plan.head_unit == "head" else sizes.kv_heads
-    head, neuron = np.zeros((sizes.layers, heads)), np.zeros((sizes.layers, sizes.neurons))
-    steps = len(groups) + len(blocks)
-    with evaluating(model), base_only(model):
-        records = []
-        for group in groups:
-            batch = for_loss(plan.batch(group), plan.tokens)
-            records.append(record_backward(model, blocks, batch, group))
-            announce(len(records), steps)
-        for block in reversed(blocks):
-            parts = block_costs(model, block, records, plan.aggregate == "mean_of_abs")
-            parts = {name: cost / len(plan.rows) for name, cost in parts.items()}
-            head[block.index], neuron[block.index] = unit_costs(parts, sizes, plan.head_unit)
-            announce(steps - block.index, steps)
-    return head, neuron, sum(record.tokens for record in records)
+def _sink(cost: WeightCost, real: Tensor) -> Callable[[Tensor, Tensor], None]:
+    """Hands on the real tokens, all at once or row by row."""
+
+    def sink(x: Tensor, grad_y: Tensor) -> None:
+        rows, tokens = real.to(x.device).nonzero(as_tuple=True)
+        parts = [rows == row for row in range(len(real))] if cost.per_row else [slice(None)]
+        for part in parts:
+            cost.add(x[rows[part], tokens[part]], grad_y[rows[part], tokens[part]])
+
+    return sink
+
+
+@dataclass
+class WeightCost:
+    """``sum |w g|`` of each row of one projection's weight [N, K], or of each column.
+
+    Rows arrive as pairs of inputs [n, K] and output gradients [n, N] whose gradient is their
+    product, and are kept while that takes less room than the product does. ``per_row``: mean of
+    every calibration row's |w g| instead of |w * sum of g|: rows are then reduced as they arrive.
+    """
+
+    weight: Tensor
+    by_column: bool
+    per_row: bool
+    _inputs: list[Tensor] = field(default_factory=list)
+    _gradients: list[Tensor] = field(default_factory=list)
+    _product: Tensor | None = None
+    _cost: Tensor | None = None
+
+    def add(self, x: Tensor, grad_y: Tensor) -> None:
+        """Take the tokens of one calibration row, or of several unless ``per_row``."""
+        if self.per_row:
+            self._reduce(x, grad_y)
+            return
+        self._inputs.append(x)
+        self._gradients.append(grad_y)
+        held = sum(t.nbytes for t in (*self._inputs, *self._gradients))
+        if self._product is not None or held > self.weight.numel() * 4:
+            self._multiply()
+
+    def cost(self) -> Tensor:
+        """[N], or [K] by column, float64."""
+        if self._product is not None:
+            self._sum(0, self._product)
+        elif self._inputs:
+            self._reduce(torch.cat(self._inputs), torch.cat(self._gradients))
+        assert self._cost is not None, "a projection's cost needs at least one row"
+        return self._cost
+
+    def _multiply(self) -> None:
+        x, grad_y = torch.cat(self._inputs), torch.cat(self._gradients)
+        if self._product is None:
+            self._product = grad_y.new_zeros(self.weight.shape, dtype=wide(x))
+        self._product.addmm_(grad_y.to(wide(x)).T, x.to(wide(x)))
+        self._inputs.clear()
+        self._gradients.clear()
+
+    def _reduce(self, x: Tensor, grad_y: Tensor) -> None:
+        """Add |W * grad_y^T x|, a tile of rows at a time."""
+        x = x.to(wide(x))
+        for start in range(0, len(self.weight), TILE_ROWS):
+            self._sum(start, grad_y[:, start : start + TILE_ROWS].to(x.dtype).T @ x)
+
+    def _sum(self, start: int, product: Tensor) -> None:
+        rows = slice(start, start + len(product))
+        weight = self.weight[rows].detach().to(product.dtype)
+        tile = product.mul_(weight).abs_().sum(dim=0 if self.by_column else 1, dtype=torch.float64)
+        if self._cost is None:
+            length = self.weight.shape[1] if self.by_column else len(self.weight)
+            self._cost = tile.new_zeros(length)
+        self._cost[slice(None) if self.by_column else rows] += tile
 
 
 def _check_finite(head: Floats, neuron: Floats) -> None:

@@ -23,14 +23,14 @@ from floe.adapters.fingerprint import model_fingerprint
 from floe.data.batches import TokenRow, fingerprint
 from floe.errors import SearchError
 from floe.evaluation.evaluate import evaluate_rows, mean_loss
-from floe.rank_search.proposals import propose, sampler_settings
-from floe.rank_search.space import Point, SearchSpace
+from floe.rank_search.space import SearchSpace, propose, sampler_settings
 from floe.rank_search.storage import mask
 from floe.rank_search.studies import (
     MEMORY,
     OUT_OF_MEMORY,
     Outcome,
     Owner,
+    Point,
     Trial,
     adapter_digest,
     begin_trial,
@@ -43,7 +43,7 @@ from floe.rank_search.studies import (
     quiet_optuna,
     should_stop,
 )
-from floe.storage import STAGING, copy_folder
+from floe.storage import STAGING, copy_folder, remove_if_empty
 from floe.training.checkpoints import remove_checkpoints
 from floe.training.train import TrainSettings, train
 from floe.types import Progress
@@ -127,45 +127,49 @@ def search(
         raise ValueError(f"trials must be at least 1, got {trials}")
     folder = Path(directory)
     work = _Search(
-        base_model, train_rows, validation_rows, folder, space or SearchSpace(),
-        sampler_settings(sampler, startup_trials), seed, settings or TrainSettings(),
-        dict(adapter or {}), prune,
-    )  # fmt: skip
+        base_model,
+        train_rows,
+        validation_rows,
+        folder,
+        space or SearchSpace(),
+        sampler_settings(sampler, startup_trials),
+        seed,
+        settings or TrainSettings(),
+        dict(adapter or {}),
+        prune,
+    )
     folder.mkdir(parents=True, exist_ok=True)
     with one_process(folder / "search.lock"), quiet_optuna():
         work.open(storage, trials, on_progress)
         return work.complete()
 
 
+@dataclass
 class _Search:
     """One search: what it works on, and its study."""
 
-    def __init__(
-        self,
-        base: nn.Module,
-        train_rows: Sequence[TokenRow],
-        validation_rows: Sequence[TokenRow],
-        directory: Path,
-        space: SearchSpace,
-        sampler: dict[str, Any],
-        seed: int,
-        settings: TrainSettings,
-        adapter: dict[str, Any],
-        prune: bool,
-    ) -> None:
-        if not validation_rows:
+    base: nn.Module
+    train_rows: Sequence[TokenRow]
+    validation_rows: Sequence[TokenRow]
+    directory: Path
+    space: SearchSpace
+    sampler: dict[str, Any]
+    seed: int
+    settings: TrainSettings
+    adapter: dict[str, Any]
+    prune: bool
+
+    def __post_init__(self) -> None:
+        if not self.validation_rows:
             raise ValueError("validation_rows must not be empty")
-        if adapted_modules(base):
+        if adapted_modules(self.base):
             raise ValueError("base_model must not be adapted already")
-        own = sorted({"r", "num_experts", "seed"} & adapter.keys())
+        own = sorted({"r", "num_experts", "seed"} & self.adapter.keys())
         if own:
             raise ValueError(f"adapter must not set {own[0]}, the search does")
-        FloeConfig(**adapter)
-        self.base, self.train_rows, self.validation_rows = base, train_rows, validation_rows
-        self.directory, self.space, self.sampler, self.seed = directory, space, sampler, seed
-        self.settings, self.adapter, self.prune = settings, adapter, prune
+        FloeConfig(**self.adapter)
         self.owner = Owner.current()
-        self.fingerprint = model_fingerprint(base)
+        self.fingerprint = model_fingerprint(self.base)
 
     def open(self, storage: str | None, trials: int, on_progress: Progress | None = None) -> None:
         """The study, with the trials of dead processes given up."""
@@ -214,7 +218,9 @@ class _Search:
         numbers = {trial.number for trial in finished(self.study)}
         index = min(set(range(len(numbers) + 1)) - numbers)
         point, redraws = propose(self.study, self.space, self.sampler, self.seed, index)
-        handle = begin_trial(self.study, self.space, point, self.owner, index, redraws)
+        handle = begin_trial(
+            self.study, self.space.distributions(), point, self.owner, index, redraws
+        )
 
         def stop(losses: dict[int, float]) -> bool:
             return should_stop(self.study, handle, losses)
@@ -340,16 +346,16 @@ def remove_trials(directory: Path) -> None:
     _remove_adapter(directory / "best")
     for folder in (directory / "trials").glob("[0-9]*-r*-m*"):
         _remove_trial(folder)
-    _remove_if_empty(directory / "trials")
+    remove_if_empty(directory / "trials")
 
 
 def _remove_trial(folder: Path, keep_adapter: bool = False) -> None:
     """Delete what a trial wrote into its folder, and the folder if nothing else is in it."""
     remove_checkpoints(folder / "train")
-    _remove_if_empty(folder / "train")
+    remove_if_empty(folder / "train")
     if not keep_adapter:
         _remove_adapter(folder / "adapter")
-        _remove_if_empty(folder)
+        remove_if_empty(folder)
 
 
 def _remove_adapter(folder: Path) -> None:
@@ -358,12 +364,7 @@ def _remove_adapter(folder: Path) -> None:
         (folder / name).unlink(missing_ok=True)
     for drawn in folder.glob(f"{STAGING}*"):  # of a process that died as it wrote here
         shutil.rmtree(drawn)
-    _remove_if_empty(folder)
-
-
-def _remove_if_empty(folder: Path) -> None:
-    if folder.is_dir() and not any(folder.iterdir()):
-        folder.rmdir()
+    remove_if_empty(folder)
 
 
 def _digest(adapter: Path) -> str:

@@ -7,11 +7,10 @@ Other programs may touch a study: a dashboard, a script. A trial is the search's
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import platform
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,13 +18,15 @@ from typing import Any
 
 import optuna
 from filelock import FileLock, Timeout
+from optuna.distributions import IntDistribution
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from floe.errors import SearchError
-from floe.rank_search.space import Point, SearchSpace
 from floe.rank_search.storage import Say, mask, open_storage
+from floe.storage import differing
 
+Point = tuple[int, int]  # rank, number of experts
 STUDY = "floe"
 MEMORY = "memory"  # attribute of study and trials: the settings that decide how much a trial takes
 OUT_OF_MEMORY = "failed: out of memory"
@@ -68,20 +69,17 @@ def open_study(
         sampler=optuna.samplers.RandomSampler(),  # asked nothing: propose has its own
         load_if_exists=True,
     )
-    expected = json.loads(json.dumps(identity))
-    found = study.user_attrs.get("identity")
+    made = study.user_attrs.get("identity")
     untouched = not study.user_attrs and not study.get_trials(deepcopy=False)
     if untouched and study.directions == [StudyDirection.MINIMIZE]:
-        study.set_user_attr("identity", expected)  # made just now, or by a process that died here
-    elif not isinstance(found, dict):
+        study.set_user_attr("identity", identity)  # made just now, or by a process that died here
+    elif not isinstance(made, dict):
         raise ValueError(
             f"the study {STUDY!r} in {mask(place)} must be one that a search of floe made, got "
             f"another program's with {len(study.get_trials(deepcopy=False))} trials; use another "
             "storage"
         )
-    elif found != expected:
-        names = sorted(found.keys() | expected.keys())
-        other = [name for name in names if found.get(name) != expected.get(name)]
+    elif other := differing(made, identity):
         raise ValueError(
             f"the study in {mask(place)} must have been made with the same arguments, got other "
             f"{', '.join(other)}; use another directory or storage"
@@ -90,7 +88,12 @@ def open_study(
 
 
 def begin_trial(
-    study: optuna.Study, space: SearchSpace, point: Point, owner: Owner, index: int, redraws: int
+    study: optuna.Study,
+    distributions: Mapping[str, IntDistribution],
+    point: Point,
+    owner: Owner,
+    index: int,
+    redraws: int,
 ) -> optuna.trial.Trial:
     """Add a RUNNING trial with its owner in one transaction, so that none is ever without.
 
@@ -103,7 +106,7 @@ def begin_trial(
         study,
         state=TrialState.RUNNING,
         params={"rank": point[0], "num_experts": point[1]},
-        distributions=space.distributions(),
+        distributions=distributions,
         user_attrs=mine,
     )
     added = [
@@ -134,10 +137,8 @@ def end_trial(study: optuna.Study, trial: optuna.trial.Trial, outcome: Outcome) 
     Where another program told the trial meanwhile, the outcome becomes a trial of its own.
     """
     state = TrialState.PRUNED if outcome.value is None else TrialState.COMPLETE
-    facts = {
-        "loss": outcome.value, "reason": outcome.reason, "adapter": outcome.adapter,
-        "seconds": outcome.seconds,
-    }  # fmt: skip
+    facts = {"loss": outcome.value, "reason": outcome.reason}
+    facts |= {"adapter": outcome.adapter, "seconds": outcome.seconds}
 
     def tell() -> None:
         for name, fact in facts.items():

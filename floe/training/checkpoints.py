@@ -2,29 +2,27 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import re
 from pathlib import Path
 from typing import Any
 
 from floe.errors import FileError
-from floe.storage import write_json
+from floe.storage import differing, read_json, remove_if_empty, sha256, write_json
 
 DONE = "floe_done.json"
 _FORMAT = 1
 _NAME = re.compile(r"checkpoint-(0|[1-9]\d*)")
-_WRITTEN = ("adapter_*", "README.md", "trainer_state.json", "training_args.bin", "optimizer.*",
-            "scheduler.*", "scaler.*", "rng_state*", f".{DONE}*", DONE)  # fmt: skip
+_WRITTEN = (
+    *("adapter_*", "README.md", "trainer_state.json", "training_args.bin", "optimizer.*"),
+    *("scheduler.*", "scaler.*", "rng_state*", f".{DONE}*", DONE),
+)
 
 
 def seal(folder: str | os.PathLike[str], identity: dict[str, Any]) -> None:
     """Write the list of the Trainer's files in it, sizes and SHA-256, after everything else.
 
-    Args:
-        folder: a checkpoint whose files are all written.
-        identity: JSON values that say which run it belongs to.
+    ``identity`` says in JSON values which run the checkpoint belongs to.
     """
     root = Path(folder)
     written = [p for pattern in _WRITTEN for p in root.rglob(pattern) if p.is_file()]
@@ -41,18 +39,16 @@ def verify(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
     root = Path(folder)
     state = root / "trainer_state.json"
     try:
-        if state.is_file():
-            step = json.loads(state.read_text(encoding="utf-8"))["global_step"]
-            if root.name != f"checkpoint-{step}":
-                return None
-        done = json.loads((root / DONE).read_text(encoding="utf-8"))
+        if state.is_file() and root.name != f"checkpoint-{read_json(state)['global_step']}":
+            return None
+        done = read_json(root / DONE)
         if done["format"] != _FORMAT or not done["files"]:
             return None
         for name, stamp in done["files"].items():
             if (root / name).stat().st_size != stamp["bytes"] or _stamp(root / name) != stamp:
                 return None
         identity: dict[str, Any] = done["identity"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (FileError, OSError, TypeError, AttributeError):
         return None
     return identity
 
@@ -69,20 +65,18 @@ def newest(folder: str | os.PathLike[str], identity: dict[str, Any]) -> Path | N
     for path in root.glob("checkpoint-*"):
         if _NAME.fullmatch(path.name) and not path.is_dir():
             raise FileError(path, "lies where a checkpoint's folder may have to be: move it away")
-    whole: list[tuple[int, Path, dict[str, Any]]] = []
-    for step, path in checkpoints(root):
-        found = verify(path)
-        if found is None:
+    whole: list[tuple[Path, dict[str, Any]]] = []
+    for _, path in checkpoints(root):
+        sealed = verify(path)
+        if sealed is None:
             _set_aside(root, path)
         else:
-            whole.append((step, path, found))
+            whole.append((path, sealed))
     if not whole:
         return None
-    _, path, found = whole[-1]
-    expected = json.loads(json.dumps(identity))
-    if found != expected:
-        keys = sorted(found.keys() | expected.keys())
-        names = [name for name in keys if found.get(name) != expected.get(name)]
+    path, sealed = whole[-1]
+    names = differing(sealed, identity)
+    if names:
         raise FileError(
             path,
             f"is a checkpoint of a run with other {', '.join(names)}; "
@@ -94,10 +88,8 @@ def newest(folder: str | os.PathLike[str], identity: dict[str, Any]) -> Path | N
 def checkpoints(folder: str | os.PathLike[str]) -> list[tuple[int, Path]]:
     """``(step, path)`` of every ``checkpoint-<step>`` folder, oldest first, whole or not."""
     root = Path(folder)
-    if not root.is_dir():
-        return []
-    found = [(_NAME.fullmatch(path.name), path) for path in root.iterdir()]
-    return sorted((int(match[1]), path) for match, path in found if match and path.is_dir())
+    named = [(_NAME.fullmatch(path.name), path) for path in root.glob("*")]
+    return sorted((int(match[1]), path) for match, path in named if match and path.is_dir())
 
 
 def rotate(folder: str | os.PathLike[str], keep: int) -> None:
@@ -110,35 +102,25 @@ def rotate(folder: str | os.PathLike[str], keep: int) -> None:
 def remove_checkpoints(folder: str | os.PathLike[str]) -> None:
     """Delete a finished run's checkpoints and those set aside; files of others stay."""
     root = Path(folder)
-    for _, path in checkpoints(root):
-        _remove(path)
-    for path in (root / "broken").glob("checkpoint-*"):
+    for path in [*(path for _, path in checkpoints(root)), *root.glob("broken/checkpoint-*")]:
         _remove(path)
     for place in (root / "broken", root):
-        _remove_if_empty(place)
+        remove_if_empty(place)
 
 
 def _remove(path: Path) -> None:
     """Delete a checkpoint file by file, so that what somebody put there stays."""
     try:
-        listed = list(json.loads((path / DONE).read_text(encoding="utf-8"))["files"])
-    except (OSError, ValueError, KeyError, TypeError):  # never sealed
+        listed = list(read_json(path / DONE)["files"])
+    except (FileError, TypeError):  # never sealed
         listed = []
-    inside = [name for name in listed if ".." not in Path(name).parts]
-    files = [path / name for name in inside]
-    for pattern in _WRITTEN:
-        files += path.glob(pattern)
+    files = [path / name for name in listed if ".." not in Path(name).parts]
+    files += [file for pattern in _WRITTEN for file in path.glob(pattern)]
     for file in files:
         if file.is_file():
             file.unlink()
-    for file in files:
-        _remove_if_empty(file.parent)
-    _remove_if_empty(path)
-
-
-def _remove_if_empty(folder: Path) -> None:
-    if folder.is_dir() and not any(folder.iterdir()):
-        folder.rmdir()
+    for folder in (*(file.parent for file in files), path):
+        remove_if_empty(folder)
 
 
 def _set_aside(root: Path, path: Path) -> None:
@@ -151,6 +133,4 @@ def _set_aside(root: Path, path: Path) -> None:
 
 
 def _stamp(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return {"bytes": path.stat().st_size, "sha256": digest}
+    return {"bytes": path.stat().st_size, "sha256": sha256(path)}

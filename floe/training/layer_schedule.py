@@ -6,19 +6,18 @@ Every layer keeps its adapter in the forward; only those of the active layers re
 from __future__ import annotations
 
 import abc
-from collections.abc import Iterable
-from types import TracebackType
+from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback
 
-from floe.adapters.linear import MoELoRALinear
 from floe.adapters.targets import adapted_layers
 from floe.decoder_blocks import base_of, find_blocks
+from floe.importance.block_replay import hidden_of
 
 RECORD = "floe_layer_schedule"
 
@@ -51,42 +50,37 @@ class LayerSchedule(TrainerCallback, abc.ABC):  # type: ignore[misc]
 
     def __init__(self, model: nn.Module, count: int, interval: int, seed: int = 41) -> None:
         self.parameters = {
-            layer: _active_parameters(modules.values())
+            layer: [
+                weight
+                for module in modules.values()
+                for name in module.active_names()
+                for weight in module.weights(name)
+            ]
             for layer, modules in sorted(adapted_layers(model).items())
         }
         self.layers = tuple(self.parameters)
         if not self.layers:
             raise ValueError("model must carry floe adapters, got none")
-        for name, value, most in (
-            ("count", count, len(self.layers)),
-            ("interval", interval, None),
-            ("seed", seed, None),
-        ):
-            _check(name, value, 0 if name == "seed" else 1, most)
+        _check("count", count, 1, len(self.layers))
+        _check("interval", interval, 1)
+        _check("seed", seed, 0)
         self.model, self.count, self.interval, self.seed = model, count, interval, seed
         self.active: tuple[int, ...] = ()
         self.trained: set[int] = set()
-        self._before: list[tuple[nn.Parameter, bool]] = []
-        self._entered = False
+        self._flags: list[tuple[nn.Parameter, bool]] | None = None  # None outside of the context
 
     @abc.abstractmethod
     def choose(self, interval: int) -> tuple[int, ...]:
         """The layers of interval 0, 1, ..., ascending."""
 
     def __enter__(self) -> LayerSchedule:
-        self._before = [(p, p.requires_grad) for own in self.parameters.values() for p in own]
-        self._entered = True
+        self._flags = [(p, p.requires_grad) for own in self.parameters.values() for p in own]
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        for parameter, flag in self._before:
+    def __exit__(self, *error: object) -> None:
+        for parameter, flag in self._flags or []:
             parameter.requires_grad_(flag)
-        self.active, self._entered = (), False
+        self.active, self._flags = (), None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Take up what a checkpoint's log holds.
@@ -95,7 +89,7 @@ class LayerSchedule(TrainerCallback, abc.ABC):  # type: ignore[misc]
             RuntimeError: outside of the schedule's context.
             ValueError: several processes, or a checkpoint of another schedule.
         """
-        if not self._entered:
+        if self._flags is None:
             raise RuntimeError("a layer schedule must be entered: with schedule: trainer.train()")
         if args.world_size != 1:
             raise ValueError(f"a layer schedule needs one process, got {args.world_size}")
@@ -127,26 +121,15 @@ class LayerSchedule(TrainerCallback, abc.ABC):  # type: ignore[misc]
         else:
             entry |= {"step": state.global_step, RECORD: record}
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Every adapter requires its gradient again, as before the training."""
-        for parameter, flag in self._before:
-            parameter.requires_grad_(flag)
-
     def resting(self) -> set[int]:
         """Ids of the adapter parameters that no step has trained."""
-        return {
-            id(parameter)
-            for layer, parameters in self.parameters.items()
-            if layer not in self.trained
-            for parameter in parameters
-        }
+        resting = self.parameters.keys() - self.trained
+        return {id(parameter) for layer in resting for parameter in self.parameters[layer]}
 
     def settings(self) -> dict[str, Any]:
         """What must be the same in a resumed run; JSON values."""
-        return {
-            "kind": type(self).__name__, "layers": list(self.layers), "count": self.count,
-            "interval": self.interval, "seed": self.seed,
-        }  # fmt: skip
+        sizes = {"count": self.count, "interval": self.interval, "seed": self.seed}
+        return {"kind": type(self).__name__, "layers": list(self.layers)} | sizes
 
     def memory(self) -> dict[str, Any]:
         """What a later choice depends on beyond step and seed; JSON values."""
@@ -189,11 +172,10 @@ class Alast(LayerSchedule):
     def __init__(self, model: nn.Module, count: int, interval: int, seed: int = 41) -> None:
         super().__init__(model, count, interval, seed)
         self.blocks = [block for block in find_blocks(model) if block.index in self.parameters]
-        self.sums = np.zeros(len(self.layers))
-        self.rows = 0
+        self.sums, self.rows = np.zeros(len(self.layers)), 0
         self._now: dict[int, Tensor] = {}
         self._last = torch.empty(0, dtype=torch.int64)
-        self._hooks: list[RemovableHandle] = []
+        self._hooks = ExitStack()
 
     def choose(self, interval: int) -> tuple[int, ...]:
         """The layers of the largest mean change; ties to the lower index."""
@@ -205,15 +187,16 @@ class Alast(LayerSchedule):
 
     def __enter__(self) -> LayerSchedule:
         base = base_of(self.model)
-        self._hooks = [base.register_forward_pre_hook(self._note_tokens, with_kwargs=True)]
+        handles = [base.register_forward_pre_hook(self._note_tokens, with_kwargs=True)]
         for place, block in enumerate(self.blocks):
-            hook = self._measure(place)
-            self._hooks.append(block.module.register_forward_hook(hook, with_kwargs=True))
+            hook = partial(self._measure, place)
+            handles.append(block.module.register_forward_hook(hook, with_kwargs=True))
+        for handle in handles:
+            self._hooks.callback(handle.remove)
         return super().__enter__()
 
-    def __exit__(self, *error: Any) -> None:
-        for hook in self._hooks:
-            hook.remove()
+    def __exit__(self, *error: object) -> None:
+        self._hooks.close()
         super().__exit__(*error)
 
     def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -241,18 +224,16 @@ class Alast(LayerSchedule):
         """
         if not self._now:
             return
-        changes = torch.stack([self._now[place].sum() for place in range(len(self.blocks))])
-        found = changes.double().cpu().numpy()
-        if not np.isfinite(found).all():
-            layer = self.layers[int(np.flatnonzero(~np.isfinite(found))[0])]
+        sums = torch.stack([self._now[place].sum() for place in range(len(self.blocks))])
+        changes = sums.double().cpu().numpy()
+        if not np.isfinite(changes).all():
+            layer = self.layers[int(np.flatnonzero(~np.isfinite(changes))[0])]
             raise FloatingPointError(f"the last token's change in layer {layer} must be finite")
-        self.sums += found
+        self.sums += changes
         self.rows += len(self._last)
         self._now = {}
 
-    def _note_tokens(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> None:
+    def _note_tokens(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         if not module.training:
             return
         ids = args[0] if args else kwargs["input_ids"]
@@ -261,33 +242,22 @@ class Alast(LayerSchedule):
         places = torch.arange(real.shape[1], device=real.device)
         self._last = torch.where(real.bool(), places, -1).amax(1)
 
-    def _measure(self, place: int) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: Any, output: Any) -> None:
-            if not base_of(self.model).training:
-                return
-            before = (args[0] if args else kwargs["hidden_states"]).detach()
-            after = (output[0] if isinstance(output, tuple) else output).detach()
-            rows = torch.arange(len(before), device=before.device)
-            last = self._last.to(before.device)
-            change = after[rows, last].float() - before[rows, last].float()
-            self._now[place] = change.norm(dim=-1)
-
-        return hook
+    def _measure(
+        self, place: int, _module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any
+    ) -> None:
+        if not base_of(self.model).training:
+            return
+        before = (args[0] if args else kwargs["hidden_states"]).detach()
+        rows = torch.arange(len(before), device=before.device)
+        last = self._last.to(before.device)
+        change = hidden_of(output).detach()[rows, last].float() - before[rows, last].float()
+        self._now[place] = change.norm(dim=-1)
 
 
 SCHEDULES: dict[str, type[LayerSchedule]] = {"lisa": Lisa, "alast": Alast}
 
 
-def _active_parameters(modules: Iterable[MoELoRALinear]) -> list[nn.Parameter]:
-    return [
-        weight
-        for module in modules
-        for name in module.active_names()
-        for weight in module.weights(name)
-    ]
-
-
-def _check(name: str, value: Any, least: int, most: int | None) -> None:
+def _check(name: str, value: Any, least: int, most: int | None = None) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an int, got {type(value).__name__}")
     if value < least or (most is not None and value > most):

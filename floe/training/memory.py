@@ -7,7 +7,6 @@ import gc
 import os
 import sys
 from pathlib import Path
-from types import TracebackType
 
 import torch
 
@@ -37,12 +36,7 @@ class PeakMemory:
             self.kind = "resident set" if reset else "resident set since process start"
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         if self.device.type == "cuda":
             self.bytes = torch.cuda.max_memory_allocated(self.device)
         elif self.kind == "resident set":

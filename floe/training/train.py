@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from transformers.trainer_callback import PrinterCallback
 
 from floe.data.batches import Collator, TokenRow, fingerprint
-from floe.errors import FileError
 from floe.training import checkpoints
 from floe.training.layer_schedule import LayerSchedule
 from floe.training.memory import PeakMemory
@@ -72,7 +71,6 @@ def train(
     on_progress: Progress | None = None,
     on_validation: Callable[[int, float], None] | None = None,
     layer_schedule: LayerSchedule | None = None,
-    resume: bool = True,
 ) -> TrainResult:
     """Train the active adapter of ``model`` in place on the rows' response tokens (AdamW).
 
@@ -89,60 +87,42 @@ def train(
         on_validation: called with (step, loss); may raise to stop the training. After a resume the
             earlier values come again first.
         layer_schedule: trains the adapters of some layers at a time; None = all of them always.
-        resume: continue from the newest whole checkpoint in ``output_dir``; False refuses a folder
-            that has any.
 
     Raises:
         TypeError, ValueError: for a model without an active adapter, other trainable parameters,
             rows without targets, or a schedule whose learning rate never leaves 0.
-        FileError: for checkpoints of another run, or any with ``resume=False``.
+        FileError: for checkpoints of another run.
         FloatingPointError: when the loss or a gradient is not finite.
         RuntimeError: if an adapted module did not change.
     """
-    settings = settings or TrainSettings()
+    settings, folder = settings or TrainSettings(), Path(output_dir)
     parameters = adapter_parameters(model)
-    order = training_order([len(row) for row in rows], settings, _world_size())
-    _check_rows(rows, order, settings)
+    order = check_rows(rows, settings)
     start = {name: _digest(p) for name, p in parameters.items()}
     identity = _identity(settings, rows, parameters)
     if layer_schedule is not None:
         identity["layer_schedule"] = layer_schedule.settings()
-    checkpoint = _find_checkpoint(Path(output_dir), identity, resume)
+    checkpoint = checkpoints.newest(folder, identity)
     device = next(model.parameters()).device
     with global_state(), PeakMemory(device) as memory:
         watch = Watch(model, settings, identity, validation, on_progress, on_validation)
         trainer = AdapterTrainer(
             model=model,
-            args=training_arguments(settings, Path(output_dir), device),
+            args=training_arguments(settings, folder, device),
             train_dataset=[rows[i] for i in order],
             data_collator=Collator.for_model(model),
             compute_loss_func=step_loss,
             callbacks=[watch, *([] if layer_schedule is None else [layer_schedule])],
         )
         trainer.remove_callback(PrinterCallback)
-        with layer_schedule or nullcontext():
-            _run(trainer, checkpoint, settings, device)
+        try:
+            with layer_schedule or nullcontext():
+                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        except torch.OutOfMemoryError as error:
+            error.add_note(_memory_advice(trainer.state.global_step + 1, settings, device))
+            raise
     resting = set() if layer_schedule is None else layer_schedule.resting()
     _check_moved(trainer, parameters, start, resting)
-    return _result(trainer, parameters, memory, checkpoint)
-
-
-def _run(
-    trainer: AdapterTrainer, checkpoint: Path | None, settings: TrainSettings, device: torch.device
-) -> None:
-    try:
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    except torch.OutOfMemoryError as error:
-        error.add_note(_memory_advice(trainer.state.global_step + 1, settings, device))
-        raise
-
-
-def _result(
-    trainer: AdapterTrainer,
-    parameters: dict[str, nn.Parameter],
-    memory: PeakMemory,
-    checkpoint: Path | None,
-) -> TrainResult:
     log = trainer.state.log_history
     seconds = [entry[SECONDS] for entry in log if SECONDS in entry]
     return TrainResult(
@@ -193,24 +173,23 @@ def _world_size() -> int:
     return distributed.get_world_size() if ready else 1
 
 
-def check_rows(rows: Sequence[TokenRow], settings: TrainSettings) -> None:
-    """Raise ValueError where :func:`train` would refuse these rows, before there is a model."""
-    _check_rows(rows, training_order([len(row) for row in rows], settings), settings)
-
-
-def _check_rows(rows: Sequence[TokenRow], order: list[int], settings: TrainSettings) -> None:
+def check_rows(rows: Sequence[TokenRow], settings: TrainSettings) -> list[int]:
+    """The order of training; ValueError where :func:`train` would refuse these rows."""
+    workers = _world_size()
+    order = training_order([len(row) for row in rows], settings, workers)
     if not rows:
         raise ValueError("rows must not be empty")
     for place, row in enumerate(rows):
         if row.targets < 1:
             raise ValueError(f"rows must each have a target token, got none in row {place}")
-    steps = math.ceil(len(order) / (settings.batch_size * settings.grad_accum * _world_size()))
+    steps = math.ceil(len(order) / (settings.batch_size * settings.grad_accum * workers))
     rising = math.ceil(settings.warmup_ratio * steps) if settings.schedule != "constant" else 0
     if steps <= rising and steps == 1:
         raise ValueError(
             "a step must have a learning rate above 0, got 1 step, which warm-up gives 0: "
             "train for more steps (rows, epochs, max_steps, grad_accum) or set warmup_ratio to 0"
         )
+    return order
 
 
 def _identity(
@@ -218,18 +197,8 @@ def _identity(
 ) -> dict[str, Any]:
     shapes = [f"{name} {tuple(p.shape)} {p.dtype}" for name, p in sorted(parameters.items())]
     adapter = hashlib.sha256("\n".join(shapes).encode()).hexdigest()
-    found = settings.identity() | {"rows": fingerprint(rows), "adapter": adapter}
-    return found | {"world_size": _world_size()}
-
-
-def _find_checkpoint(folder: Path, identity: dict[str, Any], resume: bool) -> Path | None:
-    if resume:
-        return checkpoints.newest(folder, identity)
-    if checkpoints.checkpoints(folder):
-        raise FileError(
-            folder, "must hold no checkpoints with resume=False; delete them to start over"
-        )
-    return None
+    facts = {"rows": fingerprint(rows), "adapter": adapter, "world_size": _world_size()}
+    return settings.identity() | facts
 
 
 def _digest(parameter: Tensor) -> bytes:
@@ -248,14 +217,13 @@ def _check_moved(
         raise RuntimeError(
             "the optimizer must hold exactly the adapter's parameters; a parameter was replaced"
         )
-    prefix = trainer.model.base_model.prefix
-    moved: dict[str, bool] = {}
+    trained, moved = set(), set()
     for name, parameter in parameters.items():
-        if id(parameter) in resting:
-            continue
-        module = name.split(f".{prefix}")[0]
-        moved[module] = moved.get(module, False) or _digest(parameter) != start[name]
-    still = sorted(module for module, changed in moved.items() if not changed)
+        module = name.split(f".{trainer.model.base_model.prefix}")[0]
+        if id(parameter) not in resting:
+            trained.add(module)
+            moved |= {module} if _digest(parameter) != start[name] else set()
+    still = sorted(trained - moved)
     if still:
         raise RuntimeError(
             f"each adapted module must have changed in training, got {still} unchanged"
@@ -268,17 +236,16 @@ def _memory_advice(step: int, settings: TrainSettings, device: torch.device) -> 
         left, total = torch.cuda.mem_get_info(device)
         free = f" ({left / 2**30:.1f} of {total / 2**30:.1f} GiB free)"
     ways = [] if settings.gradient_checkpointing else ["set gradient_checkpointing"]
-    rows = settings.batch_size * settings.grad_accum
-    if settings.batch_size > 1:
-        less = max(n for n in range(1, settings.batch_size) if rows % n == 0)
+    size, accum = settings.batch_size, settings.grad_accum
+    if size > 1:
+        less = max(n for n in range(1, size) if size * accum % n == 0)
         ways.append(
-            f"set batch_size to {less} and grad_accum to {rows // less} (now {settings.batch_size} "
-            f"and {settings.grad_accum})"
+            f"set batch_size to {less} and grad_accum to {size * accum // less} (now {size} and "
+            f"{accum})"
         )
-    going_on = f"{' or '.join(ways)}, and the training continues from its checkpoints; " * bool(
-        ways
-    )
+    if ways:
+        ways = [f"{' or '.join(ways)}, and the training continues from its checkpoints; "]
     return (
-        f"out of memory in step {step}{free}: {going_on}"
+        f"out of memory in step {step}{free}: {''.join(ways)}"
         "a lower max_length makes other rows, so the training begins anew"
     )

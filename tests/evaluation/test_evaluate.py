@@ -86,7 +86,6 @@ def test_losses_and_answers_speak_of_rows_by_number():
         Answers(["a", "b"], np.ones(3, dtype=bool))
     rows = [TokenRow((5,), (6,), 9, "t"), TokenRow((5,), (6, 7), 2, "u"), TokenRow((5,), (6,), 3)]
     assert group_by_task(rows) == {"t": [9], "u": [2]}
-    assert group_by_task([{"task": "u"}, {}, {"task": "t"}]) == {"t": [2], "u": [0]}
     assert evaluate_rows(tiny_model(), rows).rows.tolist() == [9, 2, 3]
 
 
@@ -250,10 +249,6 @@ def test_generation_by_exact_match(taught, batch_size):
     )
     assert answers.given == ["A b", "xyz", "q"]  # stops at eos, whatever is beside it
     assert answers.correct.tolist() == [True, False, True]
-    loose = evaluate_generation(model, tokenizer, changed, max_new_tokens=6, ignore_case=True)
-    assert loose.correct.all()
-    strict = evaluate_generation(model, tokenizer, changed, max_new_tokens=6, ignore_space=False)
-    assert strict.correct.tolist() == [True, False, False]
     cut = evaluate_generation(model, tokenizer, rows, max_new_tokens=2)
     assert cut.given == ["A ", "xy", "q"]
 

@@ -19,8 +19,6 @@ def test_worked_examples():
     assert fisher_of(scalar, "sample", 4) == [12.0]
     assert fisher_of(scalar, "batch", 2) == [4.0]
     assert fisher_of(scalar, "batch", 4) == [1.0]
-    tokens = np.array([[11.25, 4.0], [1.0, 0.0]])  # squared token by token by the capture
-    assert fisher_of(tokens, "token", 2) == [12.25, 4.0]
 
 
 def relative(found, expected):
@@ -84,14 +82,6 @@ def test_many_chunks_add_up_and_keep_the_rows_in_order():
     assert result.projections == ("gate_proj", "up_proj", "down_proj")
 
 
-def test_token_reduction_differs_and_is_batch_free():
-    model = adapted()
-    one = measure_fisher(model, batches(size=1), reduction="token")
-    all_rows = measure_fisher(model, batches(), reduction="token")
-    assert np.array_equal(all_rows.neuron, one.neuron)
-    assert relative(one.neuron, measure_fisher(model, batches()).neuron) > 0.1
-
-
 def test_adapter_alone_equals_adapter_beside_masks():
     model = adapted()
     before = snapshot(model)
@@ -120,7 +110,5 @@ def test_progress_and_plain_models():
 def test_refusals():
     with pytest.raises(ValueError, match="reduction must be one of"):
         measure_fisher(plain(), batches(), reduction="mean")
-    with pytest.raises(ValueError, match='need reduction "sample" or "batch", got "token"'):
-        measure_fisher(plain(), batches(), reduction="token", keep_samples=True)
     with pytest.raises(ValueError, match="at least one row"):
         measure_fisher(plain(), [])

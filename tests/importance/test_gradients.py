@@ -152,27 +152,11 @@ def test_gradient_of_the_batch_mean_is_rescaled_by_token_counts():
     close(found.head, head * (counts.sum() / counts)[:, None, None])
 
 
-def test_kv_group_adds_the_heads_that_share_a_key():
-    model = adapted()
-    (batch,) = batches()
-    with Capture(model) as capture:
-        heads = capture.step(batch).head
-    with Capture(model, head_unit="kv_group") as capture:
-        groups = capture.step(batch).head
-    close(groups, torch.as_tensor(heads).unflatten(2, (2, 2)).sum(3))
-
-
-def sites(per_token):
-    """The reduction of one site, on the worked example."""
-    capture = Capture(plain(), per_token=per_token)
-    capture._mask = REAL
-    capture._mask_sink("head", 0, 2)(O, G)
-    return capture._found["head", 0]
-
-
 def test_worked_example():
-    assert sites(per_token=False).tolist() == [[1.5, 2.0], [1.0, 0.0]]
-    assert sites(per_token=True).sum(0).tolist() == [12.25, 4.0]
+    capture = Capture(plain())
+    capture._mask = REAL
+    capture._take_mask("head", 0, 2, O, G)
+    assert capture._gradients["head", 0].tolist() == [[1.5, 2.0], [1.0, 0.0]]
     unmasked = ops.mask_gradients(O, G, 2)
     assert unmasked.square().sum(0).tolist() == [16131.25, 15880.0]
 
@@ -263,7 +247,6 @@ def test_padding_may_hold_anything():
     ("options", "message"),
     [
         ({"scope": "half"}, r"scope must be one of \('base', 'full'\), got 'half'"),
-        ({"head_unit": "x"}, "head_unit must be one of"),
         ({"masks": False}, "masks or adapters must be True"),
         ({"adapters": True}, "model must carry floe adapters"),
         ({"tokens": "prompt"}, 'tokens must be "response" or "all"'),

@@ -53,12 +53,7 @@ def test_meta_says_how_it_was_measured(tmp_path):
         "element",
         False,
     )
-    assert (meta["reduction"], meta["mask_scope"], meta["head_unit"], meta["seed"]) == (
-        "sample",
-        "base",
-        "head",
-        7,
-    )
+    assert (meta["reduction"], meta["mask_scope"], meta["seed"]) == ("sample", "base", 7)
     assert (meta["taylor_aggregate"], meta["taylor_loss"], meta["model"]) == (
         "abs_of_mean",
         "all",
@@ -79,9 +74,9 @@ def test_options_reach_their_measurement():
     plain_scores = score(model, batches(size=2))
     changed = score(
         model, batches(size=2), reduction="batch", mask_scope="full", taylor_kind="vector",
-        taylor_aggregate="mean_of_abs", taylor_tokens="response", head_unit="kv_group",
+        taylor_aggregate="mean_of_abs", taylor_tokens="response",
     )  # fmt: skip
-    assert changed.head_fisher.shape == changed.head_taylor.shape == (3, 2)
+    assert changed.head_fisher.shape == changed.head_taylor.shape == (3, 4)
     fisher = measure_fisher(model, batches(size=2), reduction="batch", scope="full")
     assert np.array_equal(changed.neuron_fisher, fisher.neuron)
     taylor = measure_taylor(

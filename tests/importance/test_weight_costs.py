@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 import torch
 
-from floe.importance import weight_costs
-from floe.importance.weight_costs import WeightCost
+from floe.importance import taylor
+from floe.importance.taylor import WeightCost
 
 
 def cost_of(weight, pairs, by_column=False, per_row=False):
@@ -73,7 +73,7 @@ def test_no_product_is_stored_where_the_rows_take_less_room():
 def test_a_tile_is_a_part_of_the_whole(monkeypatch):
     weight, pairs = rows([2, 1])
     whole = [cost_of(weight, pairs, by_column).cost() for by_column in (False, True)]
-    monkeypatch.setattr(weight_costs, "TILE_ROWS", 7)
+    monkeypatch.setattr(taylor, "TILE_ROWS", 7)
     tiled = [cost_of(weight, pairs, by_column).cost() for by_column in (False, True)]
     for one, other in zip(whole, tiled, strict=True):
         assert np.allclose(one, other, rtol=1e-6, atol=0)

@@ -80,11 +80,6 @@ FAULTS = {
     "projection": ({"adapter__target_modules": ["gate"]}, ValueError, r"got \['gate'\]"),
     "space": ({"search__rank": [2, 5, 2]}, ValueError, "high reached"),
     "first order": ({"select__first_order": True}, ValueError, "first_order=True"),
-    "per token": (
-        {"score__reduction": "token", "score__keep_samples": True},
-        ValueError,
-        "need reduction sample or batch",
-    ),
     "answer": ({"eval__max_new_tokens": 64, "eval__accuracy": "generation"}, ValueError, "got 64"),
     "negative scores": (
         {"baselines": [baseline(policy="fisher_low", choose="sizes")], "select__r0": 4.0},

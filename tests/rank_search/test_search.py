@@ -22,10 +22,9 @@ from floe.adapters.fingerprint import model_fingerprint
 from floe.data.batches import make_batches
 from floe.errors import SearchError
 from floe.evaluation.evaluate import validation_loss
-from floe.rank_search import proposals, storage, studies
-from floe.rank_search.proposals import propose, sampler_settings
+from floe.rank_search import storage, studies
 from floe.rank_search.search import search
-from floe.rank_search.space import SearchSpace
+from floe.rank_search.space import REDRAWS, SAMPLERS, SearchSpace, propose, sampler_settings
 from floe.rank_search.studies import Outcome, Owner, mask
 from floe.training.train import TrainSettings, train
 
@@ -53,7 +52,7 @@ def simulate(settings, space, count, seed=41, drop=()):
     while len(points) < count:
         index = len(studies.finished(study))
         point, redraws = propose(study, space, settings, seed, index)
-        trial = studies.begin_trial(study, space, point, me, index, redraws)
+        trial = studies.begin_trial(study, space.distributions(), point, me, index, redraws)
         if index in drop and index not in killed:
             killed.add(index)
             studies.fail_orphans(study, me, alone=True)
@@ -71,7 +70,7 @@ def _quiet():
     gc.unfreeze()
 
 
-@pytest.mark.parametrize("name", proposals.SAMPLERS)
+@pytest.mark.parametrize("name", SAMPLERS)
 def test_no_point_twice_and_an_interrupted_search_is_the_unbroken_one(name):
     settings, space = sampler_settings(name, 10), SearchSpace()
     points = simulate(settings, space, 30)
@@ -96,7 +95,7 @@ def test_an_exhausted_space_is_covered_exactly():
     assert sorted(points) == SMALL.points()
     study = optuna.create_study()
     for index, point in enumerate(SMALL.points()):
-        trial = studies.begin_trial(study, SMALL, point, Owner.current(), index, 0)
+        trial = studies.begin_trial(study, SMALL.distributions(), point, Owner.current(), index, 0)
         studies.end_trial(study, trial, Outcome(1.0))
     with pytest.raises(ValueError, match="all 6 are tried"):
         propose(study, SMALL, sampler_settings("tpe", 4), 41, 6)
@@ -113,12 +112,12 @@ def test_after_bounded_redraws_the_nearest_untried_point_is_taken(monkeypatch):
     study = optuna.create_study()
     space = SearchSpace(rank=(2, 8, 2), num_experts=(2, 4, 1))
     for index, point in enumerate(((4, 3), (4, 2))):
-        trial = studies.begin_trial(study, space, point, Owner.current(), index, 0)
+        trial = studies.begin_trial(study, space.distributions(), point, Owner.current(), index, 0)
         studies.end_trial(study, trial, Outcome(1.0))
-    monkeypatch.setattr(proposals, "_suggest", lambda *_: (4, 3))
+    monkeypatch.setattr("floe.rank_search.space._suggest", lambda *_: (4, 3))
     assert propose(study, space, sampler_settings("random", 1), 0, 2) == (
         (2, 3),
-        proposals.REDRAWS + 1,
+        REDRAWS + 1,
     )
 
 
@@ -365,7 +364,7 @@ def test_orphans_of_a_shared_storage():
         (dataclasses.replace(me, host="elsewhere"), False),
     ]:
         study = optuna.create_study()
-        studies.begin_trial(study, SMALL, (1, 1), owner, 0, 0)
+        studies.begin_trial(study, SMALL.distributions(), (1, 1), owner, 0, 0)
         if told:
             assert studies.fail_orphans(study, me, alone=False) == [0]
         else:
@@ -448,7 +447,7 @@ def test_trials_of_other_programs_are_passed_over(tmp_path, monkeypatch, undistu
 def test_an_own_trial_told_after_its_process_died_is_trained_again(tmp_path):
     study = studies.open_study(tmp_path / "study.db", {"space": 1}, prune=False)
     for act in ({"values": -1.0}, {"state": TrialState.PRUNED}):
-        trial = studies.begin_trial(study, SMALL, (2, 1), Owner.current(), 0, 0)
+        trial = studies.begin_trial(study, SMALL.distributions(), (2, 1), Owner.current(), 0, 0)
         trial.set_user_attr("loss", 3.5)
         trial.set_user_attr("seconds", 1.0)  # killed before its own tell
         study.tell(trial, **act)
@@ -479,7 +478,7 @@ def test_parameters_of_another_kind_in_the_study_are_named(tmp_path):
     study = studies.open_study(tmp_path / "study.db", {"space": 1}, prune=False)
     study.ask({"rank": optuna.distributions.CategoricalDistribution(("low", "high"))})
     with pytest.raises(ValueError, match="'floe' must hold whole-number rank and num_experts"):
-        studies.begin_trial(study, SMALL, (2, 1), Owner.current(), 0, 0)
+        studies.begin_trial(study, SMALL.distributions(), (2, 1), Owner.current(), 0, 0)
 
 
 @pytest.mark.parametrize(
@@ -580,7 +579,7 @@ def test_a_database_that_fails_later_keeps_its_trials(tmp_path):
 def test_a_damaged_database_is_named_or_read_right(tmp_path):
     study = studies.open_study(tmp_path / "study.db", {"space": 1}, prune=False)
     for index, point in enumerate(SMALL.points()[:4]):
-        trial = studies.begin_trial(study, SMALL, point, Owner.current(), index, 0)
+        trial = studies.begin_trial(study, SMALL.distributions(), point, Owner.current(), index, 0)
         studies.end_trial(study, trial, Outcome(1.0 / (index + 1), seconds=2.5))
     right = [(t.number, t.rank, t.num_experts, t.value) for t in studies.finished(study)]
     raw = (tmp_path / "study.db").read_bytes()

@@ -14,9 +14,9 @@ from floe.decoder_blocks import Block, find_blocks
 from floe.importance.adapter_gradients import active_adapters
 from floe.importance.block_replay import (
     BackwardRecord,
-    call_block,
     device_of_block,
     record_backward,
+    replay_backward,
 )
 from floe.importance.score import fresh_adapters
 from floe.types import Batch, Floats, Progress
@@ -135,17 +135,10 @@ def _moments(block: Block, records: list[BackwardRecord]) -> tuple[Tensor, Tenso
     gradient = moment = torch.zeros((), dtype=torch.float64, device=device)
     tokens = 0
     for record in records:
-        call = record.calls[block.index]
-        assert call.hidden is not None
-        hidden = call.hidden.to(device).requires_grad_()
-        call.hidden = None  # not needed again: memory falls as the replay goes back
-        above = record.gradient.to(device)
-        with torch.enable_grad():
-            (below,) = torch.autograd.grad(call_block(block, call, hidden), [hidden], above)
-        record.gradient = below.cpu()
+        hidden, above = replay_backward(block, record)
         real = record.real.to(device)
         wide = torch.promote_types(hidden.dtype, torch.float32)
-        x, g = hidden.detach()[real].to(wide), above[real].to(wide)
+        x, g = hidden[real].to(wide), above[real].to(wide)
         gradient = gradient + g.T @ x
         moment = moment + x.T @ x
         tokens += len(x)
