@@ -62,7 +62,7 @@ SANITIZED := $(wildcard tests/attack/test_solvers.py tests/attack/test_ops.py te
 
 sanitize: $(VENV)/ready ## the native code's tests and attacks under AddressSanitizer and UBSan, a quarter of an hour
 	PATH="$(CURDIR)/$(BIN):$$PATH" CXX=g++ cmake -S . -B $(ASAN) -G Ninja -DCMAKE_BUILD_TYPE=Release \
-	  -DFLOE_SANITIZE=ON -DFLOE_CUDA=OFF -DSKBUILD_PROJECT_VERSION=0.1.0 \
+	  -DFLOE_SANITIZE=ON -DFLOE_CUDA=OFF \
 	  -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python -Dpybind11_DIR="$$($(BIN)/python -m pybind11 --cmakedir)"
 	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build $(ASAN)
 	rm -rf $(ASAN)/site && mkdir $(ASAN)/site && cp -r floe triton_kernels/floe_triton $(ASAN)/site
@@ -105,7 +105,7 @@ native:
 	@set -e; scratch=$$(mktemp -d); trap 'rm -rf "$$scratch"' EXIT; \
 	export PATH="$$($(PYTHON) -c 'import sysconfig; print(sysconfig.get_path("scripts"))'):$$PATH"; \
 	cmake -S . -B build/dev -G Ninja -DCMAKE_BUILD_TYPE=Release \
-	  -DSKBUILD_PROJECT_VERSION=0.1.0 -DPython_EXECUTABLE="$$(command -v $(PYTHON))" \
+	  -DPython_EXECUTABLE="$$(command -v $(PYTHON))" \
 	  -Dpybind11_DIR="$$($(PYTHON) -m pybind11 --cmakedir)" $(CMAKE_ARGS); \
 	cmake --build build/dev --parallel; \
 	cmake --install build/dev --prefix "$$scratch"; \

@@ -27,10 +27,10 @@ from floe.config import load_config
 from floe.data.batches import Collator, TokenRow, in_batches
 from floe.data.loss import evaluating, for_loss, losses
 from floe.decoder_blocks import find_blocks, linear_at
-from floe.importance.chunk_store import chunks, passes
+from floe.importance.chunk_store import Workbook, chunks, passes
 from floe.importance.gradients import Capture
 from floe.importance.score import TAYLOR_ROWS
-from floe.importance.taylor import measure_taylor
+from floe.importance.taylor import TaylorPlan
 from floe.pipeline.inputs import RunInputs
 from floe.training.memory import PeakMemory
 
@@ -69,7 +69,7 @@ def run_arm(subject: Subject, arm: str) -> None:
     """One measurement, or the plain passes it is compared with."""
     leading = subject.rows[:TAYLOR_ROWS]
     if arm == "taylor":
-        measure_taylor(subject.model, leading)
+        TaylorPlan(subject.model, leading).work(Workbook(None, {}), None)
     elif arm == "plain":
         plain(subject.model, subject.passes(subject.rows))
     elif arm == "plain, all tokens":

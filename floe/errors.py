@@ -42,6 +42,20 @@ class SearchError(RuntimeError):
     """A search cannot go on for a reason outside its arguments; finished trials are kept."""
 
 
+def require(fits: bool, rule: str, came: object, kind: type[Exception] = ValueError) -> None:
+    """Raise ``kind`` with the rule, "what must be what", and what came, unless it fits."""
+    if not fits:
+        raise kind(f"{rule}, got {came!r}")
+
+
+def require_whole(name: str, value: object, least: int, most: int | None = None) -> None:
+    """TypeError for what is no int, ValueError for one out of bounds; both ends are included."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+    limit = f"at least {least}" if most is None else f"in [{least}, {most}]"
+    require(least <= value and (most is None or value <= most), f"{name} must be {limit}", value)
+
+
 def one_line(text: object, longest: int = _LONGEST) -> str:
     """What an error says, on one line of at most ``longest`` characters, without secrets."""
     words = str(text).partition("\nException raised from ")[0]  # torch adds its C++ frames

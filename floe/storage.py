@@ -166,14 +166,22 @@ def check_values(path: str | os.PathLike[str], value: Any) -> None:
         raise FileError(path, f"{flaw[0].removeprefix('.')[:200]} must be {flaw[1]}")
 
 
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of these pairs, for json.loads; ValueError where a key occurs twice."""
+    values: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in values:
+            raise ValueError(f"a key occurs twice: {key[:200]!r}")
+        values[key] = value
+    return values
+
+
 class _Object(dict[str, Any]):
     """An object in a file: the file is at fault where a key is taken that is not there."""
 
     def __init__(self, path: Path, pairs: list[tuple[str, Any]]) -> None:
-        super().__init__(pairs)
+        super().__init__(unique_keys(pairs))
         self.path = path
-        if len(self) != len(pairs):
-            raise ValueError("a key occurs twice")
 
     def __missing__(self, key: str) -> Any:
         raise FileError(self.path, f"{key} is missing")

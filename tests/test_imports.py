@@ -2,11 +2,15 @@
 
 import subprocess
 import sys
+import tomllib
+from pathlib import Path
 
 import pytest
 
 import floe
 
+ROOT = Path(__file__).parents[1]
+VERSION = {"version": floe.__version__}
 HEAVY = {"torch", "transformers", "peft", "datasets", "optuna", "triton"}
 
 
@@ -52,3 +56,10 @@ def test_every_public_name_exists(name):
 def test_an_unknown_name_is_an_attribute_error():
     with pytest.raises(AttributeError, match="module 'floe' has no attribute 'magic'"):
         floe.magic  # noqa: B018
+
+
+def test_both_distributions_are_of_one_version():
+    """floe's own is read from ``floe/__init__.py``; the kernels' is built without that file."""
+    for folder, names in ((".", {"dynamic": ["version"]}), ("triton_kernels", VERSION)):
+        project = tomllib.loads((ROOT / folder / "pyproject.toml").read_text())["project"]
+        assert names.items() <= project.items()

@@ -5,8 +5,13 @@ Importing this package registers floe with PEFT.
 
 from floe.adapters.config import FloeConfig
 from floe.adapters.linear import MoELoRALinear, separate_base
-from floe.adapters.targets import adapted_layers, adapted_modules, parameter_counts
-from floe.adapters.tuner import get_model, remove_adapters
+from floe.adapters.targets import (
+    adapted_layers,
+    adapted_modules,
+    parameter_counts,
+    remove_adapters,
+)
+from floe.adapters.tuner import get_model
 
 __all__ = [
     "FloeConfig",

@@ -14,7 +14,7 @@ import torch
 from peft.utils import PeftType
 
 from floe.adapters.folder import CONFIG, local, read_settings, seal
-from floe.errors import FileError
+from floe.errors import FileError, require
 from floe.ops import BACKENDS
 
 FORMAT = 2  # 1 named tensors without ".weight"; both are read
@@ -109,86 +109,62 @@ class FloeConfig(peft.PeftConfig):
                 "upgrade to read it"
             )
         self._check_sizes()
-        if self.target_modules is not None:
-            names = self.target_modules
-            if not isinstance(names, (list, tuple, set)) or not all(
-                isinstance(n, str) for n in names
-            ):
-                raise ValueError(
-                    "target_modules must be a list of projection names such as ['gate_proj', "
-                    f"'up_proj', 'down_proj'] (patterns are not supported), got {names!r}"
-                )
-            if not names:
-                raise ValueError("target_modules must name a projection or be None, got none")
+        names = self.target_modules
+        if names is not None:
+            rule = (
+                "target_modules must be a list of projection names such as ['gate_proj', "
+                "'up_proj', 'down_proj'] (patterns are not supported)"
+            )
+            require(_are_names(names), rule, names)
+            require(len(names) > 0, "target_modules must name a projection or be None", names)
             self.target_modules = sorted(set(names))
         if self.layers is not None:
             self.layers = _checked_layers(self.layers)
         if self.layer_modules:
             self._spread_modules()
-        known = self.base_fingerprint
-        if known is not None and not re.fullmatch(r"\w+(:([0-9a-f]{16}|-)){2}", str(known)):
-            raise ValueError(f"base_fingerprint must be what floe wrote, got {known!r}")
-        whole = self.modules_to_save
-        if whole is not None and (
-            not isinstance(whole, (list, tuple, set)) or not all(isinstance(n, str) for n in whole)
-        ):
-            raise ValueError(f"modules_to_save must be a list of module names, got {whole!r}")
+        base, whole = self.base_fingerprint, self.modules_to_save
+        made = base is None or re.fullmatch(r"\w+(:([0-9a-f]{16}|-)){2}", str(base)) is not None
+        require(made, "base_fingerprint must be what floe wrote", base)
+        fits = whole is None or _are_names(whole)
+        require(fits, "modules_to_save must be a list of module names", whole)
         for name in ("rank_pattern", "expert_pattern"):
-            pattern = getattr(self, name)
-            if not isinstance(pattern, dict):
-                raise TypeError(
-                    f"{name} must map layer indices or module paths to sizes, got {pattern!r}"
-                )
+            pattern, rule = getattr(self, name), "must map layer indices or module paths to sizes"
+            require(isinstance(pattern, dict), f"{name} {rule}", pattern, TypeError)
             setattr(self, name, {str(key): _size(name, value) for key, value in pattern.items()})
 
     def _spread_modules(self) -> None:
         """``layers`` and ``target_modules`` from ``layer_modules``, as their union."""
         given = self.layer_modules
-        if not isinstance(given, dict) or not all(
-            names and not isinstance(names, str) and all(isinstance(n, str) for n in names)
-            for names in given.values()
-        ):
-            raise ValueError(
-                "layer_modules must map layer indices to projection names, at least one each, "
-                f"got {given!r}"
-            )
+        rule = "layer_modules must map layer indices to projection names, at least one each"
+        fits = isinstance(given, dict) and all(n and _are_names(n) for n in given.values())
+        require(fits, rule, given)
         layers = _checked_layers([_index(key) for key in given])
         targets = sorted({name for names in given.values() for name in names})
-        for name, value, own in (
-            ("layers", self.layers, layers),
-            ("target_modules", self.target_modules, targets),
-        ):
-            if value is not None and value != own:
-                raise ValueError(
-                    f"{name} must be left out or {own} with these layer_modules, got {value}"
-                )
+        for name, union in (("layers", layers), ("target_modules", targets)):
+            rule = f"{name} must be left out or {union} with these layer_modules"
+            require(getattr(self, name) in (None, union), rule, getattr(self, name))
         self.layers, self.target_modules = layers, targets
         self.layer_modules = {str(_index(key)): sorted(set(v)) for key, v in given.items()}
 
     def _check_sizes(self) -> None:
         _size("r", self.r)
         _size("num_experts", self.num_experts)
-        if not isinstance(self.seed, int):
-            raise TypeError(f"seed must be a whole number, got {self.seed!r}")
+        require(isinstance(self.seed, int), "seed must be a whole number", self.seed, TypeError)
         for name in ("alpha", "dropout"):
-            if isinstance(getattr(self, name), bool) or not isinstance(
-                getattr(self, name), (int, float)
-            ):
-                raise TypeError(f"{name} must be a number, got {getattr(self, name)!r}")
-        if not 0.0 < self.alpha <= sys.float_info.max:  # a whole number may be larger
-            raise ValueError(f"alpha must be a finite number > 0, got {self.alpha}")
-        if not 0.0 <= self.dropout < 1.0:
-            raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
-        if self.scaling not in ("alpha/r", "alpha/sqrt(r)"):
-            raise ValueError(f"scaling must be 'alpha/r' or 'alpha/sqrt(r)', got {self.scaling!r}")
-        if self.adapter_dtype not in list(DTYPES):
-            raise ValueError(
-                f"adapter_dtype must be one of {sorted(DTYPES)}, got {self.adapter_dtype!r}"
-            )
-        if self.backend not in BACKENDS:
-            raise ValueError(f"backend must be one of {list(BACKENDS)}, got {self.backend!r}")
-        if not isinstance(self.share_input, bool):
-            raise TypeError(f"share_input must be true or false, got {self.share_input!r}")
+            value = getattr(self, name)
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            require(number, f"{name} must be a number", value, TypeError)
+        finite = 0.0 < self.alpha <= sys.float_info.max  # a whole number may be larger
+        require(finite, "alpha must be a finite number > 0", self.alpha)
+        require(0.0 <= self.dropout < 1.0, "dropout must be in [0, 1)", self.dropout)
+        known = self.scaling in ("alpha/r", "alpha/sqrt(r)")
+        require(known, "scaling must be 'alpha/r' or 'alpha/sqrt(r)'", self.scaling)
+        dtypes, backends = sorted(DTYPES), list(BACKENDS)
+        known = self.adapter_dtype in dtypes
+        require(known, f"adapter_dtype must be one of {dtypes}", self.adapter_dtype)
+        require(self.backend in backends, f"backend must be one of {backends}", self.backend)
+        shared = isinstance(self.share_input, bool)
+        require(shared, "share_input must be true or false", self.share_input, TypeError)
 
     def to_dict(self) -> dict[str, Any]:
         """What is written to disk: the settings, with the fingerprint of the base they are on."""
@@ -225,27 +201,28 @@ class FloeConfig(peft.PeftConfig):
         return float(self.alpha) / (rank if self.scaling == "alpha/r" else rank**0.5)
 
 
+def _are_names(value: Any) -> bool:
+    return isinstance(value, (list, tuple, set)) and all(isinstance(n, str) for n in value)
+
+
 def _size(name: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be a whole number >= 1, got {value!r}")
-    if value < 1:
-        raise ValueError(f"{name} must be a whole number >= 1, got {value}")
-    return value
+    whole, rule = not isinstance(value, bool), f"{name} must be a whole number >= 1"
+    require(isinstance(value, int) and whole, rule, value, TypeError)
+    require(value >= 1, rule, value)
+    return int(value)
 
 
 def _index(key: Any) -> int:
     """A layer index, which JSON writes as text when it is a key."""
-    text = str(key)
-    if not text.isdecimal():
-        raise ValueError(f"layer_modules keys must be block indices >= 0, got {key!r}")
-    return int(text)
+    require(str(key).isdecimal(), "layer_modules keys must be block indices >= 0", key)
+    return int(str(key))
 
 
 def _checked_layers(layers: Any) -> list[int]:
     values = [layers] if isinstance(layers, int) else list(layers)
     for value in values:
-        if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 0:
-            raise ValueError(f"layers must be block indices >= 0, got {value!r}")
+        whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+        require(whole and value >= 0, "layers must be block indices >= 0", value)
     if not values:
         raise ValueError("layers must name at least one block, got an empty list")
     return sorted({int(value) for value in values})

@@ -14,13 +14,10 @@ from peft import set_peft_model_state_dict
 from torch import nn
 
 from floe.adapters.config import FloeConfig
-from floe.adapters.folder import check_own
+from floe.adapters.folder import check_adapter_name, check_own, embeddings_resized
+from floe.adapters.targets import remove_adapters
 from floe.adapters.tuner import (
-    check_adapter_name,
-    embeddings_resized,
     loaded_config,
-    loaded_tensors,
-    remove_adapters,
     take_off_unheld,
     wrap,
 )
@@ -81,14 +78,14 @@ def load_adapter(
     check_adapter_name(adapter_name)
     take_off_unheld(base_model)
     folder = Path(path)
-    config = loaded_config(folder)
+    config, tensors = loaded_config(folder)
     if other_base:
         config.base_fingerprint = None
     config.inference_mode = not is_trainable
     try:
         # not from_pretrained, which takes an offloaded base apart and cannot put it together again
         model = wrap(base_model, config, adapter_name)
-        set_peft_model_state_dict(model, loaded_tensors(config), adapter_name)
+        set_peft_model_state_dict(model, tensors, adapter_name)
         return model if is_trainable else model.eval()
     except BaseException as error:
         remove_adapters(base_model)

@@ -82,6 +82,17 @@ def same_base(one: str, other: str) -> bool:
     return all(a == b or _UNREAD in (a, b) for a, b in pairs)
 
 
+def check_base(config: Any, model: nn.Module) -> None:
+    """ValueError where the configuration belongs to a base model of other weights."""
+    own, here = config.base_fingerprint, getattr(model, "_floe_fingerprint", None)
+    if own is not None and here is not None and not same_base(own, here):
+        raise ValueError(
+            f"base model must have the weights that the adapter was trained on (fingerprint {own}, "
+            f"base_model_name_or_path {config.base_model_name_or_path!r}), got {here}; for an "
+            "adapter on another base set base_fingerprint to None (load_adapter: other_base=True)"
+        )
+
+
 def _rows(base: nn.Module, getter: str) -> list[Any]:
     """Those of an embedding or head that do not change when the vocabulary grows."""
     get = getattr(base, getter, None)

@@ -9,18 +9,23 @@ import hashlib
 import inspect
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import hf_hub_download
+from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors import SafetensorError
 from safetensors.torch import load
-from torch import Tensor
+from torch import Tensor, nn
 
+from floe.adapters.linear import MoELoRALinear
+from floe.decoder_blocks import base_of
 from floe.errors import FileError
-from floe.storage import STAGING, write_bytes
+from floe.storage import STAGING, unique_keys, write_bytes
 
 CONFIG, TENSORS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+PREFIX = "base_model.model."  # what PEFT puts before the names of a file's tensors
 _LONGEST_CONFIG = 10 << 20
 _DIGEST = "floe_digest"
 _UNSEALED_FORMAT = 1  # the only one in which another program's folder may lack the digest
@@ -34,7 +39,7 @@ def read_settings(folder: Path, method: str = "FLOE") -> tuple[dict[str, Any], b
     """
     raw = read_bytes(folder, CONFIG, _LONGEST_CONFIG)
     try:
-        values: Any = json.loads(raw, object_pairs_hook=_unique)
+        values: Any = json.loads(raw, object_pairs_hook=unique_keys)
     except (ValueError, RecursionError) as error:
         raise FileError(folder / CONFIG, f"cannot be read as JSON: {error}") from error
     kind = values.get("peft_type") if isinstance(values, dict) else type(values).__name__
@@ -64,6 +69,42 @@ def read_tensors(folder: Path, settings: dict[str, Any], config: bytes) -> dict[
             file, f"is not what was saved, or {CONFIG} beside it was edited: the digest differs"
         )
     return tensors
+
+
+def current_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of a file under the names of today's format, without PEFT's prefix.
+
+    Raises:
+        ValueError: two names are one.
+    """
+    renamed: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        new = re.sub(r"\.floe_(shrink|expand)$", r".floe_\1.weight", name.removeprefix(PREFIX))
+        if new in renamed:
+            raise ValueError(f"an adapter file must name a tensor once, got {new} twice")
+        renamed[new] = tensor
+    return renamed
+
+
+def check_tensors(found: dict[str, Tensor], shapes: dict[str, tuple[int, ...]]) -> None:
+    """Exactly the expected names and shapes, and finite floating-point values.
+
+    Raises:
+        ValueError: naming the first that is not.
+    """
+    missing, extra = sorted(shapes.keys() - found.keys()), sorted(found.keys() - shapes.keys())
+    if missing or extra:
+        raise ValueError(
+            f"an adapter file must hold exactly this adapter's tensors, got {len(missing)} missing "
+            f"(first: {missing[:1]}) and {len(extra)} that are none of its own (first: {extra[:1]})"
+        )
+    for name, tensor in found.items():
+        if tuple(tensor.shape) != shapes[name]:
+            raise ValueError(f"{name} must be {shapes[name]}, got {tuple(tensor.shape)}")
+        if not tensor.is_floating_point():
+            raise ValueError(f"{name} must be floating point, got {tensor.dtype}")
+        if tensor.device.type != "meta" and not tensor.isfinite().all():
+            raise ValueError(f"{name} must hold finite values, got NaN or infinity")
 
 
 def holds_adapter(folder: Path) -> bool:
@@ -102,6 +143,12 @@ def seal(folder: Path) -> None:
     text = json.dumps(header, sort_keys=True, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the data stays aligned
     write_bytes(file, len(text).to_bytes(8, "little") + text + data)
+
+
+def check_adapter_name(name: str) -> None:
+    """Names become folders and parameter names, so no path and no dot; ValueError otherwise."""
+    if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+        raise ValueError(f"adapter_name must hold only letters, digits, '_' and '-', got {name!r}")
 
 
 def check_new(folder: Path) -> None:
@@ -175,15 +222,6 @@ def _is_cached(home: Path, real: Path) -> bool:
     return False
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    values: dict[str, Any] = {}
-    for name, value in pairs:
-        if name in values:
-            raise ValueError(f"a name must be given once, got {name!r} twice")
-        values[name] = value
-    return values
-
-
 def _entries(folder: Path) -> list[str]:
     """What lies in a folder to be written to, other than floe's unfinished writing."""
     if folder.is_dir():
@@ -196,7 +234,7 @@ def _entries(folder: Path) -> list[str]:
 def _split(raw: bytes) -> tuple[dict[str, Any], bytes]:
     """A safetensors file's header and data."""
     end = 8 + int.from_bytes(raw[:8], "little")
-    header = json.loads(raw[8:end], object_pairs_hook=_unique)
+    header = json.loads(raw[8:end], object_pairs_hook=unique_keys)
     if not isinstance(header, dict):
         raise ValueError(f"the header must be an object, got {type(header).__name__}")
     return header, raw[end:]
@@ -207,3 +245,61 @@ def _digest(config: bytes, header: dict[str, Any], data: bytes) -> str:
     digest.update(json.dumps(header, sort_keys=True).encode())
     digest.update(data)
     return digest.hexdigest()
+
+
+def adapter_tensors(model: nn.Module, adapter_name: str) -> dict[str, tuple[int, ...]]:
+    """Name in the model's state -> whole shape of every tensor of the adapter."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for path, module in model.named_modules():
+        if isinstance(module, MoELoRALinear) and adapter_name in module.r:
+            path = path.replace("_fsdp_wrapped_module.", "")
+            rank, experts = module.r[adapter_name], module.num_experts[adapter_name]
+            for kind, shape in (
+                ("shrink", (rank + experts, module.in_features)),
+                ("expand", (module.out_features, experts, rank)),
+            ):
+                shapes[f"{path}.floe_{kind}.{adapter_name}.weight"] = shape
+    return shapes
+
+
+def with_adapter_name(
+    model: nn.Module, adapter_name: str, tensors: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """A file's tensors of modules that are saved whole under their names in the model."""
+    renamed = dict(tensors)
+    for path, module in model.named_modules():
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            for saved, own in module.adapter_state_dict_load_map(adapter_name).items():
+                if f"{path}.{saved}" in renamed:
+                    renamed[f"{path}.{own}"] = renamed.pop(f"{path}.{saved}")
+    return renamed
+
+
+def saved_whole(model: nn.Module) -> set[str]:
+    """Names in the model's state that a file may hold beside the adapter."""
+    base: Any = base_of(model)
+    resized = embeddings_resized(model)
+    embeddings = [base.get_input_embeddings(), base.get_output_embeddings()] if resized else []
+    paths = tuple(
+        f"{path}."
+        for path, module in model.named_modules()
+        if isinstance(module, AuxiliaryTrainingWrapper) or any(module is e for e in embeddings)
+    )
+    return {name for name in model.state_dict() if paths and name.startswith(paths)}
+
+
+def embeddings_resized(model: nn.Module) -> bool:
+    """Whether the vocabulary differs from that of the checkpoint the base was loaded from.
+
+    Asks files of this machine alone; False where the checkpoint is not among them.
+    """
+    base: Any = base_of(model)
+    config: Any = getattr(base, "config", None)
+    path = getattr(base, "name_or_path", "")
+    if not path or not hasattr(config, "get_text_config"):
+        return False
+    try:
+        before = type(config).from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError):
+        return False
+    return bool(before.get_text_config().vocab_size != config.get_text_config().vocab_size)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import io
 import os
 import re
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,18 +21,17 @@ from torch import Tensor, nn
 from floe.adapters.config import DTYPES, FloeConfig
 from floe.adapters.files import save_adapter
 from floe.adapters.folder import CONFIG, PICKLE, TENSORS, check_new, read_bytes, read_settings
-from floe.adapters.targets import adapted_modules
-from floe.adapters.tuner import get_model, remove_adapters
+from floe.adapters.targets import adapted_modules, remove_adapters
+from floe.adapters.tuner import get_model
 from floe.decoder_blocks import find_blocks
 from floe.errors import FileError
 
 _KEY = re.compile(
-    r"(?:base_model\.model\.)?(.+)\.lora_(A|B(0|[1-9][0-9]{0,3})|route)(?:\.default)?\.weight"
+    r"(?:base_model\.model\.)?(.+)\.lora_(A|B(?:0|[1-9][0-9]{0,3})|route)(?:\.default)?\.weight"
 )
 # Settings of LoRA's that make an adapter compute something else.
-_ELSEWHERE = (
-    "use_rslora", "use_dora", "fan_in_fan_out", "enable_lora", "rank_pattern", "alpha_pattern",
-)  # fmt: skip
+_ELSEWHERE = ["use_rslora", "use_dora", "fan_in_fan_out", "enable_lora"]
+_ELSEWHERE += ["rank_pattern", "alpha_pattern"]
 
 
 def import_hydralora(
@@ -87,39 +85,29 @@ def named_base(source: str | os.PathLike[str]) -> str:
     return name
 
 
-@dataclass
-class _Layer:
-    """One adapted projection of the source."""
+_Layer = dict[str, Tensor]  # one adapted projection of the source: "A", "route", "B0", "B1", ...
 
-    a: dict[int, Tensor]  # at 0, where there is one
-    experts: dict[int, Tensor]
-    route: dict[int, Tensor]
 
-    def tensors(self) -> list[Tensor]:
-        """All of them."""
-        return [tensor for part in (self.a, self.experts, self.route) for tensor in part.values()]
+def _parts(layer: _Layer) -> tuple[Tensor, Tensor, Tensor]:
+    """A [r, K], the router [M, K] and the experts [N, M, r].
 
-    def parts(self) -> tuple[Tensor, Tensor, Tensor]:
-        """A [r, K], the router [M, K] and the experts [N, M, r].
-
-        Raises:
-            ValueError: one is missing, or their shapes differ.
-        """
-        count = len(self.experts)
-        if not self.a or not self.route or not count:
-            has = [n for n, v in (("lora_A", self.a), ("lora_route", self.route)) if v]
-            raise ValueError(
-                "must have lora_A, lora_B0 ... and lora_route, "
-                f"got {[*has, *(f'lora_B{i}' for i in sorted(self.experts))]}"
-            )
-        a, route = self.a[0], self.route[0]
-        if sorted(self.experts) != list(range(count)) or len(route) != count:
-            raise ValueError(
-                f"must have as many experts as lora_route has rows, {len(route)}, "
-                f"got lora_B of {sorted(self.experts)}"
-            )
-        experts = torch.stack([self.experts[i] for i in range(count)], dim=1)
-        return a, route, experts
+    Raises:
+        ValueError: one is missing, or their shapes differ.
+    """
+    numbers = sorted(int(part[1:]) for part in layer if part[0] == "B")
+    if "A" not in layer or "route" not in layer or not numbers:
+        has = [f"lora_{part}" for part in ("A", "route") if part in layer]
+        raise ValueError(
+            "must have lora_A, lora_B0 ... and lora_route, "
+            f"got {[*has, *(f'lora_B{i}' for i in numbers)]}"
+        )
+    route = layer["route"]
+    if numbers != list(range(len(numbers))) or len(route) != len(numbers):
+        raise ValueError(
+            f"must have as many experts as lora_route has rows, {len(route)}, "
+            f"got lora_B of {numbers}"
+        )
+    return layer["A"], route, torch.stack([layer[f"B{i}"] for i in numbers], dim=1)
 
 
 def _settings(folder: Path) -> dict[str, Any]:
@@ -163,10 +151,8 @@ def _layers(folder: Path) -> dict[str, _Layer]:
                 found[0], f"tensors must be lora_A, lora_B<i> or lora_route, got {name}"
             )
         _check_dense(tensor, found[0], name)
-        path, part, expert = match.groups()
-        layer = layers.setdefault(path, _Layer({}, {}, {}))
-        place = {"A": layer.a, "route": layer.route}.get(part, layer.experts)
-        if place.setdefault(int(expert or 0), tensor) is not tensor:
+        path, part = match.groups()
+        if layers.setdefault(path, {}).setdefault(part, tensor) is not tensor:
             raise FileError(found[0], f"{path}.lora_{part} must be given once, got {name}, too")
     if not layers:
         raise FileError(found[0], "must hold at least one adapted layer, got none")
@@ -177,10 +163,8 @@ def _check_dense(tensor: Tensor, file: Path, name: str) -> None:
     """FileError unless the tensor is a plain matrix of its own values, in a type of floe's."""
     plain = tensor.layout == torch.strided and tensor.device.type == "cpu"
     if not plain or tensor.dtype not in DTYPES.values() or tensor.dim() != 2:
-        raise FileError(
-            file, f"{name} must be a dense matrix of {sorted(DTYPES)}, "
-            f"got {tensor.layout} {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}",
-        )  # fmt: skip
+        came = f"{tensor.layout} {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}"
+        raise FileError(file, f"{name} must be a dense matrix of {sorted(DTYPES)}, got {came}")
     if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
         raise FileError(file, f"{name} must hold all its values, got one that repeats them")
 
@@ -201,19 +185,22 @@ def _config(
         modules.setdefault(str(index), []).append(name)
     first = min(layers)
     names = {dtype: name for name, dtype in DTYPES.items()}
-    dtypes = {tensor.dtype for each in layers.values() for tensor in each.tensors()}
+    dtypes = {tensor.dtype for each in layers.values() for tensor in each.values()}
     try:
-        a, route, _ = layers[first].parts()
+        a, route, _ = _parts(layers[first])
         if settings.get("lora_nums") not in (None, len(route)):
             raise ValueError(f"lora_nums must be {len(route)} experts, got {settings['lora_nums']}")
         if len(a) != settings["r"]:  # r scales the output, too
             raise ValueError(f"lora_A must have r = {settings['r']} rows, got {len(a)}")
         return FloeConfig(
-            r=len(a), num_experts=len(route), alpha=float(settings["lora_alpha"]),
-            dropout=float(settings.get("lora_dropout") or 0.0), layer_modules=modules,
+            r=len(a),
+            num_experts=len(route),
+            alpha=float(settings["lora_alpha"]),
+            dropout=float(settings.get("lora_dropout") or 0.0),
+            layer_modules=modules,
             adapter_dtype=names[dtypes.pop()] if len(dtypes) == 1 else "float32",  # holds them all
             base_model_name_or_path=settings.get("base_model_name_or_path"),
-        )  # fmt: skip
+        )
     except (ValueError, TypeError, RuntimeError, OverflowError) as error:
         raise FileError(folder, f"{first}: {error}") from error
 
@@ -221,7 +208,7 @@ def _config(
 def _fill(module: Any, layer: _Layer, folder: Path, path: str) -> None:
     """Put the source's values into the fresh adapter of ``module``."""
     try:
-        a, route, experts = layer.parts()
+        a, route, experts = _parts(layer)
         values = {"floe_shrink": torch.cat([a, route]), "floe_expand": experts}
     except (ValueError, RuntimeError) as error:
         raise FileError(folder, f"{path}: {error}") from error
@@ -229,8 +216,6 @@ def _fill(module: Any, layer: _Layer, folder: Path, path: str) -> None:
         leaf = getattr(module, name)["default"]
         old = leaf.weight
         if value.shape != old.shape:
-            raise FileError(
-                folder, f"{path}: {name} must be of shape {tuple(old.shape)}, "
-                f"as its rank, experts and the base layer say, got {tuple(value.shape)}",
-            )  # fmt: skip
+            rule = f"{path}: {name} must be of shape {tuple(old.shape)}, as its rank, experts and "
+            raise FileError(folder, f"{rule}the base layer say, got {tuple(value.shape)}")
         leaf.weight = nn.Parameter(value.to(old.dtype).contiguous())

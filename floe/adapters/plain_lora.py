@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from floe.adapters.config import FloeConfig
-from floe.adapters.folder import TENSORS, check_new
+from floe.adapters.folder import PREFIX, TENSORS, check_new
 from floe.adapters.linear import MoELoRALinear
 from floe.adapters.targets import adapted_modules
-from floe.data.loss import evaluating
+from floe.data.loss import evaluating, token_mask
 from floe.ops import moe_lora_add
 from floe.storage import publish, staging
 from floe.types import Batch
@@ -119,8 +120,8 @@ def _errors(
         shrink, expand = (weight.float() for weight in layer.adapter(name))
         zero = torch.zeros(len(x), layer.out_features, device=x.device)
         routed = moe_lora_add(zero, x.float(), shrink, expand, scaling=layer.scaling[name])
-        mixed = _mixed(expand, gates[path])
-        plain = x.float() @ shrink[: layer.r[name]].T @ mixed.T * layer.scaling[name]
+        a, b = _plain(layer, name, gates[path])
+        plain = x.float() @ a.T @ b.T * layer.scaling[name]
         wrong[path] += float((plain - routed).double().square().sum())
         right[path] += float(routed.double().square().sum())
 
@@ -139,23 +140,22 @@ def _visit(
 
     def hook_for(path: str) -> Any:
         def hook(layer: MoELoRALinear, args: tuple[Tensor, ...]) -> None:
-            observe(path, layer, args[0][keep[0]] if keep else args[0].flatten(0, -2))
+            observe(path, layer, args[0][keep[0]])
 
         return hook
 
-    handles = [m.register_forward_pre_hook(hook_for(p)) for p, m in modules.items()]
-    try:
-        with evaluating(model):
-            for batch in batches:
-                keep[:] = [batch["attention_mask"].bool()] if "attention_mask" in batch else []
-                model(**{k: v for k, v in batch.items() if k != "labels"})
-    finally:
-        for handle in handles:
-            handle.remove()
+    with ExitStack() as hooks, evaluating(model):
+        for path, module in modules.items():
+            hooks.callback(module.register_forward_pre_hook(hook_for(path)).remove)
+        for batch in batches:
+            keep[:] = [token_mask(batch)]
+            model(**{k: v for k, v in batch.items() if k != "labels"})
 
 
-def _mixed(expand: Tensor, gate: Tensor) -> Tensor:
-    return torch.einsum("nmr,m->nr", expand, gate.to(expand))
+def _plain(layer: MoELoRALinear, name: str, gate: Tensor) -> tuple[Tensor, Tensor]:
+    """A [r, K] and the experts' mixture B [N, r], float32."""
+    shrink, expand = (weight.detach().float() for weight in layer.adapter(name))
+    return shrink[: layer.r[name]], torch.einsum("nmr,m->nr", expand, gate.to(expand))
 
 
 def _save(
@@ -167,11 +167,9 @@ def _save(
 ) -> None:
     tensors: dict[str, Tensor] = {}
     for place, layer in modules.items():
-        prefix = f"base_model.model.{place}"
-        shrink, expand = (weight.detach().float() for weight in layer.adapter(name))
-        mixed, shrink = _mixed(expand, gates[place]), shrink[: layer.r[name]]
-        tensors[f"{prefix}.lora_A.weight"] = shrink.contiguous().cpu()
-        tensors[f"{prefix}.lora_B.weight"] = mixed.contiguous().cpu()
+        a, b = _plain(layer, name, gates[place])
+        tensors[f"{PREFIX}{place}.lora_A.weight"] = a.contiguous().cpu()
+        tensors[f"{PREFIX}{place}.lora_B.weight"] = b.contiguous().cpu()
     ranks = {place: layer.r[name] for place, layer in modules.items()}
     lora = peft.LoraConfig(
         r=config.r,

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import cast
+from typing import Any, cast
 
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from floe.adapters.config import FloeConfig
 from floe.adapters.linear import MoELoRALinear
-from floe.adapters.shared_input import SharedInput, link
+from floe.adapters.shared_input import SharedInput, link, unlink
 from floe.decoder_blocks import Block, base_of, find_blocks
 
 
@@ -170,3 +171,43 @@ def linear_of(module: nn.Module, path: str) -> nn.Linear:
             f"{path} must be a linear layer to be adapted, got {type(linear).__name__}"
         )
     return cast(nn.Linear, linear)  # or a quantised class that is shaped alike
+
+
+# Where transformers keeps what PEFT has it put on the embeddings of a checkpointed base.
+INPUT_HOOKS = ("_require_grads_hooks", "_require_grads_hook")
+
+
+def remove_adapters(model: Any) -> nn.Module:
+    """Take floe's adapters off; the base model is as it was before, and is returned."""
+    base = base_of(model)
+    for module in list(base.modules()):
+        unlink(module)
+        for name, child in list(module.named_children()):
+            if isinstance(child, MoELoRALinear):
+                setattr(module, name, child.base_layer)
+            elif isinstance(child, AuxiliaryTrainingWrapper):
+                setattr(module, name, child.unload_and_optionally_merge_module(False, False, None))
+    _restore(base)
+    return base
+
+
+def _restore(base: nn.Module) -> None:
+    """What the first adapter changed beside the modules."""
+    before = base.__dict__.pop("_floe_base", None)
+    if before is None:
+        return
+    for name in ("peft_config", "_floe_fingerprint"):
+        base.__dict__.pop(name, None)
+    if before["peft_config"] is not None:  # of another method
+        base.peft_config = before["peft_config"]
+    else:
+        base.__dict__.pop("_hf_peft_config_loaded", None)
+    for name in before["trainable"]:
+        base.get_parameter(name).requires_grad_(True)
+    hooks = before["hooks"].get(INPUT_HOOKS[0], [])
+    for hook in vars(base).get(INPUT_HOOKS[0], []):
+        if hook not in hooks:
+            hook.remove()
+    for name in INPUT_HOOKS:
+        vars(base).pop(name, None)
+    vars(base).update(before["hooks"])

@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-import re
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import partial, wraps
+from contextlib import ExitStack, contextmanager
+from functools import wraps
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -27,23 +26,36 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from floe.adapters.config import DTYPES, FloeConfig, peft_type
-from floe.adapters.fingerprint import fingerprint, foreign_adapters, same_base
-from floe.adapters.folder import CONFIG, TENSORS, holds_adapter, local, read_settings, read_tensors
+from floe.adapters.fingerprint import check_base, fingerprint, foreign_adapters
+from floe.adapters.folder import (
+    CONFIG,
+    PREFIX,
+    TENSORS,
+    adapter_tensors,
+    check_adapter_name,
+    check_tensors,
+    current_names,
+    holds_adapter,
+    local,
+    read_settings,
+    read_tensors,
+    saved_whole,
+    with_adapter_name,
+)
 from floe.adapters.linear import MoELoRALinear, module_generator
-from floe.adapters.shared_input import unlink
 from floe.adapters.targets import (
+    INPUT_HOOKS,
     adapted_modules,
     adapter_shapes,
     by_path,
     feed_forward,
     linear_of,
     link_shared_inputs,
+    remove_adapters,
     target_paths,
 )
 from floe.decoder_blocks import base_of, find_blocks
 
-# Where transformers keeps what PEFT has it put on the embeddings of a checkpointed base.
-_INPUT_HOOKS = ("_require_grads_hooks", "_require_grads_hook")
 _WRAPPERS = (MoELoRALinear, AuxiliaryTrainingWrapper)
 # Base model -> its tuner: whether somebody still holds the adapted model.
 _TUNERS: weakref.WeakKeyDictionary[nn.Module, weakref.ref[FloeModel]] = weakref.WeakKeyDictionary()
@@ -69,7 +81,7 @@ class FloeModel(BaseTuner):
             model._floe_base = {  # type: ignore[assignment]
                 "trainable": [n for n, p in model.named_parameters() if p.requires_grad],
                 "peft_config": model.__dict__.pop("peft_config", None),
-                "hooks": {name: vars(model)[name] for name in _INPUT_HOOKS if name in vars(model)},
+                "hooks": {name: vars(model)[name] for name in INPUT_HOOKS if name in vars(model)},
             }
         try:
             super().__init__(model, peft_config, adapter_name, *args, **kwargs)
@@ -89,8 +101,8 @@ class FloeModel(BaseTuner):
         check_adapter_name(adapter_name)
         config = self.peft_config[adapter_name]
         if _READ in vars(config):  # nothing large is made, or wrapped, for a file that does not fit
-            found = current_names(vars(config)[_READ])
-            own = {name: tensor for name, tensor in found.items() if f".{self.prefix}" in name}
+            tensors = current_names(vars(config)[_READ])
+            own = {name: tensor for name, tensor in tensors.items() if f".{self.prefix}" in name}
             check_tensors(own, adapter_shapes(model, config))
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         link_shared_inputs(model)
@@ -107,7 +119,7 @@ class FloeModel(BaseTuner):
         for path in targets:  # all of them, before the first is wrapped
             linear_of(model.get_submodule(path), path)
         model._floe_fingerprint = fingerprint(model)  # type: ignore[assignment]
-        _check_base(peft_config, model)
+        check_base(peft_config, model)
         if peft_config.target_modules is None:
             names = {name for block in find_blocks(model) for name in feed_forward(block)}
             peft_config.target_modules = sorted(names)
@@ -131,16 +143,21 @@ class FloeModel(BaseTuner):
     ) -> None:
         rank = peft_config.rank_pattern.get(current_key, peft_config.r)
         experts = peft_config.expert_pattern.get(current_key, peft_config.num_experts)
-        layer = (
-            target
-            if isinstance(target, MoELoRALinear)
-            else MoELoRALinear(linear_of(target, current_key))
-        )
+        layer: Any = target
+        if not isinstance(target, MoELoRALinear):
+            layer = MoELoRALinear(linear_of(target, current_key))
         layer.update_layer(
-            adapter_name, rank, experts, peft_config.scale(rank), float(peft_config.dropout),
-            module_generator(peft_config.seed, current_key), DTYPES[peft_config.adapter_dtype],
-            peft_config.backend, peft_config.share_input, _runs_on(layer.base_layer, self.model),
-        )  # fmt: skip
+            adapter_name,
+            rank,
+            experts,
+            peft_config.scale(rank),
+            float(peft_config.dropout),
+            module_generator(peft_config.seed, current_key),
+            DTYPES[peft_config.adapter_dtype],
+            peft_config.backend,
+            peft_config.share_input,
+            _runs_on(layer.base_layer, self.model),
+        )
         if layer is not target:
             if adapter_name not in self.active_adapters:
                 layer.requires_grad_(False)
@@ -175,17 +192,15 @@ class FloeModel(BaseTuner):
                 f"got {unknown}"
             )
         beams = kwargs.get("num_beams") or 1
-        repeated = [name for name in names for _ in range(beams)]
-        handles = [
-            module.register_forward_pre_hook(partial(_name_rows, names=repeated), with_kwargs=True)
-            for module in self.model.modules()
-            if isinstance(module, _WRAPPERS)
-        ]
-        try:
+        repeated = {"adapter_names": [name for name in names for _ in range(beams)]}
+        with ExitStack() as hooks:
+            for module in self.model.modules():
+                if isinstance(module, _WRAPPERS):
+                    handle = module.register_forward_pre_hook(
+                        lambda _module, args, options: (args, options | repeated), with_kwargs=True
+                    )
+                    hooks.callback(handle.remove)
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     @classmethod
     def _get_adapter_state_dict(
@@ -202,8 +217,8 @@ class FloeModel(BaseTuner):
             ValueError: a tensor is missing or not whole, as on one of several workers, or they
                 differ in dtype.
         """
-        found = {}
-        for name, shape in _adapter_tensors(model, adapter_name).items():
+        tensors = {}
+        for name, shape in adapter_tensors(model, adapter_name).items():
             tensor = state_dict.get(name)
             if tensor is None or tuple(tensor.shape) != shape or tensor.is_meta:
                 came = "nothing" if tensor is None else f"{tuple(tensor.shape)} on {tensor.device}"
@@ -211,15 +226,15 @@ class FloeModel(BaseTuner):
                     f"{name} must be whole, {shape}, to be saved, got {came}: "
                     "gather sharded parameters first"
                 )
-            found[name] = tensor
-        dtypes = {tensor.dtype for tensor in found.values()}
+            tensors[name] = tensor
+        dtypes = {tensor.dtype for tensor in tensors.values()}
         known = {dtype: name for name, dtype in DTYPES.items()}
         if len(dtypes) != 1 or not dtypes <= known.keys():
             raise ValueError(
                 f"adapter {adapter_name!r} must be of one dtype, of {sorted(DTYPES)}, to be saved, "
                 f"got {sorted(map(str, dtypes))}"
             )
-        for name, tensor in found.items():
+        for name, tensor in tensors.items():
             if not tensor.isfinite().all():
                 raise ValueError(f"{name} must hold finite values to be saved, got NaN or infinity")
         _check_config(model, config, adapter_name)
@@ -228,7 +243,7 @@ class FloeModel(BaseTuner):
         if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
             # else weights may be parts, whose digests are their own
             config._on_base = fingerprint(model) or config._on_base
-        return found
+        return tensors
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -246,7 +261,7 @@ class FloeModel(BaseTuner):
         came = vars(config).pop(_READ, None)
         if came is not None:
             try:
-                came = _with_adapter_name(model, adapter_name, came)
+                came = with_adapter_name(model, adapter_name, came)
                 return cls._remap_adapter_state_dict_for_load(model, config, adapter_name, came)
             except BaseException:
                 adapted: Any = model
@@ -257,18 +272,15 @@ class FloeModel(BaseTuner):
                 raise
         _check_resumed(model, adapter_name, state_dict)
         expected = {
-            n.removeprefix(_PREFIX): s for n, s in _adapter_tensors(model, adapter_name).items()
+            n.removeprefix(PREFIX): s for n, s in adapter_tensors(model, adapter_name).items()
         }
         own = {name.replace(f".{adapter_name}.weight", ".weight"): name for name in expected}
-        found = {own.get(name, name): tensor for name, tensor in current_names(state_dict).items()}
-        state, beside = model.state_dict(), _saved_whole(model)
-        places = {name.removeprefix(_PREFIX): name for name in state}
-        expected |= {n: tuple(state[places[n]].shape) for n in found if places.get(n) in beside}
-        check_tensors(found, expected)
-        return {places[name]: tensor for name, tensor in found.items()}
-
-
-_PREFIX = "base_model.model."
+        tensors = {own.get(name, name): t for name, t in current_names(state_dict).items()}
+        state, beside = model.state_dict(), saved_whole(model)
+        places = {name.removeprefix(PREFIX): name for name in state}
+        expected |= {n: tuple(state[places[n]].shape) for n in tensors if places.get(n) in beside}
+        check_tensors(tensors, expected)
+        return {places[name]: tensor for name, tensor in tensors.items()}
 
 
 def _check_config(model: nn.Module, config: FloeConfig, adapter_name: str) -> None:
@@ -280,8 +292,7 @@ def _check_config(model: nn.Module, config: FloeConfig, adapter_name: str) -> No
         rank = config.rank_pattern.get(path, config.r)
         experts = config.expert_pattern.get(path, config.num_experts)
         says = (rank, experts, config.scale(rank))
-        made = (module.r[adapter_name], module.num_experts[adapter_name],
-                module.scaling[adapter_name])  # fmt: skip
+        made = tuple(of[adapter_name] for of in (module.r, module.num_experts, module.scaling))
         if says != made:
             raise ValueError(
                 f"adapter {adapter_name!r} has rank, experts and scaling {made} at {path}, "
@@ -298,92 +309,8 @@ def _check_resumed(model: nn.Module, adapter_name: str, tensors: dict[str, Tenso
     read = [config for config, own in _just_read if ids & {*map(id, own.values())}]
     _just_read.clear()
     for config in read:
-        _check_base(config, base_of(model))
+        check_base(config, base_of(model))
         _check_config(model, config, adapter_name)
-
-
-def _adapter_tensors(model: nn.Module, adapter_name: str) -> dict[str, tuple[int, ...]]:
-    """Name in the model's state -> whole shape of every tensor of the adapter."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    for path, module in model.named_modules():
-        if isinstance(module, MoELoRALinear) and adapter_name in module.r:
-            path = path.replace("_fsdp_wrapped_module.", "")
-            rank, experts = module.r[adapter_name], module.num_experts[adapter_name]
-            for kind, shape in (
-                ("shrink", (rank + experts, module.in_features)),
-                ("expand", (module.out_features, experts, rank)),
-            ):
-                shapes[f"{path}.floe_{kind}.{adapter_name}.weight"] = shape
-    return shapes
-
-
-def _with_adapter_name(
-    model: nn.Module, adapter_name: str, tensors: dict[str, Tensor]
-) -> dict[str, Tensor]:
-    """A file's tensors of modules that are saved whole under their names in the model."""
-    renamed = dict(tensors)
-    for path, module in model.named_modules():
-        if isinstance(module, AuxiliaryTrainingWrapper):
-            for saved, own in module.adapter_state_dict_load_map(adapter_name).items():
-                if f"{path}.{saved}" in renamed:
-                    renamed[f"{path}.{own}"] = renamed.pop(f"{path}.{saved}")
-    return renamed
-
-
-def _saved_whole(model: nn.Module) -> set[str]:
-    """Names in the model's state that a file may hold beside the adapter."""
-    base: Any = base_of(model)
-    resized = embeddings_resized(model)
-    embeddings = [base.get_input_embeddings(), base.get_output_embeddings()] if resized else []
-    paths = tuple(
-        f"{path}."
-        for path, module in model.named_modules()
-        if isinstance(module, AuxiliaryTrainingWrapper) or any(module is e for e in embeddings)
-    )
-    return {name for name in model.state_dict() if paths and name.startswith(paths)}
-
-
-def embeddings_resized(model: nn.Module) -> bool:
-    """Whether the vocabulary differs from that of the checkpoint the base was loaded from.
-
-    Asks files of this machine alone; False where the checkpoint is not among them.
-    """
-    base: Any = base_of(model)
-    config: Any = getattr(base, "config", None)
-    path = getattr(base, "name_or_path", "")
-    if not path or not hasattr(config, "get_text_config"):
-        return False
-    try:
-        before = type(config).from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError):
-        return False
-    return bool(before.get_text_config().vocab_size != config.get_text_config().vocab_size)
-
-
-def current_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors of a file under the names of today's format, without PEFT's prefix.
-
-    Raises:
-        ValueError: two names are one.
-    """
-    found: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
-        new = re.sub(r"\.floe_(shrink|expand)$", r".floe_\1.weight", name.removeprefix(_PREFIX))
-        if new in found:
-            raise ValueError(f"an adapter file must name a tensor once, got {new} twice")
-        found[new] = tensor
-    return found
-
-
-def _check_base(config: FloeConfig, model: nn.Module) -> None:
-    """ValueError where the configuration belongs to a base model of other weights."""
-    own, here = config.base_fingerprint, getattr(model, "_floe_fingerprint", None)
-    if own is not None and here is not None and not same_base(own, here):
-        raise ValueError(
-            f"base model must have the weights that the adapter was trained on (fingerprint {own}, "
-            f"base_model_name_or_path {config.base_model_name_or_path!r}), got {here}; for an "
-            "adapter on another base set base_fingerprint to None (load_adapter: other_base=True)"
-        )
 
 
 def _check_bare(model: nn.Module, adapter_name: str) -> None:
@@ -406,37 +333,6 @@ def _runs_on(base_layer: nn.Module, model: nn.Module) -> torch.device | None:
             return torch.device(place)
     offloaded = hasattr(model, "hf_device_map") and any(p.is_meta for p in base_layer.parameters())
     return torch.device("cpu") if offloaded else None
-
-
-def _name_rows(module: nn.Module, args: Any, kwargs: dict[str, Any], names: list[str]) -> Any:
-    return args, kwargs | {"adapter_names": names}
-
-
-def check_adapter_name(name: str) -> None:
-    """Names become folders and parameter names, so no path and no dot; ValueError otherwise."""
-    if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
-        raise ValueError(f"adapter_name must hold only letters, digits, '_' and '-', got {name!r}")
-
-
-def check_tensors(found: dict[str, Tensor], shapes: dict[str, tuple[int, ...]]) -> None:
-    """Exactly the expected names and shapes, and finite floating-point values.
-
-    Raises:
-        ValueError: naming the first that is not.
-    """
-    missing, extra = sorted(shapes.keys() - found.keys()), sorted(found.keys() - shapes.keys())
-    if missing or extra:
-        raise ValueError(
-            f"an adapter file must hold exactly this adapter's tensors, got {len(missing)} missing "
-            f"(first: {missing[:1]}) and {len(extra)} that are none of its own (first: {extra[:1]})"
-        )
-    for name, tensor in found.items():
-        if tuple(tensor.shape) != shapes[name]:
-            raise ValueError(f"{name} must be {shapes[name]}, got {tuple(tensor.shape)}")
-        if not tensor.is_floating_point():
-            raise ValueError(f"{name} must be floating point, got {tensor.dtype}")
-        if tensor.device.type != "meta" and not tensor.isfinite().all():
-            raise ValueError(f"{name} must hold finite values, got NaN or infinity")
 
 
 def get_model(base_model: nn.Module, config: FloeConfig, seed: int | None = None) -> peft.PeftModel:
@@ -492,79 +388,34 @@ def take_off_unheld(base_model: nn.Module) -> None:
     Raises:
         ValueError: the adapted model is still held.
     """
-    if isinstance(base_model, peft.PeftModel) or _held(base_model):
+    adapted = bool(adapted_modules(base_model))
+    if adapted:
+        gc.collect()  # of a cycle through the adapted model
+    tuner = _TUNERS.get(base_model) if adapted else None
+    if isinstance(base_model, peft.PeftModel) or (tuner is not None and tuner() is not None):
         raise ValueError(
             "base_model must not carry an adapter, got one with "
             f"{sorted(getattr(base_model, 'peft_config', {}))}: "
             "floe.adapters.remove_adapters(model) takes it off, model.add_adapter adds another"
         )
-    if adapted_modules(base_model):
+    if adapted:
         remove_adapters(base_model)
-
-
-def _held(base_model: nn.Module) -> bool:
-    if not adapted_modules(base_model):
-        return False
-    gc.collect()  # of a cycle through the adapted model
-    tuner = _TUNERS.get(base_model)
-    return tuner is not None and tuner() is not None
-
-
-def remove_adapters(model: Any) -> nn.Module:
-    """Take floe's adapters off; the base model is as it was before, and is returned."""
-    base = base_of(model)
-    for module in list(base.modules()):
-        unlink(module)
-        for name, child in list(module.named_children()):
-            if isinstance(child, MoELoRALinear):
-                setattr(module, name, child.base_layer)
-            elif isinstance(child, AuxiliaryTrainingWrapper):
-                setattr(module, name, child.unload_and_optionally_merge_module(False, False, None))
-    _restore(base)
-    return base
-
-
-def _restore(base: nn.Module) -> None:
-    """What the first adapter changed beside the modules."""
-    before = base.__dict__.pop("_floe_base", None)
-    if before is None:
-        return
-    for name in ("peft_config", "_floe_fingerprint"):
-        base.__dict__.pop(name, None)
-    if before["peft_config"] is not None:  # of another method
-        base.peft_config = before["peft_config"]
-    else:
-        base.__dict__.pop("_hf_peft_config_loaded", None)
-    for name in before["trainable"]:
-        base.get_parameter(name).requires_grad_(True)
-    hooks = before["hooks"].get(_INPUT_HOOKS[0], [])
-    for hook in vars(base).get(_INPUT_HOOKS[0], []):
-        if hook not in hooks:
-            hook.remove()
-    for name in _INPUT_HOOKS:
-        vars(base).pop(name, None)
-    vars(base).update(before["hooks"])
 
 
 _READ = "_read_tensors"  # attribute of a configuration whose tensors are yet to be loaded
 
 
-def loaded_config(folder: Path) -> FloeConfig:
-    """Configuration of the adapter in ``folder``, carrying its tensors until they are loaded.
-
-    Raises:
-        FileError: they are not what was saved.
-    """
+def read_adapter(folder: Path) -> tuple[FloeConfig, dict[str, Tensor]]:
+    """Configuration and tensors of the adapter in ``folder``; FileError: not what was saved."""
     settings, raw = read_settings(folder)
-    config = FloeConfig.from_settings(settings, folder)
-    setattr(config, _READ, read_tensors(folder, settings, raw))
-    return config
+    return FloeConfig.from_settings(settings, folder), read_tensors(folder, settings, raw)
 
 
-def loaded_tensors(config: FloeConfig) -> dict[str, Tensor]:
-    """The tensors that a configuration carries."""
-    tensors: dict[str, Tensor] = vars(config)[_READ]
-    return tensors
+def loaded_config(folder: Path) -> tuple[FloeConfig, dict[str, Tensor]]:
+    """:func:`read_adapter`, the configuration carrying its tensors until they are loaded."""
+    config, tensors = read_adapter(folder)
+    setattr(config, _READ, tensors)
+    return config, tensors
 
 
 class _Loaded(FloeConfig):
@@ -579,7 +430,7 @@ class _Loaded(FloeConfig):
     ) -> FloeConfig:
         """PeftModel.from_pretrained and load_adapter call this, then load the tensors."""
         files = (CONFIG, TENSORS)
-        return loaded_config(local(pretrained_model_name_or_path, files, subfolder, **options))
+        return loaded_config(local(pretrained_model_name_or_path, files, subfolder, **options))[0]
 
 
 def _strictly(load: Callable[..., Any]) -> Callable[..., Any]:
@@ -593,10 +444,8 @@ def _strictly(load: Callable[..., Any]) -> Callable[..., Any]:
         folder = Path(model_id, options.get("subfolder") or "")
         if not holds_adapter(folder):
             return load(model_id, *args, **options)
-        settings, raw = read_settings(folder)
-        tensors = read_tensors(folder, settings, raw)
-        _just_read[:] = [(FloeConfig.from_settings(settings, folder), tensors)]
-        return tensors
+        _just_read[:] = [read_adapter(folder)]
+        return _just_read[0][1]
 
     return load_strictly
 

@@ -14,6 +14,7 @@ from torch.nn.functional import pad
 
 from floe.data.loss import IGNORE_INDEX, token_mask
 from floe.decoder_blocks import base_of
+from floe.errors import require
 from floe.types import Batch
 
 _NOT_PER_TOKEN = ("input_ids", "attention_mask", "labels", "logits_to_keep")
@@ -128,8 +129,7 @@ def make_batches(
     Raises:
         ValueError: if ``batch_size`` is not positive or there is no row.
     """
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    require(batch_size >= 1, "batch_size must be at least 1", batch_size)
     if not rows:
         raise ValueError("rows must not be empty")
     collator = collator or Collator()

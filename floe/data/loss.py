@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from floe.decoder_blocks import base_of, find_blocks
+from floe.errors import require
 from floe.types import Batch
 
 IGNORE_INDEX = -100
@@ -57,10 +58,9 @@ def row_losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _check(logits: Tensor, labels: Tensor) -> None:
-    if not logits.is_floating_point():
-        raise TypeError(f"logits must be floating point, got {logits.dtype}")
-    if labels.dtype != torch.int64:
-        raise TypeError(f"labels must be int64, got {labels.dtype}")
+    floating, whole = logits.is_floating_point(), labels.dtype == torch.int64
+    require(floating, "logits must be floating point", logits.dtype, TypeError)
+    require(whole, "labels must be int64", labels.dtype, TypeError)
     if logits.dim() != 3 or labels.shape != logits.shape[:2]:
         raise ValueError(
             "logits must be [S, T, V] and labels [S, T], "
@@ -68,11 +68,10 @@ def _check(logits: Tensor, labels: Tensor) -> None:
         )
     if labels.numel() == 0:
         return
-    low, high = int(labels.min()), int(labels.max())
-    if low < 0 and bool(((labels < 0) & (labels != IGNORE_INDEX)).any()):
-        raise ValueError(f"labels must be -100 or >= 0, got {low}")
-    if high >= logits.shape[-1]:
-        raise ValueError(f"labels must be below the vocabulary size {logits.shape[-1]}, got {high}")
+    low, high, vocabulary = int(labels.min()), int(labels.max()), logits.shape[-1]
+    wrong = low < 0 and bool(((labels < 0) & (labels != IGNORE_INDEX)).any())
+    require(not wrong, f"labels must be {IGNORE_INDEX} or >= 0", low)
+    require(high < vocabulary, f"labels must be below the vocabulary size {vocabulary}", high)
 
 
 @contextmanager
@@ -153,8 +152,7 @@ def for_loss(batch: Batch, tokens: str) -> dict[str, Any]:
     Raises:
         ValueError: ``tokens`` is neither "response" nor "all", or labels are missing.
     """
-    if tokens not in ("response", "all"):
-        raise ValueError(f'tokens must be "response" or "all", got {tokens!r}')
+    require(tokens in ("response", "all"), 'tokens must be "response" or "all"', tokens)
     if tokens == "all":
         kept = {k: v for k, v in batch.items() if k != "logits_to_keep"}
         return kept | {"labels": all_token_labels(batch)}

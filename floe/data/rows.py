@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from floe.data.batches import TokenRow
-from floe.errors import DataError
+from floe.errors import DataError, require, require_whole
 
 Item = TypeVar("Item")
 Rows = Sequence[Mapping[str, Any]] | Mapping[int, Mapping[str, Any]]
@@ -183,10 +183,7 @@ def _encode(
     source: str,
 ) -> Encoded:
     """Every row as ``write`` gives it, ``reserved`` tokens left free, or dropped for its reason."""
-    if isinstance(max_length, bool) or not isinstance(max_length, int):
-        raise TypeError(f"max_length must be an int, got {type(max_length).__name__}")
-    if max_length < 2:
-        raise ValueError(f"max_length must be at least 2, got {max_length}")
+    require_whole("max_length", max_length, 2)
     kept: list[TokenRow] = []
     dropped: dict[str, list[int]] = {}
     cut: list[int] = []
@@ -387,8 +384,7 @@ def split(rows: Sequence[Item], fraction: float, seed: int = 41) -> tuple[list[I
     Raises:
         ValueError: if the fraction is not inside (0, 1) or one side would be empty.
     """
-    if not 0 < fraction < 1:
-        raise ValueError(f"fraction must be inside (0, 1), got {fraction}")
+    require(0 < fraction < 1, "fraction must be inside (0, 1)", fraction)
     count = max(1, round(len(rows) * fraction))
     if count >= len(rows):
         raise ValueError(f"rows must be at least 2 to hold {fraction} of them out, got {len(rows)}")
@@ -404,7 +400,6 @@ def sample(rows: Sequence[Item], n: int, seed: int = 41) -> list[Item]:
 
     For one seed a smaller sample is a part of every larger one.
     """
-    if n < 1:
-        raise ValueError(f"n must be at least 1, got {n}")
+    require(n >= 1, "n must be at least 1", n)
     chosen = np.random.default_rng(seed).permutation(len(rows))[:n]
     return [rows[i] for i in sorted(chosen.tolist())]

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from floe.errors import DataError, FileError
+from floe.storage import unique_keys
 
 FIELDS = ("prompt", "completion", "choices", "answer", "task")
 _SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
@@ -131,16 +132,9 @@ def _json(source: str, text: str) -> Iterator[Row]:
 
 def _parse(source: str, text: str, row: int | None, where: str) -> Any:
     try:
-        return json.loads(text, object_pairs_hook=_unique)
+        return json.loads(text, object_pairs_hook=unique_keys)
     except (ValueError, RecursionError) as error:  # ValueError: also a number too long to read
         raise DataError(source, f"{where} must be valid JSON: {error}", row) from error
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> Row:
-    row = dict(pairs)
-    if len(row) != len(pairs):
-        raise ValueError("a key occurs twice")
-    return row
 
 
 def _object(value: Any, source: str, row: int, where: str) -> Row:

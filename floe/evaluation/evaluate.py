@@ -16,7 +16,7 @@ from floe.data.batches import Collator, TokenRow, make_batches, row_order
 from floe.data.loss import batch_losses, evaluating, on_device
 from floe.data.rows import encode_choices, encode_questions, stop_tokens
 from floe.decoder_blocks import base_of
-from floe.errors import DataError
+from floe.errors import DataError, require
 from floe.types import Batch, Flags, Floats, Integers
 
 RESAMPLES = 2000
@@ -195,8 +195,7 @@ def mean_loss(losses: Losses) -> float:
 
 
 def _interval(losses: Losses, sums: Floats, resamples: int, seed: int) -> tuple[float, float]:
-    if resamples < 1:
-        raise ValueError(f"resamples must be at least 1, got {resamples}")
+    require(resamples >= 1, "resamples must be at least 1", resamples)
     rng, count = np.random.default_rng(seed), len(sums)
     means: list[Floats] = []
     at_once = max(1, 4_000_000 // count)
@@ -257,8 +256,7 @@ def evaluate_choices(
         ValueError: for another ``score`` or no rows.
         DataError: for a row without choices, or with one that does not fit in ``max_length``.
     """
-    if score not in ("mean", "sum"):
-        raise ValueError(f"score must be 'mean' or 'sum', got {score!r}")
+    require(score in ("mean", "sum"), "score must be 'mean' or 'sum'", score)
     _check_some(rows)
     encoded = encode_choices(
         rows, tokenizer, template=template, max_length=max_length, source=source

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -11,11 +10,11 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from floe.adapters.fingerprint import model_fingerprint
-from floe.data.batches import TokenRow, fingerprint, rows_of
+from floe.data.batches import TokenRow, fingerprint
+from floe.errors import require
 from floe.importance.chunk_store import Arrays, Workbook, chunks, passes
 from floe.importance.gradients import Capture
-from floe.types import Array, Batch, Floats, Floats32, Progress
+from floe.types import Array, Floats, Floats32, Progress
 
 REDUCTIONS = ("sample", "batch")
 _PER_ROW = ("adapter_samples", "gate_gradient", "head_gradient", "neuron_gradient")
@@ -49,41 +48,14 @@ class Fisher:
         return None if self.module is None else self.module.sum(axis=1)
 
 
-def measure_fisher(
-    model: nn.Module,
-    batches: Iterable[Batch | TokenRow],
-    *,
-    folder: str | os.PathLike[str] | None = None,
-    progress: Progress | None = None,
-    **options: Any,
-) -> Fisher:
+@dataclass(frozen=True)
+class FisherPlan:
     """Fisher information of every head and neuron mask, ``tau = sum_n (d L_n / d m)^2`` (Eq. 9).
 
     L_n is row n's mean NLL over its response tokens, in eval mode. Rows are measured in chunks and
     passes of their own, summed in float64 in row order within a chunk and in chunk order: the same
     bits whatever batches they came in and however many workers share them (on machines and thread
     counts that are alike).
-
-    Args:
-        model: plain or adapted causal language model; neither its parameters nor its flags change.
-        batches: dicts passed to the model, with labels (-100 = no loss), or rows as tokens.
-        folder: where finished chunks are kept, for a later run and for other workers.
-        progress: called as progress(rows done, rows this worker measures, "fisher").
-        options: those of :class:`FisherPlan`.
-
-    Raises:
-        ValueError: an unknown option, no rows, a row without labels, or a value that is not finite.
-    """
-    plan = FisherPlan(model, rows_of(batches), **options)
-    book = Workbook(folder, plan.identity | {"model": model_fingerprint(model)})
-    plan.work(book, progress)
-    book.wait()
-    return plan.result(book)
-
-
-@dataclass(frozen=True)
-class FisherPlan:
-    """What is to be measured.
 
     Attributes:
         reduction: "sample" squares each row's gradient (Eq. 8-9); "batch" squares the gradient of
@@ -105,8 +77,8 @@ class FisherPlan:
     name: str = "fisher"
 
     def __post_init__(self) -> None:
-        if self.reduction not in REDUCTIONS:
-            raise ValueError(f"reduction must be one of {REDUCTIONS}, got {self.reduction!r}")
+        rule = f"reduction must be one of {REDUCTIONS}"
+        require(self.reduction in REDUCTIONS, rule, self.reduction)
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -119,7 +91,11 @@ class FisherPlan:
         return options
 
     def work(self, book: Workbook, progress: Progress | None) -> None:
-        """Measure this worker's missing chunks."""
+        """Measure this worker's missing chunks; progress(rows done, rows it measures, name).
+
+        Raises:
+            ValueError: a row without labels, or a value that is not finite.
+        """
         parts, names = self._chunks(), self._names()
         mine = sum(len(parts[place]) for place, _ in book.missing(names))
         if not mine:

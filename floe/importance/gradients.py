@@ -24,6 +24,7 @@ from floe.adapters.targets import adapted_layers
 from floe.data.batches import Collator, TokenRow
 from floe.data.loss import evaluating, for_loss, losses, token_mask
 from floe.decoder_blocks import base_of, find_blocks, geometry, linear_at
+from floe.errors import require
 from floe.importance.adapter_gradients import AdapterGradients, adapter_gradients
 from floe.types import Batch, Floats, Integers
 
@@ -76,8 +77,7 @@ class Capture:
         adapters: bool = False,
         tokens: str = "response",
     ) -> None:
-        if scope not in SCOPES:
-            raise ValueError(f"scope must be one of {SCOPES}, got {scope!r}")
+        require(scope in SCOPES, f"scope must be one of {SCOPES}", scope)
         if not masks and not adapters:
             raise ValueError("masks or adapters must be True, got False for both")
         self.model, self.scope, self.masks, self.tokens = model, scope, masks, tokens

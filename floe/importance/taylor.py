@@ -17,15 +17,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from floe.data.batches import Collator, TokenRow, fingerprint, rows_of
+from floe.data.batches import Collator, TokenRow, fingerprint
 from floe.data.loss import base_only, evaluating, for_loss
 from floe.decoder_blocks import Block, Geometry, find_blocks, geometry, linear_at
+from floe.errors import require
 from floe.importance.adapter_gradients import wide
 from floe.importance.block_replay import BackwardRecord, record_backward, replay_backward
 from floe.importance.chunk_store import Arrays, Workbook, chunks, passes
 from floe.importance.fisher import added
 from floe.importance.gradients import Capture, tap_output
-from floe.types import Batch, Floats, Progress
+from floe.types import Floats, Progress
 
 KINDS = ("element", "vector")
 AGGREGATES = ("abs_of_mean", "mean_of_abs")
@@ -49,40 +50,15 @@ class Taylor:
     quantised: bool
 
 
-def measure_taylor(
-    model: nn.Module,
-    batches: Iterable[Batch | TokenRow],
-    *,
-    progress: Progress | None = None,
-    **options: Any,
-) -> Taylor:
+@dataclass(frozen=True)
+class TaylorPlan:
     """``T_u = sum over u's weights of |w dL/dw|`` on the base model, L the rows' mean loss.
 
     A neuron's weights are its gate and up rows and its down column; a head's its q rows, its o
     columns and an equal share of its key/value head's k and v rows. Blocks are replayed from last
-    to first, each given the gradient of its output, and |w g| is reduced from the inputs and output
-    gradients of its projections in float32: at most one block's weight gradients exist at a time,
-    none where the rows take less room.
-
-    Args:
-        model: plain, or a PeftModel, whose adapters are then off.
-        batches: dicts passed to the model, or rows as tokens; every block's input is kept for all
-            of them, on the CPU.
-        progress: called as progress(done, in all, "taylor").
-        options: those of :class:`TaylorPlan`.
-
-    Raises:
-        ValueError: an unknown option, no rows, or a value that is not finite.
-    """
-    plan = TaylorPlan(model, rows_of(batches), **options)
-    book = Workbook(None, {})
-    plan.work(book, progress)
-    return plan.result(book)
-
-
-@dataclass(frozen=True)
-class TaylorPlan:
-    """What is to be measured; one piece of work, done by the last worker.
+    to first, each given the gradient of its output: at most one block's weight gradients exist at a
+    time, none where the rows take less room. Every block's input is kept for all rows, on the CPU.
+    A PeftModel's adapters are off. One piece of work, done by the last worker.
 
     Attributes:
         kind: "element" sums |w g| over a unit's weights; "vector" = |sum of w g| over a unit, which
@@ -99,10 +75,9 @@ class TaylorPlan:
     tokens: str = "all"
 
     def __post_init__(self) -> None:
-        known = {"kind": KINDS, "aggregate": AGGREGATES}
-        for name, allowed in known.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
+        require(self.kind in KINDS, f"kind must be one of {KINDS}", self.kind)
+        rule = f"aggregate must be one of {AGGREGATES}"
+        require(self.aggregate in AGGREGATES, rule, self.aggregate)
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -111,7 +86,7 @@ class TaylorPlan:
         return options | {"data": fingerprint(self.rows)}
 
     def work(self, book: Workbook, progress: Progress | None) -> None:
-        """Measure, if this worker is the one to do it."""
+        """Measure, if this worker is the one to do it; ValueError for a cost that is not finite."""
 
         def announce(done: int, total: int) -> None:
             if progress is not None:

@@ -21,7 +21,7 @@ from floe.adapters import FloeConfig, adapted_modules, get_model, remove_adapter
 from floe.adapters.files import load_adapter, save_adapter
 from floe.adapters.fingerprint import model_fingerprint
 from floe.data.batches import TokenRow, fingerprint
-from floe.errors import SearchError
+from floe.errors import SearchError, require_whole
 from floe.evaluation.evaluate import evaluate_rows, mean_loss
 from floe.rank_search.space import SearchSpace, propose, sampler_settings
 from floe.rank_search.storage import mask
@@ -121,10 +121,7 @@ def search(
         SearchError: if another process runs this search, every trial failed, or the storage fails.
         RuntimeError: if training changed the base model.
     """
-    if isinstance(trials, bool) or not isinstance(trials, int):
-        raise TypeError(f"trials must be an int, got {type(trials).__name__}")
-    if trials < 1:
-        raise ValueError(f"trials must be at least 1, got {trials}")
+    require_whole("trials", trials, 1)
     folder = Path(directory)
     work = _Search(
         base_model,

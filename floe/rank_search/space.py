@@ -10,6 +10,7 @@ import optuna
 from optuna.distributions import IntDistribution
 from optuna.trial import FrozenTrial, TrialState
 
+from floe.errors import require, require_whole
 from floe.rank_search.studies import Point, own_study, tried_points
 
 REDRAWS = 8
@@ -26,42 +27,34 @@ class SearchSpace:
     def __post_init__(self) -> None:
         for name in ("rank", "num_experts"):
             values = getattr(self, name)
-            if len(values) != 3 or any(
-                isinstance(v, bool) or not isinstance(v, int) for v in values
-            ):
-                raise TypeError(f"{name} must be three ints (low, high, step), got {values!r}")
+            whole = all(isinstance(v, int) and not isinstance(v, bool) for v in values)
+            rule = f"{name} must be three ints (low, high, step)"
+            require(len(values) == 3 and whole, rule, values, TypeError)
             low, high, step = values
-            if not (1 <= low <= high and step >= 1 and (high - low) % step == 0):
-                raise ValueError(
-                    f"{name} must be (low, high, step) with 1 <= low and high reached, got {values}"
-                )
+            reached = 1 <= low <= high and step >= 1 and (high - low) % step == 0
+            require(
+                reached, f"{name} must be (low, high, step) with 1 <= low and high reached", values
+            )
             object.__setattr__(self, name, tuple(values))
 
     def points(self) -> list[Point]:
         """All (rank, num_experts), sorted."""
-        return [(r, m) for r in _values(self.rank) for m in _values(self.num_experts)]
+        ranks, experts = (
+            range(low, high + 1, step) for low, high, step in (self.rank, self.num_experts)
+        )
+        return [(r, m) for r in ranks for m in experts]
 
     def distributions(self) -> dict[str, IntDistribution]:
         """The space as optuna names it."""
-        return {
-            name: IntDistribution(low, high, step=step)
-            for name, (low, high, step) in (("rank", self.rank), ("num_experts", self.num_experts))
-        }
-
-
-def _values(bounds: tuple[int, int, int]) -> range:
-    low, high, step = bounds
-    return range(low, high + 1, step)
+        bounds = {"rank": self.rank, "num_experts": self.num_experts}
+        return {name: IntDistribution(a, b, step=step) for name, (a, b, step) in bounds.items()}
 
 
 def sampler_settings(sampler: str, startup_trials: int) -> dict[str, Any]:
     """What a sampler's name means, in full: optuna's defaults differ between its versions."""
     if sampler not in SAMPLERS:
         raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}, got {sampler!r}")
-    if isinstance(startup_trials, bool) or not isinstance(startup_trials, int):
-        raise TypeError(f"startup_trials must be an int, got {type(startup_trials).__name__}")
-    if startup_trials < 1:
-        raise ValueError(f"startup_trials must be at least 1, got {startup_trials}")
+    require_whole("startup_trials", startup_trials, 1)
     settings: dict[str, Any] = {"name": sampler, "redraws": REDRAWS}
     if sampler in ("tpe", "paper"):
         settings |= {

@@ -17,6 +17,7 @@ from transformers import TrainerCallback
 
 from floe.adapters.targets import adapted_layers
 from floe.decoder_blocks import base_of, find_blocks
+from floe.errors import require_whole
 from floe.importance.block_replay import hidden_of
 
 RECORD = "floe_layer_schedule"
@@ -61,9 +62,9 @@ class LayerSchedule(TrainerCallback, abc.ABC):  # type: ignore[misc]
         self.layers = tuple(self.parameters)
         if not self.layers:
             raise ValueError("model must carry floe adapters, got none")
-        _check("count", count, 1, len(self.layers))
-        _check("interval", interval, 1)
-        _check("seed", seed, 0)
+        require_whole("count", count, 1, len(self.layers))
+        require_whole("interval", interval, 1)
+        require_whole("seed", seed, 0)
         self.model, self.count, self.interval, self.seed = model, count, interval, seed
         self.active: tuple[int, ...] = ()
         self.trained: set[int] = set()
@@ -255,11 +256,3 @@ class Alast(LayerSchedule):
 
 
 SCHEDULES: dict[str, type[LayerSchedule]] = {"lisa": Lisa, "alast": Alast}
-
-
-def _check(name: str, value: Any, least: int, most: int | None = None) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
-    if value < least or (most is not None and value > most):
-        limit = f">= {least}" if most is None else f"in [{least}, {most}]"
-        raise ValueError(f"{name} must be {limit}, got {value}")

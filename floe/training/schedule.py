@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from floe.errors import require, require_whole
+
 _SCHEDULES = ("cosine", "linear", "constant_with_warmup", "constant")
 
 
@@ -41,27 +43,21 @@ class TrainSettings:
     eval_batch_size: int = 16
 
     def __post_init__(self) -> None:
-        for name, low in _COUNTS.items():
+        for name, least in _COUNTS.items():
             value = getattr(self, name)
-            if name in ("max_steps", "save_steps") and value is None:
-                continue
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"{name} must be an int, got {type(value).__name__}")
-            if value < low:
-                raise ValueError(f"{name} must be at least {low}, got {value}")
+            if value is not None or name not in ("max_steps", "save_steps"):
+                require_whole(name, value, least)
         for name in ("learning_rate", "epochs"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be a number > 0, got {getattr(self, name)}")
+            value = getattr(self, name)
+            require(0 < value < math.inf, f"{name} must be a number > 0", value)
         for name in ("weight_decay", "max_grad_norm"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be a number >= 0, got {getattr(self, name)}")
-        if not 0 <= self.warmup_ratio < 1:
-            raise ValueError(f"warmup_ratio must be in [0, 1), got {self.warmup_ratio}")
-        if self.schedule not in _SCHEDULES:
-            known = ", ".join(_SCHEDULES)
-            raise ValueError(f"schedule must be one of {known}, got {self.schedule!r}")
-        if not all(0 <= point <= 1 for point in self.validation_points):
-            raise ValueError(f"validation_points must be in [0, 1], got {self.validation_points}")
+            value = getattr(self, name)
+            require(0 <= value < math.inf, f"{name} must be a number >= 0", value)
+        require(0 <= self.warmup_ratio < 1, "warmup_ratio must be in [0, 1)", self.warmup_ratio)
+        rule = f"schedule must be one of {', '.join(_SCHEDULES)}"
+        require(self.schedule in _SCHEDULES, rule, self.schedule)
+        points = self.validation_points
+        require(all(0 <= p <= 1 for p in points), "validation_points must be in [0, 1]", points)
 
     def identity(self) -> dict[str, Any]:
         """What decides the trained adapter, as JSON values.
@@ -76,11 +72,13 @@ class TrainSettings:
 
 
 _MOST_ROWS = 200_000_000  # their order is a list
-_DECISIVE = ("learning_rate", "warmup_ratio", "schedule", "weight_decay", "max_grad_norm",
-             "group_by_length", "seed")  # fmt: skip
+_DECISIVE = (
+    *("learning_rate", "warmup_ratio", "schedule", "weight_decay", "max_grad_norm"),
+    *("group_by_length", "seed"),
+)
 # One checkpoint is left to go on from if the newest is damaged.
-_COUNTS = {"batch_size": 1, "grad_accum": 1, "max_steps": 1, "save_steps": 1, "save_total_limit": 2,
-           "eval_batch_size": 1, "seed": 0}  # fmt: skip
+_COUNTS = {"batch_size": 1, "grad_accum": 1, "max_steps": 1, "save_steps": 1}
+_COUNTS |= {"save_total_limit": 2, "eval_batch_size": 1, "seed": 0}
 
 
 def training_order(
@@ -104,12 +102,10 @@ def training_order(
             "lower epochs or max_steps"
         )
     order: list[int] = []
-    epoch = 0
-    while count and len(order) < total:
+    for epoch in range(math.ceil(total / count) if count else 0):
         rng = np.random.default_rng([settings.seed, epoch])
         drawn = rng.permutation(count).tolist()
         order += _grouped(drawn, lengths, block, rng) if settings.group_by_length else drawn
-        epoch += 1
     return order[:total]
 
 

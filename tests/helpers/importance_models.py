@@ -4,6 +4,10 @@ import torch
 import transformers as hf
 
 from floe.adapters import FloeConfig, adapted_modules, get_model
+from floe.data.batches import rows_of
+from floe.importance.chunk_store import Workbook
+from floe.importance.fisher import FisherPlan
+from floe.importance.taylor import TaylorPlan
 
 SIZES = {
     "vocab_size": 61,
@@ -132,3 +136,20 @@ def mean_nll(model, row):
     targets = row["labels"][0, 1:]
     wanted = targets != -100
     return -logp[wanted].gather(1, targets[wanted][:, None]).mean()
+
+
+def measure(plan, progress=None):
+    """The plan's result, by one worker and in memory."""
+    book = Workbook(None, {})
+    plan.work(book, progress)
+    return plan.result(book)
+
+
+def measure_fisher(model, given, progress=None, **options):
+    """Fisher information of the rows of these batches; options are FisherPlan's."""
+    return measure(FisherPlan(model, rows_of(given), **options), progress)
+
+
+def measure_taylor(model, given, progress=None, **options):
+    """Taylor cost of the rows of these batches; options are TaylorPlan's."""
+    return measure(TaylorPlan(model, rows_of(given), **options), progress)

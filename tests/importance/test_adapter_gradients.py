@@ -2,12 +2,11 @@ import copy
 
 import pytest
 import torch
-from helpers.importance_models import TARGETS, adapted, batches, mean_nll
+from helpers.importance_models import TARGETS, adapted, batches, mean_nll, measure_fisher
 
 from floe.adapters import MoELoRALinear, adapted_layers
 from floe.importance import adapter_gradients as module_under_test
 from floe.importance.adapter_gradients import adapter_gradients, adapter_output
-from floe.importance.fisher import measure_fisher
 from floe.importance.gradients import Capture
 
 

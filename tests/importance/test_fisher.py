@@ -1,8 +1,15 @@
 import numpy as np
 import pytest
-from helpers.importance_models import adapted, assert_untouched, batches, plain, snapshot
+from helpers.importance_models import (
+    adapted,
+    assert_untouched,
+    batches,
+    measure_fisher,
+    plain,
+    snapshot,
+)
 
-from floe.importance.fisher import added, measure_fisher, terms
+from floe.importance.fisher import added, terms
 from floe.importance.gradients import Capture
 
 

@@ -6,6 +6,7 @@ from helpers.importance_models import (
     assert_untouched,
     batches,
     mean_nll,
+    measure_fisher,
     plain,
     snapshot,
 )
@@ -14,7 +15,6 @@ from floe import ops
 from floe.adapters import separate_base
 from floe.data.loss import all_token_labels
 from floe.decoder_blocks import base_of, find_blocks, geometry, linear_at
-from floe.importance.fisher import measure_fisher
 from floe.importance.gradients import Capture
 
 O = torch.tensor([[[1, 2, 0, 1], [3, 0, 1, 1]], [[1, 1, 2, 0], [9, 9, 9, 9]]]).float()  # noqa: E741

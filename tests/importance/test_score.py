@@ -3,15 +3,22 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from helpers.importance_models import Codes, adapted, assert_untouched, batches, plain, snapshot
+from helpers.importance_models import (
+    Codes,
+    adapted,
+    assert_untouched,
+    batches,
+    measure_fisher,
+    measure_taylor,
+    plain,
+    snapshot,
+)
 
 import floe
 from floe.adapters import adapted_modules
 from floe.data.batches import fingerprint, rows_of
 from floe.decoder_blocks import find_blocks
-from floe.importance.fisher import measure_fisher
 from floe.importance.score import fresh_adapters, score
-from floe.importance.taylor import measure_taylor
 
 
 def fingerprint_of(given):

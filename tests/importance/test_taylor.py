@@ -8,6 +8,7 @@ from helpers.importance_models import (
     assert_untouched,
     batches,
     mean_nll,
+    measure_taylor,
     plain,
     snapshot,
 )
@@ -15,7 +16,7 @@ from helpers.importance_models import (
 from floe.data.loss import all_token_labels, base_only
 from floe.decoder_blocks import Geometry, find_blocks, geometry, linear_at
 from floe.importance.gradients import Capture
-from floe.importance.taylor import measure_taylor, unit_costs
+from floe.importance.taylor import unit_costs
 
 ONE_HEAD = Geometry(layers=1, heads=4, kv_heads=2, head_dim=1, neurons=2, hidden=2)
 

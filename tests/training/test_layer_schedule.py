@@ -247,8 +247,8 @@ def test_what_is_refused():
     for arguments, error, rule in (
         ((0, 1), ValueError, r"count must be in \[1, 2\], got 0"),
         ((3, 1), ValueError, r"count must be in \[1, 2\], got 3"),
-        ((1, 0), ValueError, "interval must be >= 1, got 0"),
-        ((1, 1, -1), ValueError, "seed must be >= 0, got -1"),
+        ((1, 0), ValueError, "interval must be at least 1, got 0"),
+        ((1, 1, -1), ValueError, "seed must be at least 0, got -1"),
         ((1.0, 1), TypeError, "count must be an int, got float"),
         ((1, True), TypeError, "interval must be an int, got bool"),
     ):
