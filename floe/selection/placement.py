@@ -47,13 +47,13 @@ class Placement:
     @property
     def patterns(self) -> dict[str, Any]:
         """The arguments of FloeConfig that say so."""
-        found: dict[str, Any] = {"layers": list(self.layers)}
+        said: dict[str, Any] = {"layers": list(self.layers)}
         if self.modules:
-            found["layer_modules"] = {str(k): list(names) for k, names in self.modules.items()}
+            said["layer_modules"] = {str(k): list(names) for k, names in self.modules.items()}
         if self.sizes:
-            found["rank_pattern"] = {str(k): rank for k, (rank, _) in self.sizes.items()}
-            found["expert_pattern"] = {str(k): experts for k, (_, experts) in self.sizes.items()}
-        return found
+            said["rank_pattern"] = {str(k): rank for k, (rank, _) in self.sizes.items()}
+            said["expert_pattern"] = {str(k): experts for k, (_, experts) in self.sizes.items()}
+        return said
 
     @classmethod
     def of_modules(
@@ -120,8 +120,8 @@ class Placement:
         """
         divisor = max(1, int(np.gcd.reduce(np.asarray(costs), axis=None)))
         scale = max(1, budget // (divisor * 10_000))
-        found = allocate(layer_scores, options, costs, budget, gain, scale=scale)
-        sizes = {layer: options[j] for layer, j in enumerate(found.index) if all(options[j])}
+        index = allocate(layer_scores, options, costs, budget, gain, scale=scale).index
+        sizes = {layer: options[j] for layer, j in enumerate(index) if all(options[j])}
         if not sizes:
             raise ValueError(
                 f"budget must pay for the adapter of a layer of score > 0, got {budget}"
@@ -138,20 +138,19 @@ def module_scores(scores: Scores, policy: str) -> Floats:
     known = {name: p.modules for name, p in POLICIES.items() if p.modules is not None}
     if policy not in known:
         raise ValueError(f"policy must be one of {tuple(known)} for projections, got {policy!r}")
-    found = known[policy](scores)
-    if found is None:
+    values = known[policy](scores)
+    if values is None:
         raise ValueError(
             f"policy {policy!r} needs scores of single projections, got none: score the model again"
         )
-    return np.asarray(found, dtype=np.float64)
+    return np.asarray(values, dtype=np.float64)
 
 
 def _integers(name: str, array: ArrayLike) -> Integers:
-    found = np.asarray(array)
-    if found.dtype.kind not in "iu":
-        raise TypeError(f"{name} must be integers, got dtype {found.dtype}")
-    if found.size and not 0 <= int(found.min()) <= int(found.max()) < 2**39:
-        raise ValueError(
-            f"{name} must be in [0, 2**39), got {int(found.min())} to {int(found.max())}"
-        )
-    return found.astype(np.int64)
+    sizes = np.asarray(array)
+    if sizes.dtype.kind not in "iu":
+        raise TypeError(f"{name} must be integers, got dtype {sizes.dtype}")
+    least, most = (int(sizes.min()), int(sizes.max())) if sizes.size else (0, 0)
+    if not 0 <= least <= most < 2**39:
+        raise ValueError(f"{name} must be in [0, 2**39), got {least} to {most}")
+    return sizes.astype(np.int64)

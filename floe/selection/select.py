@@ -216,8 +216,8 @@ class _Parts:
 
     def selection(self, tuning: TuningResult | None = None, untuned: str = "") -> Selection:
         """The selection from tuned masks, or from binary ones and why they were not tuned."""
-        options, found = self.options, self.binary if tuning is None else tuning
-        masks = Masks(found.head_mask.astype(np.float64), found.neuron_mask.astype(np.float64))
+        options, kept = self.options, self.binary if tuning is None else tuning
+        masks = Masks(kept.head_mask.astype(np.float64), kept.neuron_mask.astype(np.float64))
         paper = self._paper(masks)
         layer_scores, chosen = self._apply(paper.layer_scores)
         return Selection(

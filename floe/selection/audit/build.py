@@ -68,7 +68,7 @@ def audit(
         layers: K, a count or a fraction, as in select.
         policy: the one that decided, or "masks/<preset>".
         statistics: of the layers, for the policies that need them.
-        router, trained_router: what floe.evaluation.routers.router_statistics found on
+        router, trained_router: what floe.evaluation.routers.router_statistics says of
             the adapter that was scored, and on the one that was trained afterwards.
         losses: number of layers -> per-row losses of an arm with so many, on the same rows.
         budget, score: of the masks; see select. seed: of every draw.
@@ -146,11 +146,11 @@ def mask_loss(scores: Scores, budget: float) -> MaskLoss | None:
 def _cliff(losses: Mapping[int, ArrayLike] | None) -> Cliff | None:
     if losses is None or len(losses) < 2:
         return None
-    found = choose_count(losses)
+    sweep = choose_count(losses)
     return Cliff(
-        counts=found.counts,
-        above_full=tuple(found.above_full.tolist()),
-        error=tuple(found.above_full_error.tolist()),
-        worse=found.worse,
-        begins=found.cliff,
+        counts=sweep.counts,
+        above_full=tuple(sweep.above_full.tolist()),
+        error=tuple(sweep.above_full_error.tolist()),
+        worse=sweep.worse,
+        begins=sweep.cliff,
     )

@@ -100,8 +100,8 @@ def score_layers(name: str, scores: Scores, options: Options) -> Floats:
         )
     if options.score == "path":
         return path_score(scores, preset)
-    found = determine(scores, preset, options.budget)
-    return layer_score(found.head_mask, found.neuron_mask, how=options.score)
+    masks = determine(scores, preset, options.budget)
+    return layer_score(masks.head_mask, masks.neuron_mask, how=options.score)
 
 
 def result_of(name: str, layer_scores: Floats, count: int) -> PolicyResult:
@@ -191,13 +191,10 @@ class Rows:
         }
         if not arrays:
             return cls(scores, {})
-        keys = []
-        for n in range(len(next(iter(arrays.values())))):
-            digest = hashlib.sha256()
-            for array in arrays.values():
-                digest.update(np.ascontiguousarray(array[n]).tobytes())
-            keys.append(digest.digest())
-        order = sorted(range(len(keys)), key=keys.__getitem__)
+        size = len(next(iter(arrays.values())))
+        rows = (b"".join(array[n].tobytes() for array in arrays.values()) for n in range(size))
+        keys = [hashlib.sha256(row).digest() for row in rows]
+        order = sorted(range(size), key=keys.__getitem__)
         ordered = {name: array[order] for name, array in arrays.items()}
         return cls(replace(scores, **ordered), ordered)
 
@@ -312,16 +309,16 @@ def budget_presets(
     results: Sequence[PolicyResult], scores: Scores, options: Options, tick: Tick
 ) -> tuple[Budgets, ...]:
     """Every preset among ``results`` over BUDGET_PATH; none with score "path", which averages."""
-    found: list[Budgets] = []
-    for full in results if options.score != "path" else ():
-        if not full.name.startswith("masks/"):
-            continue
+    if options.score == "path":
+        return ()
+    compared = []
+    for full in (result for result in results if result.name.startswith("masks/")):
         others = []
         for budget in BUDGET_PATH:
             layer_scores = score_layers(full.name, scores, replace(options, budget=budget))
             others.append(result_of(full.name, layer_scores, options.count))
             tick("budgets")
-        found.append(
+        compared.append(
             Budgets(
                 name=full.name,
                 budgets=BUDGET_PATH,
@@ -330,7 +327,7 @@ def budget_presets(
                 layers=tuple(other.layers for other in others),
             )
         )
-    return tuple(found)
+    return tuple(compared)
 
 
 def likeness(pairs: Sequence[tuple[PolicyResult, PolicyResult]]) -> Likeness:

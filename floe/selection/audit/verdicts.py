@@ -34,13 +34,13 @@ def judge(audit: Audit) -> Verdicts:
 
 def _rows(audit: Audit) -> Iterable[Verdict]:
     """Whether the run's own choice would come out again on other rows."""
-    drawn = next((one for one in audit.bootstrap if one.name == audit.policy), None)
-    parts = next((one for one in audit.subsets if one.name == audit.policy), None)
+    drawn = next((b for b in audit.bootstrap if b.name == audit.policy), None)
+    parts = next((s for s in audit.subsets if s.name == audit.policy), None)
     if drawn is None or parts is None:
         why = audit.not_resampled.get(audit.policy, "per-sample arrays, which it has not")
         yield "open", f"Whether {audit.policy} would choose alike on other rows: it lacks {why}."
         return
-    layers = next(one.layers for one in audit.policies if one.name == audit.policy)
+    layers = next(p.layers for p in audit.policies if p.name == audit.policy)
     shared = parts.halves.overlap.mean or 0.0
     sure = [k for k in layers if drawn.probability[k] >= SOLID_DRAWS]
     halves = (
@@ -97,9 +97,9 @@ def _readings(audit: Audit) -> Iterable[Verdict]:
 def _budgets(audit: Audit) -> Iterable[Verdict]:
     """Presets whose choice the budget decides."""
     loose = [
-        f"{one.name} {min(one.overlap)}"
-        for one in audit.budgets
-        if min(one.overlap) < SOLID_HALVES * audit.count
+        f"{preset.name} {min(preset.overlap)}"
+        for preset in audit.budgets
+        if min(preset.overlap) < SOLID_HALVES * audit.count
     ]
     if loose:
         budgets = audit.budgets[0].budgets
@@ -111,10 +111,10 @@ def _budgets(audit: Audit) -> Iterable[Verdict]:
 
 
 def _ties(audit: Audit) -> Iterable[Verdict]:
-    constant = [one.name for one in audit.policies if one.constant]
+    constant = [p.name for p in audit.policies if p.constant]
     if constant:
         yield "open", f"All layers tie, so that index alone orders them: {_list(constant)}."
-    split = [f"{one.name} ({one.tied})" for one in audit.policies if one.tied and not one.constant]
+    split = [f"{p.name} ({p.tied})" for p in audit.policies if p.tied and not p.constant]
     if split:
         yield "open", f"Layers tie where the choice ends, and index decides: {_list(split)}."
 
@@ -154,8 +154,8 @@ def _routers(audit: Audit) -> Iterable[Verdict]:
     for routers, adapter in ((audit.routers, "scored"), (audit.trained_routers, "trained")):
         if not routers:
             continue
-        collapsed = sum(one.collapsed for one in routers)
-        flat = sum(one.unspecialised for one in routers)
+        collapsed = sum(router.collapsed for router in routers)
+        flat = sum(router.unspecialised for router in routers)
         yield (
             "open" if collapsed or flat else "solid",
             f"Of the {len(routers)} routers of the {adapter} adapter, {collapsed} are collapsed "
@@ -164,25 +164,25 @@ def _routers(audit: Audit) -> Iterable[Verdict]:
 
 
 def _cliff(audit: Audit) -> Iterable[Verdict]:
-    found = audit.cliff
-    if found is None:
+    cliff = audit.cliff
+    if cliff is None:
         yield (
             "open",
             "Where fewer layers begin to cost: one number of layers cannot show it, several of one "
             "policy must be trained and evaluated.",
         )
-    elif found.begins is None:
-        fewer = _list(found.counts[:-1])
+    elif cliff.begins is None:
+        fewer = _list(cliff.counts[:-1])
         yield (
             "note",
-            f"No cliff seen down to {found.counts[0]} layers: {fewer} are within two standard "
-            f"errors over rows of {found.counts[-1]}; the noise of training is not in that.",
+            f"No cliff seen down to {cliff.counts[0]} layers: {fewer} are within two standard "
+            f"errors over rows of {cliff.counts[-1]}; the noise of training is not in that.",
         )
     else:
         yield (
             "open",
-            f"With {found.begins} layers or fewer the loss is more than two standard errors over "
-            f"rows above that with {found.counts[-1]}.",
+            f"With {cliff.begins} layers or fewer the loss is more than two standard errors over "
+            f"rows above that with {cliff.counts[-1]}.",
         )
 
 

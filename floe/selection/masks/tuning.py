@@ -144,10 +144,7 @@ def leading_rows(batches: Iterable[Batch], max_tokens: int) -> list[Batch]:
         rows = int((counts <= max_tokens).sum()) or int(not taken)
         size = len(counts)
         if rows:
-            taken.append({
-                k: v[:rows] if k in _BY_ROW else v
-                for k, v in batch.items()
-            })  # fmt: skip
+            taken.append({k: v[:rows] if k in _BY_ROW else v for k, v in batch.items()})
             total = int(counts[rows - 1])
         if rows < size:
             break
