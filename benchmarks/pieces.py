@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
-from floe_triton import issue, launch
+from floe_triton import launch
 
-from benchmarks import harness
+from benchmarks import harness, issue
 from benchmarks.impls import Problem, floe
 
 
@@ -16,14 +17,14 @@ def measure(problem: Problem, backend: str, rounds: int) -> list[dict[str, Any]]
 
     One forward and backward of the adapted layer leaves the launches; each is then repeated alone
     on the tensors it had, the L2 cache emptied before. A tensor counts as moved once. The share is
-    None on GPUs whose bandwidth :mod:`floe_triton.issue` does not know.
+    None on GPUs whose bandwidth :mod:`benchmarks.issue` does not know.
     """
     built = floe(problem, backend)
     x = problem.x.detach().clone().requires_grad_()
     with launch.watching() as launches:
         torch.autograd.grad(built.forward(x), (x, *built.parameters), problem.grad)
     candidates = [
-        harness.Candidate(f"{place} {one.kernel.__name__}", lambda one=one: launch.again(one), list)  # type: ignore[misc]
+        harness.Candidate(f"{place} {one.kernel.__name__}", partial(launch.relaunch, one), list)
         for place, one in enumerate(launches)
     ]
     seconds = harness.measure(candidates, rounds=rounds, device=x.device)

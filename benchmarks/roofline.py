@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from floe_triton import aot, gpu, issue
+from floe_triton import aot, gpu
 from floe_triton.group import Group, Needs
 from torch import Tensor
 
-from benchmarks import harness
+from benchmarks import harness, issue
 from benchmarks.steps import Step, recording, size, storage, tensors
 from floe.storage import write_json
 
@@ -158,14 +158,15 @@ def passes(layer: Layer, setting: Setting, device: Device) -> dict[str, Pass]:
         temperature=1.0,
         dropout_p=setting.dropout,
         seed=seed if setting.dropout else None,
+        backend=setting.backend,
     )
     given = [x, seed, *group.weights, *group.shrink_weights, *group.expand_weights]
     with recording(device.capability) as forward:
-        ys, routed = gpu.forward(x, group, setting.backend)
+        ys, routed = gpu.forward(x, group)
     grad_ys = [torch.empty_like(y) for y in ys]
     needs = Needs(x=True, shrink=True, expand=True, router_bias=False)
     with recording(device.capability) as backward:
-        gradients = gpu.backward(grad_ys, x, group, routed, needs, setting.backend)
+        gradients = gpu.backward(grad_ys, x, group, routed, needs)
     with recording(device.capability) as frozen_forward:
         frozen_ys = [torch.mm(x, weight.T) for weight in group.weights]
     with recording(device.capability) as frozen_backward:

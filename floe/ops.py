@@ -3,6 +3,9 @@
 The only module that touches ``torch.ops.floe`` and ``floe_triton``. Shapes: S samples, T tokens,
 D columns of one site (the input of a projection), D // group_size units: heads (group_size =
 head_dim) or neurons (group_size = 1).
+
+These functions explain every mistake; the C++ behind them checks in a word what its memory accesses
+rely on, because ``torch.ops.floe`` can be called past them. Fake kernels check as the functions do.
 """
 
 from __future__ import annotations
@@ -29,10 +32,9 @@ from floe_triton.checks import (
     refuse_tangents,
     transformed,
 )
-from floe_triton.devices import obstacle as kernel_obstacle
-from floe_triton.dropout import check_dropout
+from floe_triton.dispatch import count_gradients, count_products
 from floe_triton.group import Group, Needs, Routed
-from floe_triton.registration import count_gradients, count_products
+from floe_triton.launch import obstacle as kernel_obstacle
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
@@ -249,12 +251,6 @@ def _fake_accumulate_fisher(
         raise TypeError(f"sample_scale must be float64, got {sample_scale.dtype}")
 
 
-@torch.library.register_fake("floe::dropout")
-def _fake_dropout(x: Tensor, p: float, seed: Tensor) -> Tensor:
-    check_dropout(x, p, seed)
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
-
-
 _library = torch.library.Library("floe", "FRAGMENT")
 
 
@@ -266,7 +262,7 @@ def _refuse_derivatives(name: str) -> None:
     op = getattr(torch.ops.floe, name).default
 
     def call(keys: torch._C.DispatchKeySet, *arguments: Any) -> Any:
-        tensors = [one for one in arguments if isinstance(one, Tensor)]
+        tensors = [value for value in arguments if isinstance(value, Tensor)]
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
             raise RuntimeError(f"floe::{name} has no derivative: detach its arguments")
         refuse_tangents(name, *tensors)
@@ -280,7 +276,7 @@ def _refuse_derivatives(name: str) -> None:
     _library.impl(name, call, "Autograd", with_keyset=True)
 
 
-for _name in ("mask_gradients", "accumulate_fisher_", "dropout"):
+for _name in ("mask_gradients", "accumulate_fisher_"):
     _refuse_derivatives(_name)
 
 
@@ -325,8 +321,8 @@ def _fake_experts_backward(
     rows = sum(shrink.shape[0] for shrink in shrink_weights)
     return (
         x.new_empty(x.shape if needs_x else (0,)),
-        [one.new_empty(one.shape) for one in shrink_weights if needs_shrink],
-        [one.new_empty(one.shape) for one in expand_weights if needs_expand],
+        [weight.new_empty(weight.shape) for weight in shrink_weights if needs_shrink],
+        [weight.new_empty(weight.shape) for weight in expand_weights if needs_expand],
         x.new_empty((x.shape[0], rows), dtype=_wide(x.dtype)),
     )
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from floe_triton import reference
-from floe_triton.devices import runs_triton
+from floe_triton.launch import runs_triton
 from torch import Tensor
 
 from floe import ops

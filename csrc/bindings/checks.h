@@ -1,5 +1,6 @@
-// Guards shared by the CPU and CUDA operators. floe/ops.py explains a mistake to its user; these
-// stop a direct call of torch.ops.floe.* from touching memory that is not there.
+// Guards shared by the CPU and CUDA operators. Python (floe/ops.py, floe_triton/checks.py) explains
+// a mistake to its user, in full; torch.ops.floe.* can be called past it, so C++ checks in a word
+// what its own arithmetic and memory accesses rely on, and nothing else.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>

@@ -108,7 +108,7 @@ struct GroupArguments {
   // N of all linears.
   std::int64_t all_features() const {
     std::int64_t sum = 0;
-    for (const Tensor& one : expand) sum += one.size(0);
+    for (const Tensor& weight : expand) sum += weight.size(0);
     return sum;
   }
   ScalarType type() const { return x.scalar_type(); }
@@ -120,9 +120,9 @@ struct GroupArguments {
   }
   template <typename T>
   std::vector<moe_lora::Parameter<T>> shrink_parameters() const {
-    std::vector<moe_lora::Parameter<T>> found;
-    for (const Tensor& one : shrink) found.push_back(parameter<T>(one));
-    return found;
+    std::vector<moe_lora::Parameter<T>> parameters;
+    for (const Tensor& weight : shrink) parameters.push_back(parameter<T>(weight));
+    return parameters;
   }
 };
 

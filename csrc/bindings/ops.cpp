@@ -1,6 +1,6 @@
 // The operators of torch.ops.floe that are written in C++: every schema, and the CPU kernels
 // of the Fisher sums (ops_moe_lora*.cpp have the linear's).
-// floe_triton defines the routed linear in the same namespace, hence a fragment.
+// floe_triton defines the routed linear and the dropout in the same namespace, hence a fragment.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -70,7 +70,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(floe, m) {
   m.def(
       "accumulate_fisher_(Tensor(a!) fisher, Tensor activation, Tensor gradient, int group_size, "
       "Tensor? token_mask, Tensor? sample_scale) -> ()");
-  m.def("dropout(Tensor x, float p, Tensor seed) -> Tensor");
   m.def(
       "moe_lora_experts(Tensor x, Tensor[] shrink_weights, Tensor[] expand_weights, "
       "Tensor?[] router_biases, Tensor?[] biases, Tensor[] base_outputs, float scaling, "

@@ -1,4 +1,5 @@
-// Dropout and the forward products of the MoE-LoRA linear on the CPU; ops.cpp has the schemas.
+// Dropout and the forward products of the MoE-LoRA linear on the CPU. ops.cpp has the schemas but
+// that of keyed_dropout, which floe_triton defines: this is its kernel for the CPU.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -200,7 +201,7 @@ std::tuple<std::vector<Tensor>, Tensor, Tensor, Tensor> experts_cpu(
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(floe, CPU, m) {
-  m.impl("dropout", TORCH_BOX(&dropout_cpu));
+  m.impl("keyed_dropout", TORCH_BOX(&dropout_cpu));
   m.impl("moe_lora_experts", TORCH_BOX(&experts_cpu));
 }
 

@@ -132,7 +132,7 @@ void run_grad_x(const GroupArguments& in, bool needs_x, const Gradients& out) {
   using A = Accumulator<T>;
   const auto parameters = in.shrink_parameters<T>();
   std::vector<void*> grad_shrink;
-  for (const Tensor& one : out.shrink) grad_shrink.push_back(one.mutable_data_ptr());
+  for (const Tensor& grad : out.shrink) grad_shrink.push_back(grad.mutable_data_ptr());
   moe_lora::GradX<T> call{data<A>(out.products),
                           data<T>(in.x),
                           parameters.data(),

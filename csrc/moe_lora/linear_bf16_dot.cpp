@@ -181,10 +181,10 @@ void run(const GradX<BFloat16>& call, Step step, std::int64_t first, std::int64_
 namespace floe::moe_lora::bf16_dot {
 
 bool available() {
-  static const bool found =
+  static const bool supported =
       __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  return found;
+  return supported;
 }
 
 }  // namespace floe::moe_lora::bf16_dot

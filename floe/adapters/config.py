@@ -56,7 +56,7 @@ class FloeConfig(peft.PeftConfig):
             products run in the dtype of the activations either way.
         share_input: whether adapted projections of one input (q/k/v, gate/up) run as one op, which
             reads it once and draws one dropout mask for all of them.
-        backend: which implementation runs: "auto", or a name of :mod:`floe_triton.paths`
+        backend: which implementation runs: "auto", or a name of :mod:`floe_triton.dispatch`
             ("eager" is plain torch, everywhere).
         modules_to_save: names of further modules that are trained whole and saved with the adapter
             (a classifier's head is, without being named), as PEFT does it.

@@ -13,13 +13,13 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from floe import ops
-from floe.adapters.shared_input import SharedInput
+from floe.adapters.shared_input import Part, SharedInput
 
 _CPU = torch.device("cpu")
 
 
 class AdapterWeight(nn.Module):
-    """One tensor of one adapter, as a module of its own: what wraps modules can wrap it."""
+    """One tensor of one adapter, as a module: what wraps modules can wrap it."""
 
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ class MoELoRALinear(nn.Module, BaseTunerLayer):
     adapter_layer_names = ("floe_shrink", "floe_expand")
     other_param_names = ("r", "num_experts", "scaling", "dropout", "backend", "share_input")
 
-    # Types alone: nn.Module would claim a Tensor or a Module under each of these names.
+    # Annotations only; assigning would register them.
     base_layer: nn.Linear
     in_features: int
     out_features: int
@@ -105,18 +105,24 @@ class MoELoRALinear(nn.Module, BaseTunerLayer):
     ) -> Tensor:
         """Base output plus every active adapter's; [..., K] -> [..., N].
 
-        With ``adapter_names``, one a row of x, each row gets the adapter of its name alone, or none
-        ("__base__"), as in PEFT's mixed batches.
+        ``adapter_names`` name an adapter for each row of x, or none ("__base__"), as in PEFT's
+        mixed batches: a row gets that one alone.
         """
         if adapter_names is not None:
             return self._mixed(self.base_layer(x, *args, **kwargs), x, adapter_names)
-        active = self.active_names()
-        fused = self._fused(x, active[0]) if active else None
-        y: Tensor = self.base_layer(x, *args, **kwargs) if fused is None else fused
-        if fused is not None:
-            active = active[1:]
-        for name in active:
-            y = self._added(y, x, name)
+        names = self.active_names()
+        y: Tensor | None = None
+        if names and self.shared is not None:  # one op for all linears of this input
+            y = self.shared.output(self, x, names[0])
+        if names and y is None and (base := self.readable_base()) is not None:
+            settings = self.call_settings(x, names[0])
+            y = ops.moe_lora(x, *base, *self.adapter(names[0]), **settings)
+        if y is None:
+            y = self.base_layer(x, *args, **kwargs)
+        else:  # the base and the first adapter are in it
+            names = names[1:]
+        for name in names:
+            y = ops.moe_lora_add(y, x, *self.adapter(name), **self.call_settings(x, name))
         return y
 
     def active_names(self) -> list[str]:
@@ -128,7 +134,7 @@ class MoELoRALinear(nn.Module, BaseTunerLayer):
     def readable_base(self) -> tuple[Tensor, Tensor | None] | None:
         """Weight and bias, where the op may read them itself: of a plain, frozen, unhooked linear.
 
-        Every forward asks: what is read here is in dictionaries, past a module's slow look-ups.
+        Hot path: reads ``__dict__`` directly, because ``nn.Module.__getattr__`` is slow.
         """
         base = self._modules["base_layer"]
         if self.calls_base or not _is_plain(base, nn.Linear):
@@ -153,25 +159,45 @@ class MoELoRALinear(nn.Module, BaseTunerLayer):
 
     def adapter(self, name: str) -> tuple[Tensor, Tensor]:
         """The values of ``floe_shrink`` and ``floe_expand`` of an adapter."""
-        modules: dict[str, Any] = self._modules
-        return _value(modules["floe_shrink"], name), _value(modules["floe_expand"], name)
+        shrink, expand = self._leaves(name)
+        return _value(shrink), _value(expand)
 
     def weights(self, name: str) -> tuple[nn.Parameter, nn.Parameter]:
         """The parameters ``floe_shrink`` and ``floe_expand`` of an adapter."""
         leaves: Any = (self.floe_shrink[name], self.floe_expand[name])
         return leaves[0].weight, leaves[1].weight
 
-    def readable_adapter(self, name: str) -> tuple[Tensor, Tensor] | None:
-        """:meth:`adapter`, where its parameters themselves may be read: nothing wraps them."""
-        modules: dict[str, Any] = self._modules
-        first = modules["floe_shrink"]._modules[name]
-        second = modules["floe_expand"]._modules[name]
-        if not (_is_plain(first, AdapterWeight) and _is_plain(second, AdapterWeight)):
+    def _leaves(self, name: str) -> tuple[Any, Any]:
+        modules: Any = self._modules  # hot path, as readable_base
+        return modules["floe_shrink"]._modules[name], modules["floe_expand"]._modules[name]
+
+    def tensors(self, name: str) -> tuple[Tensor, Tensor | None, Tensor, Tensor] | None:
+        """Weight, bias, shrink and expand where all may be read themselves: nothing wraps them.
+
+        What a wrapper gathers is there only while its own module runs.
+        """
+        base = self.readable_base()
+        first, second = self._leaves(name)
+        if base is None or not (
+            _is_plain(first, AdapterWeight) and _is_plain(second, AdapterWeight)
+        ):
             return None
         shrink, expand = first._parameters.get("weight"), second._parameters.get("weight")
         if type(shrink) is not nn.Parameter or type(expand) is not nn.Parameter:
             return None
-        return shrink, expand
+        return *base, shrink, expand
+
+    def part(self, name: str) -> Part | None:
+        """What the layer brings to one op of all that share its input; None if it runs alone."""
+        tensors = self.tensors(name)
+        if tensors is None or not self.share_input[name] or self.active_names() != [name]:
+            return None
+        if any(tensor is not None and tensor.is_inference() for tensor in tensors):
+            return None
+        _, _, shrink, expand = tensors
+        sizes = shrink.shape, expand.shape[1:], shrink.dtype, expand.dtype, shrink.device
+        dropout = self.dropout[name] if self.training else 0.0
+        return Part((*sizes, self.scaling[name], dropout, self.backend[name]), tensors)
 
     def _mixed(self, y: Tensor, x: Tensor, names: list[str]) -> Tensor:
         if len(names) != len(x):
@@ -179,25 +205,14 @@ class MoELoRALinear(nn.Module, BaseTunerLayer):
                 f"adapter_names must hold one name for each of the input's {len(x)} rows, "
                 f"got {len(names)}"
             )
-        mine = set() if self.disable_adapters else {name for name in names if name in self.r}
-        for name in sorted(mine):
-            rows = torch.tensor([i for i, own in enumerate(names) if own == name], device=x.device)
-            y = y.index_copy(0, rows, self._added(y[rows], x[rows], name))
+        known = set() if self.disable_adapters else {name for name in names if name in self.r}
+        for name in sorted(known):
+            places = [place for place, other in enumerate(names) if other == name]
+            rows = torch.tensor(places, device=x.device)
+            settings = self.call_settings(x, name)
+            added = ops.moe_lora_add(y[rows], x[rows], *self.adapter(name), **settings)
+            y = y.index_copy(0, rows, added)
         return y
-
-    def _fused(self, x: Tensor, name: str) -> Tensor | None:
-        """Base and adapter in one op, or one for all that share x; None if the base is its own."""
-        if self.shared is not None:
-            ready = self.shared.output(self, x, name)
-            if ready is not None:
-                return ready
-        base = self.readable_base()
-        if base is None:
-            return None
-        return ops.moe_lora(x, *base, *self.adapter(name), **self.call_settings(x, name))
-
-    def _added(self, y: Tensor, x: Tensor, name: str) -> Tensor:
-        return ops.moe_lora_add(y, x, *self.adapter(name), **self.call_settings(x, name))
 
     def call_settings(self, x: Tensor, name: str) -> dict[str, Any]:
         """Keyword arguments of the op for adapter ``name``, with a fresh dropout seed."""
@@ -240,14 +255,13 @@ def _is_plain(module: Any, kind: type) -> bool:
     )
 
 
-def _value(leaves: nn.ModuleDict, name: str) -> Tensor:
+def _value(leaf: Any) -> Tensor:
     """Value of an :class:`AdapterWeight`, past a module's slow look-ups where nothing wraps it."""
-    leaf = leaves._modules[name]
-    if _is_plain(leaf, AdapterWeight):
-        value: Tensor = vars(leaf)["_parameters"].get("weight")
-        # a replica of nn.DataParallel holds its tensors as attributes
-        return leaf.weight if value is None else value  # type: ignore[union-attr,return-value]
-    return leaf()  # type: ignore[misc,no-any-return]
+    if not _is_plain(leaf, AdapterWeight):
+        return leaf()  # type: ignore[no-any-return]
+    value: Tensor | None = leaf._parameters.get("weight")
+    # a replica of nn.DataParallel holds its tensors as attributes
+    return leaf.weight if value is None else value  # type: ignore[no-any-return]
 
 
 def module_generator(seed: int, path: str) -> torch.Generator:

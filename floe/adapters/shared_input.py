@@ -8,58 +8,63 @@ another.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from floe import ops
 
-if TYPE_CHECKING:
-    from floe.adapters.linear import MoELoRALinear
 
-
-class _Part(NamedTuple):
+class Part(NamedTuple):
     """What a member brings to an op; ``traits`` are what all its members must have in common."""
 
     traits: tuple[Any, ...]
-    weight: Tensor
-    bias: Tensor | None
-    shrink: Tensor
-    expand: Tensor
+    tensors: tuple[Tensor, Tensor | None, Tensor, Tensor]  # weight, bias, shrink, expand
 
-    def versions(self) -> tuple[int, ...]:
+    def versions(self) -> list[int]:
         """Of the tensors: torch counts the writes into each."""
-        bias = -1 if self.bias is None else self.bias._version
-        return self.weight._version, bias, self.shrink._version, self.expand._version
+        return [tensor._version for tensor in self.tensors if tensor is not None]
 
-    def holds(self, member: MoELoRALinear, name: str) -> bool:
-        """Whether the member would bring the same tensors now."""
-        base, adapter = member.readable_base(), member.readable_adapter(name)
-        return (
-            base is not None
-            and adapter is not None
-            and base[0] is self.weight
-            and base[1] is self.bias
-            and adapter[0] is self.shrink
-            and adapter[1] is self.expand
-        )
+
+class Member(Protocol):
+    """An adapted linear, as far as it matters here."""
+
+    r: dict[str, int]
+    training: bool
+    calls_base: bool
+
+    def tensors(self, name: str) -> tuple[Tensor, Tensor | None, Tensor, Tensor] | None:
+        """Those of a `Part` with adapter ``name``; None where they may not be read."""
+
+    def part(self, name: str) -> Part | None:
+        """What it brings to an op of all members; None if it runs alone."""
+
+    def call_settings(self, x: Tensor, name: str) -> dict[str, Any]:
+        """Keyword arguments of the op, with a fresh dropout seed."""
 
 
 class _Ready(NamedTuple):
-    """Outputs of one call, by member; each is handed out once."""
+    """What one call computed, by member; each output is handed out once."""
 
     x: Tensor
     situation: tuple[Any, ...]
-    parts: dict[MoELoRALinear, tuple[_Part, tuple[int, ...]]]
-    outputs: dict[MoELoRALinear, Tensor]
+    parts: dict[Member, tuple[Part, list[int]]]  # and its versions
+    outputs: dict[Member, Tensor]
+
+    def holds_for(self, member: Member, name: str) -> bool:
+        """Whether the member would bring the same tensors now, and nothing wrote into them."""
+        (part, versions), tensors = self.parts[member], member.tensors(name)
+        same = tensors is not None and all(map(operator.is_, tensors, part.tensors))
+        return same and part.versions() == versions
 
 
 class SharedInput:
     """The adapted linears of one input, in the order their parent module calls them."""
 
-    def __init__(self, members: Sequence[MoELoRALinear]) -> None:
+    def __init__(self, members: Sequence[Member]) -> None:
         self.members = list(members)
         self._parent_runs = False
         self._ready: _Ready | None = None
@@ -72,7 +77,7 @@ class SharedInput:
         """It has run: outputs that were not asked for go."""
         self._parent_runs, self._ready = False, None
 
-    def output(self, member: MoELoRALinear, x: Tensor, name: str) -> Tensor | None:
+    def output(self, member: Member, x: Tensor, name: str) -> Tensor | None:
         """The member's output with adapter ``name`` for x; None where it must compute it alone.
 
         Alone: outside its parent's call, under torch.compile (whose graph is not to depend on what
@@ -85,34 +90,33 @@ class SharedInput:
         if "_is_replica" in member.__dict__:
             return None
         situation = _situation(member, x, name)
-        ready = self._ready  # another thread may put its own there meanwhile
+        ready = self._ready  # another thread may put another there meanwhile
         if ready is not None and ready.x is x and ready.situation == situation:
             mine = ready.outputs.pop(member, None)
             if mine is not None:
-                part, versions = ready.parts[member]
-                return mine if part.holds(member, name) and part.versions() == versions else None
-        found = self._outputs(x, name)
-        if found is None or member not in found.outputs:
+                return mine if ready.holds_for(member, name) else None
+        parts = self._parts(name)
+        if member not in parts:
             return None
-        self._ready = found._replace(situation=situation)
-        return found.outputs.pop(member)
+        tensors = zip(*(part.tensors for part in parts.values()), strict=True)
+        ys = ops.moe_lora_group(x, *tensors, **next(iter(parts)).call_settings(x, name))
+        outputs = dict(zip(parts, ys, strict=True))
+        mine = outputs.pop(member)
+        known = {each: (part, part.versions()) for each, part in parts.items()}
+        self._ready = _Ready(x, situation, known, outputs)
+        return mine
 
-    def _outputs(self, x: Tensor, name: str) -> _Ready | None:
-        parts: dict[MoELoRALinear, _Part] = {}
+    def _parts(self, name: str) -> dict[Member, Part]:
+        """Of every member with the adapter; empty where they cannot share an op."""
+        parts: dict[Member, Part] = {}
         for member in self.members:
             if name not in member.r:
                 continue
-            part = _part(member, name)
+            part = member.part(name)
             if part is None or any(part.traits != other.traits for other in parts.values()):
-                return None
+                return {}
             parts[member] = part
-        if len(parts) < 2:
-            return None
-        _, weights, biases, shrinks, expands = zip(*parts.values(), strict=True)
-        settings = next(iter(parts)).call_settings(x, name)
-        ys = ops.moe_lora_group(x, weights, biases, shrinks, expands, **settings)
-        known = {member: (part, part.versions()) for member, part in parts.items()}
-        return _Ready(x, (), known, dict(zip(parts, ys, strict=True)))
+        return parts if len(parts) > 1 else {}
 
 
 def link(parent: nn.Module) -> None:
@@ -141,35 +145,15 @@ def _closes(parent: nn.Module, args: Any, output: Any) -> None:
 
 
 def _shared(parent: nn.Module) -> list[SharedInput]:
-    # found anew each time, so that copies of the model get their own
+    # looked up each time, so that copies of the model get their own
     if torch.compiler.is_compiling():
         return []
-    found = [child.__dict__.get("shared") for child in parent._modules.values() if child]
-    return [shared for shared in found if type(shared) is SharedInput]
+    linked = [child.__dict__.get("shared") for child in parent._modules.values() if child]
+    return [shared for shared in linked if type(shared) is SharedInput]
 
 
-def _situation(member: MoELoRALinear, x: Tensor, name: str) -> tuple[Any, ...]:
+def _situation(member: Member, x: Tensor, name: str) -> tuple[Any, ...]:
     """What must not have changed between the first member's call and another's."""
     device = x.device.type
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     return name, x._version, torch.is_grad_enabled(), autocast, member.training, member.calls_base
-
-
-def _part(member: MoELoRALinear, name: str) -> _Part | None:
-    """What the member brings to an op of all members; None if it has to run alone."""
-    base, adapter = member.readable_base(), member.readable_adapter(name)
-    if (
-        base is None
-        or adapter is None  # wrapped on its own: gathered only while its own forward runs
-        or not member.share_input[name]
-        or member.active_names() != [name]
-        or any(t is not None and t.is_inference() for t in (*base, *adapter))
-    ):
-        return None
-    (weight, bias), (shrink, expand) = base, adapter
-    traits = (
-        shrink.shape, expand.shape[1:], shrink.dtype, expand.dtype, shrink.device,
-        member.scaling[name], member.dropout[name] if member.training else 0.0,
-        member.backend[name],
-    )  # fmt: skip
-    return _Part(traits, weight, bias, shrink, expand)

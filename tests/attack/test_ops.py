@@ -7,7 +7,7 @@ import time
 import floe_triton
 import pytest
 import torch
-from floe_triton import eager, reference
+from floe_triton import product_form, reference
 from floe_triton.group import Group, Needs, Routed
 from helpers.attack import trials
 from helpers.budget import relative_error
@@ -61,27 +61,28 @@ def group_of(given):
 
 
 def forward_of(given):
-    ys, routed = eager.forward(given["x"], group_of(given))
+    ys, routed = product_form.forward(given["x"], group_of(given))
     return [*ys, routed.hidden, routed.gate, routed.z]
 
 
 def backward_of(given, products=False):
     routed = Routed(given["hidden"], given["gate"], given["z"])
     needs = [given[f"needs_{name}"] for name in ("x", "shrink", "expand")]
-    found = eager.backward(
+    found = product_form.backward(
         given["grad_ys"], given["x"], group_of(given), routed,
         Needs(*needs, given.get("needs_router_bias", False)),
     )  # fmt: skip
-    grads = eager._row_gradients(given["grad_ys"], group_of(given), routed) if products else None
     empty = given["x"].new_empty(0)
     given_x = found.x if given["needs_x"] else empty
-    own = [grads] if products else found.router_bias
+    own = found.router_bias
+    if products:
+        own = [product_form.grads_of_products(given["grad_ys"], group_of(given), routed)]
     return [given_x, *found.shrink, *found.expand, *own]
 
 
 def saved_for(given, rng):
     """What a backward takes beside the forward's arguments."""
-    ys, routed = eager.forward(given["x"], group_of(given))
+    ys, routed = product_form.forward(given["x"], group_of(given))
     needs = {f"needs_{name}": rng.random() < 0.7 for name in ("x", "shrink", "expand")}
     saved = {"hidden": routed.hidden, "gate": routed.gate, "z": routed.z}
     return {"grad_ys": ys, **given, **saved, **needs}
@@ -242,7 +243,6 @@ MAKERS = {
     "moe_lora_experts_backward": experts_backward,
     "keyed_dropout": dropout(floe_triton.keyed_dropout),
     "raw keyed_dropout": dropout(RAW.keyed_dropout),
-    "raw dropout": dropout(RAW.dropout),
     "mask_gradients": mask_gradients(ops.mask_gradients),
     "raw mask_gradients": mask_gradients(RAW.mask_gradients),
     "accumulate_fisher_": accumulate(ops.accumulate_fisher_),

@@ -16,8 +16,9 @@ from pathlib import Path
 
 import torch
 import triton
-from floe_triton import aot, gpu, launch, masked
+from floe_triton import aot, gpu, launch
 from floe_triton.group import Group, Needs
+from floe_triton.kernels.dropout import dropout
 
 TABLE = Path(__file__).with_suffix(".json")
 PROCESSES = 2
@@ -44,11 +45,11 @@ class Case:
     def run(self, dtype):
         """Forward and backward on the meta device."""
         x, group = self._inputs(dtype)
-        ys, routed = gpu.forward(x, group, self.path)
+        ys, routed = gpu.forward(x, group)
         needs = Needs(x=True, shrink=True, expand=True, router_bias=self.biased)
-        gpu.backward([torch.empty_like(y) for y in ys], x, group, routed, needs, self.path)
+        gpu.backward([torch.empty_like(y) for y in ys], x, group, routed, needs)
         if self.dropout:
-            masked.masked(x, self.dropout, group.seed)
+            dropout(x, self.dropout, group.seed)
 
     def _inputs(self, dtype):
         def empty(*shape, dtype=dtype):
@@ -71,6 +72,7 @@ class Case:
             temperature=1.0,
             dropout_p=self.dropout,
             seed=empty(dtype=torch.int64) if self.dropout else None,
+            backend=self.path,
         )
         return empty(self.tokens, self.columns), group
 

@@ -237,7 +237,6 @@ def test_gradient_meets_the_same_mask():
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_opcheck(dtype):
     for x in (torch.randn(3, 20).to(dtype), torch.randn(2, 3, 5).to(dtype)):
-        torch.library.opcheck(torch.ops.floe.dropout.default, (x, 0.3, seed_of(4)))
         torch.library.opcheck(torch.ops.floe.keyed_dropout.default, (x, 0.3, seed_of(4)))
         leaf = x.clone().requires_grad_()
         torch.library.opcheck(torch.ops.floe.keyed_dropout.default, (leaf, 0.3, seed_of(4)))
@@ -297,4 +296,4 @@ def test_direct_calls_are_guarded():
         (x, 0.1, x[0]),
     ]:
         with pytest.raises(RuntimeError, match="floe: "):
-            torch.ops.floe.dropout(*arguments)
+            torch.ops.floe.keyed_dropout(*arguments)

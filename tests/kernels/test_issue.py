@@ -6,7 +6,8 @@ import pytest
 import torch
 from floe_triton import launch
 from floe_triton.aot import Report
-from floe_triton.issue import PARTS, issue_time, issue_to_memory
+
+from benchmarks.issue import PARTS, issue_time, issue_to_memory
 
 
 def made_up(kernel, main_loop=128, outside=0, grid=(4,), **arguments):

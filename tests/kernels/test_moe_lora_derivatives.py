@@ -258,7 +258,6 @@ def forward(x):
 DIRECT = {
     "moe_lora_forward": forward,
     "keyed_dropout": lambda x: (x, 0.4, SEED),
-    "dropout": lambda x: (x, 0.4, SEED),
     "mask_gradients": lambda x: (x[None], torch.ones_like(x[None]), 1, None),
     "accumulate_fisher_": lambda x: (x.new_zeros(12), x[None], x.detach()[None], 1, None, None),
 }

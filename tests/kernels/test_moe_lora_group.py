@@ -5,11 +5,11 @@ import functools
 import pytest
 import torch
 from floe_triton import (
+    dispatch,
     moe_lora,
     moe_lora_add,
     moe_lora_group,
     moe_lora_group_add,
-    paths,
     reference,
 )
 from helpers.budget import relative_error
@@ -236,7 +236,7 @@ def test_a_backend_that_cannot_run_here_says_why():
     with pytest.raises(ValueError, match="backend 'fused' needs an NVIDIA GPU, got device cpu"):
         moe_lora(x, weight, bias, shrink, expand, scaling=1.0, backend="fused")
     with pytest.raises(ValueError, match="backend 'native' runs on the CPU, got x on meta"):
-        paths.choose(x.to("meta"), "native")
+        dispatch.choose(x.to("meta"), "native")
 
 
 def plain(**changes):

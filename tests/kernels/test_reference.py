@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from floe_triton import draw_seed, eager, keyed_dropout, reference
+from floe_triton import draw_seed, dropout, keyed_dropout, product_form, reference
 from floe_triton.group import Group, Needs
 
 SEED = torch.tensor(1234567890123456789)
@@ -63,7 +63,7 @@ def equal(actual, wanted):
 def fixed_mask(monkeypatch):
     """Dropout with the example's mask, in the definition and in the product form alike."""
     monkeypatch.setattr(reference, "dropout_keep", lambda *_: KEEP)
-    monkeypatch.setattr(eager, "keyed_dropout", reference.dropout)
+    monkeypatch.setattr(product_form, "keyed_dropout", reference.dropout)
 
 
 def check_gradients(wanted, x, shrink, expand):
@@ -93,14 +93,14 @@ def test_the_product_form_gives_the_worked_example_step_by_step(wanted, dropout_
     seed = SEED if dropout_p else None
     weights = [torch.eye(2).double()]
     group = Group(weights, [None], [], [shrink], [expand], [None], 2.0, 1.0, dropout_p, seed)
-    (y,), routed = eager.forward(x, group)
+    (y,), routed = product_form.forward(x, group)
     equal(y, wanted["y"])
     equal(routed.hidden[0], wanted["hidden"])
     equal(routed.gate[0], GATE)
     grad_y = torch.ones_like(y)
-    _, grad_logits = eager.shrink_gradients(grad_y, expand, routed.hidden[0], routed.gate[0], 2.0)
+    _, grad_logits = product_form.grads_of_routing(grad_y, group, 0, routed)
     equal(grad_logits, wanted["logit_grad"])
-    found = eager.backward([grad_y], x, group, routed, Needs(True, True, True, False))
+    found = product_form.backward([grad_y], x, group, routed, Needs(True, True, True, False))
     x.grad, shrink.grad, expand.grad = found.x, found.shrink[0], found.expand[0]
     check_gradients(wanted, x, shrink, expand)
 
@@ -251,24 +251,22 @@ def test_dropout_writes_zero_where_the_input_is_not_finite():
     "dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str
 )
 def test_every_implementation_of_dropout_gives_the_same_bits(dtype):
-    import floe.ops  # registers the native one, which keyed_dropout then takes
+    import floe.ops  # its C++ is the CPU's from then on
 
     assert floe.ops.keyed_dropout is keyed_dropout
     x = torch.randn(3, 7, 37).to(dtype)
     for p in (0.05, 0.5):
         expected = reference.dropout(x, p, SEED)
         assert torch.equal(keyed_dropout(x, p, SEED), expected)
-        assert torch.equal(torch.ops.floe.dropout(x, p, SEED), expected)
+        assert torch.equal(dropout._by_definition(x, p, SEED), expected)
 
 
 def test_rows_done_in_parts_give_the_bits_of_the_whole(monkeypatch):
-    import floe_triton.dropout
-
     x = torch.randn(5, 9, 40)
-    monkeypatch.setattr(floe_triton.dropout, "_ELEMENTS_AT_ONCE", 7 * 40)
-    found = floe_triton.dropout._in_parts(x, 0.3, SEED)
+    monkeypatch.setattr(dropout, "_ELEMENTS_AT_ONCE", 7 * 40)
+    found = dropout._by_definition(x, 0.3, SEED)
     assert torch.equal(found, reference.dropout(x, 0.3, SEED))
-    assert floe_triton.dropout._in_parts(x[:0], 0.3, SEED).shape == (0, 9, 40)
+    assert dropout._by_definition(x[:0], 0.3, SEED).shape == (0, 9, 40)
 
 
 @pytest.mark.parametrize("p", [-0.1, 1.0, float("nan")])

@@ -17,8 +17,9 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from floe_triton import gpu, launch, masked
+from floe_triton import gpu, launch
 from floe_triton.group import Group, Needs
+from floe_triton.kernels.dropout import dropout as dropout_alone
 
 pytestmark = [
     pytest.mark.static,
@@ -26,10 +27,10 @@ pytestmark = [
     pytest.mark.filterwarnings("default"),  # of triton-viz, which does not know of our rule
 ]
 
+KERNELS = Path(floe_triton.__file__).parent / "kernels"
 MODULES = [
-    importlib.import_module(f"floe_triton.{path.stem}")
-    for path in sorted(Path(floe_triton.__file__).parent.glob("*.py"))
-    if path.stem not in ("__init__", "aot", "issue")  # which a newer Triton compiles with
+    importlib.import_module(f"floe_triton.kernels.{path.stem}")
+    for path in sorted(KERNELS.glob("*.py"))
 ]
 
 
@@ -41,11 +42,11 @@ def unmasked_kernel(x, out, N, BLOCK: tl.constexpr):
 
 @triton.jit
 def keep_all(
-    seed, rows, first_column, threshold,
+    seed, token, first_column, threshold,
     BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, SEALED: tl.constexpr = False,
 ):  # fmt: skip
     """In place of ``keep_mask``, which touches no memory and is beyond triton-viz."""
-    return (rows >= 0)[:, None] & (tl.arange(0, BLOCK_K) >= 0)[None, :]
+    return (token >= 0)[:, None] & (tl.arange(0, BLOCK_K) >= 0)[None, :]
 
 
 @pytest.fixture(scope="module")
@@ -133,12 +134,13 @@ def run(tokens, columns, features, rank, experts, linears, dropout, path, on_bas
         temperature=1.0,
         dropout_p=dropout,
         seed=torch.tensor(7) if dropout else None,
+        backend=path,
     )
     with launch.assume(90):
-        ys, routed = gpu.forward(x, group, path)
+        ys, routed = gpu.forward(x, group)
         grad_ys = [torch.ones_like(y) for y in ys]
-        gpu.backward(grad_ys, x, group, routed, Needs(True, True, True, True), path)
-        masked.masked(x, 0.1, torch.tensor(7))
+        gpu.backward(grad_ys, x, group, routed, Needs(True, True, True, True))
+        dropout_alone(x, 0.1, torch.tensor(7))
 
 
 CASES = {

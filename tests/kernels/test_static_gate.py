@@ -12,8 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 import triton
-from floe_triton import aot, issue
+from floe_triton import aot
 from helpers import static_gate
+
+from benchmarks import issue
 
 pytestmark = [pytest.mark.static, pytest.mark.timeout(1800)]
 
@@ -69,8 +71,8 @@ def _is_narrow(entry):
 
 def test_every_kernel_is_compiled(compiled):
     kernels = set()
-    for path in PACKAGE.glob("*.py"):
-        module = importlib.import_module(f"floe_triton.{path.stem}")
+    for path in (PACKAGE / "kernels").glob("*.py"):
+        module = importlib.import_module(f"floe_triton.kernels.{path.stem}")
         found = inspect.getmembers(module, lambda each: isinstance(each, triton.JITFunction))
         kernels |= {name for name, _ in found if name.endswith("_kernel")}
     for capability in aot.SHARED_MEMORY:

@@ -6,7 +6,7 @@ output that something else computed; ``reference`` defines both in plain torch.
 
 from floe_triton import reference
 from floe_triton.dropout import draw_seed, keyed_dropout
-from floe_triton.linear import moe_lora, moe_lora_add, moe_lora_group, moe_lora_group_add
+from floe_triton.functions import moe_lora, moe_lora_add, moe_lora_group, moe_lora_group_add
 
 __all__ = [
     "draw_seed",

@@ -49,8 +49,8 @@ class Instruction:
     @property
     def target(self) -> int | None:
         """Where a branch goes."""
-        found = re.findall(r"0x([0-9a-f]+)", self.operands)
-        return int(found[-1], 16) if self.opcode.startswith("BRA") and found else None
+        addresses = re.findall(r"0x([0-9a-f]+)", self.operands)
+        return int(addresses[-1], 16) if self.opcode.startswith("BRA") and addresses else None
 
 
 @dataclass(frozen=True)
@@ -127,14 +127,14 @@ def read_cubin(cubin: Path) -> dict[str, Code]:
     usages = _tool("cuobjdump", "-res-usage", cubin).split("Function ")[1:]
     listings = _tool("cuobjdump", "-sass", cubin).split("Function : ")[1:]
     used = {usage.split(":")[0]: dict(re.findall(r"([A-Z]+):(\d+)", usage)) for usage in usages}
-    found = {}
+    functions = {}
     for listing in listings:
         name, matches = listing.split()[0], _INSTRUCTION.finditer(listing)
         code = [Instruction(int(m["address"], 16), m["opcode"], m["operands"]) for m in matches]
         spills = int(used[name]["STACK"]) + int(used[name]["LOCAL"])
         real = [each for each in code if each.opcode != "NOP"]
-        found[name] = Code(int(used[name]["REG"]), spills, real)
-    return found
+        functions[name] = Code(int(used[name]["REG"]), spills, real)
+    return functions
 
 
 def compile_kernel(

@@ -1,4 +1,11 @@
-"""Every argument is checked before any kernel sees a pointer: name, rule, what came."""
+"""Every argument is checked before any kernel sees a pointer: name, rule, what came.
+
+Each boundary checks what its direct callers may get wrong, and nothing below repeats it. The public
+functions check everything with :func:`check_call`, and then run an implementation that trusts them.
+The registered ops written in Python may be called by anyone: they hold a call to the same rules
+with :func:`check_forward`, :func:`check_backward` and :func:`check_dropout`. So may those written
+in C++: csrc/bindings guard what their memory accesses rely on, in a word each.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +22,19 @@ from floe_triton.group import Group, Routed
 BACKENDS = ("auto", "eager", "native", "gemm", "fused")
 DROPOUT_MODES = ("shared", "per_expert")
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+_SINGULAR = {
+    "expand_weights": "expand_weight",
+    "shrink_weights": "shrink_weight",
+    "router_biases": "router_bias",
+    "weights": "weight",
+    "biases": "bias",
+    "base_outputs": "base_output",
+}
+_PLURAL = {singular: plural for plural, singular in _SINGULAR.items()}
 _FROZEN = ("weight", "bias")
 _OF_X = (*_FROZEN, "base_output")  # they have its dtype
-_LARGEST = sys.float_info.max
 _MAY_BE_NONE = ("bias", "router_bias")
+_LARGEST = sys.float_info.max
 
 
 def transformed() -> bool:
@@ -39,7 +55,18 @@ def refuse_tangents(op: str, *tensors: Tensor | None) -> None:
             raise RuntimeError(f"floe::{op} has no forward-mode derivative")
 
 
-def check_op(x: Tensor, group: Group, backend: str = "auto") -> None:
+def check_call(x: Tensor, group: Group, on_base: bool, dropout_mode: str) -> None:
+    """Raise ValueError or TypeError unless a public function may work on x [..., K] and the group.
+
+    ``on_base``: whether base outputs are to be given, or else weights and biases.
+    """
+    if not _is_usual(x, group, on_base):
+        given = ("base_outputs",) if on_base else ("biases", "weights")
+        _check_group(x, group, ("router_biases", *given), may_cast=True)
+    check_settings(x, group, dropout_mode)
+
+
+def check_op(x: Tensor, group: Group) -> None:
     """Raise ValueError or TypeError unless an op can work on x [T, K] and the group.
 
     Any of the group's lists may be empty but those of shrink and expand weights.
@@ -49,21 +76,16 @@ def check_op(x: Tensor, group: Group, backend: str = "auto") -> None:
         raise ValueError("weights must be empty where base_outputs are given")
     if x.dim() != 2:
         raise ValueError(f"x must be [T, K], got shape {tuple(x.shape)}")
-    none = [None] * len(group)
-    check_group(
-        x, group.weights or None, group.biases or none, group.base_outputs or None,
-        group.shrink_weights, group.expand_weights, group.router_biases or none, cast=False,
-    )  # fmt: skip
-    check_settings(
-        x, group.scaling, group.temperature, group.dropout_p, group.seed, "shared", backend
-    )
+    optional = ("router_biases", "biases", "weights", "base_outputs")
+    _check_group(x, group, [name for name in optional if getattr(group, name)], False)
+    check_settings(x, group, "shared")
     if group.seed is not None:
         _check_seed(group.seed, x)
 
 
-def check_forward(x: Tensor, group: Group, backend: str) -> None:
+def check_forward(x: Tensor, group: Group) -> None:
     """The same for a forward, which has either weights and biases or base outputs."""
-    check_op(x, group, backend)
+    check_op(x, group)
     if not (group.weights or group.base_outputs):
         raise ValueError("weights or base_outputs must be given")
     if group.base_outputs and any(bias is not None for bias in group.biases):
@@ -93,76 +115,61 @@ def check_backward(grad_ys: Sequence[Tensor], x: Tensor, group: Group, routed: R
             raise ValueError(f"{name} must be {shape}, got {tuple(tensor.shape)}")
 
 
-def check_group(
-    x: Tensor,
-    weights: Sequence[Tensor] | None,
-    biases: Sequence[Tensor | None],
-    base_outputs: Sequence[Tensor] | None,
-    shrink_weights: Sequence[Tensor],
-    expand_weights: Sequence[Tensor],
-    router_biases: Sequence[Tensor | None],
-    cast: bool | None = None,
-) -> None:
-    """Raise ValueError or TypeError unless the tensors make a group of linears.
+def _check_group(x: Tensor, group: Group, given: Sequence[str], may_cast: bool) -> None:
+    """The tensors make a group of linears.
 
-    ``cast``: whether dtypes are made equal afterwards; None asks autocast.
+    ``given``: the fields that must have an entry per linear, beside shrink and expand weights.
+    ``may_cast``: whether autocast, where it is on, makes dtypes equal afterwards.
     """
-    own = weights if base_outputs is None else base_outputs
-    usual: Any = (own, biases, shrink_weights, expand_weights, router_biases)
-    if _is_group(x, usual, on_base=base_outputs is not None):
-        return
     _check_float("x", x)
-    lists: dict[str, Any] = {
-        "expand_weight": expand_weights,
-        "shrink_weight": shrink_weights,
-        "router_bias": router_biases,
-        "bias": biases,
-        **({} if weights is None else {"weight": weights}),
-        **({} if base_outputs is None else {"base_output": base_outputs}),
-    }
+    names = ("expand_weights", "shrink_weights", *given)
+    lists: dict[str, Any] = {_SINGULAR[name]: getattr(group, name) for name in names}
     count = _count_linears(lists)
-    cast = autocasts(x) if cast is None else cast
+    cast = may_cast and autocasts(x)
     for g in range(count):
         where = "" if count == 1 else f" of linear {g}"
-        given = {
+        tensors = {
             name: values[g]
             for name, values in lists.items()
             if name not in _MAY_BE_NONE or values[g] is not None
         }
-        _check_tensors(given, x, cast, where)
-        _check_shapes(given, x, where)
-    shapes = [tuple(expand.shape[1:]) for expand in expand_weights]  # a set takes no SymInt
+        _check_tensors(tensors, x, cast, where)
+        _check_shapes(tensors, x, where)
+    shapes = [tuple(expand.shape[1:]) for expand in group.expand_weights]  # a set takes no SymInt
     if any(shape != shapes[0] for shape in shapes):
         raise ValueError(
             f"the linears of a group must have one number of experts and one rank, got (M, r) in "
             f"{shapes}"
         )
-    if len({bias is None for bias in router_biases}) > 1:
+    if len({bias is None for bias in group.router_biases}) > 1:
         raise ValueError("router_biases must be all given or all None, got some of each")
-    for name, values in (("shrink_weights", shrink_weights), ("expand_weights", expand_weights)):
-        dtypes = {value.dtype for value in values}
+    for name in ("shrink_weights", "expand_weights"):
+        dtypes = {value.dtype for value in getattr(group, name)}
         if len(dtypes) > 1:
             raise TypeError(f"{name} must have one dtype, got {sorted(map(str, dtypes))}")
 
 
-def _is_group(x: Tensor, lists: Sequence[Sequence[Any]], on_base: bool) -> bool:
+def _is_usual(x: Tensor, group: Group, on_base: bool) -> bool:
     """A quick answer for the usual call; False means that every tensor has to be looked at.
 
-    ``lists``: weights or base outputs, biases, shrink weights, expand weights, router biases.
     Called in every forward of every adapted linear: a small model's host time is made of this.
     """
     try:
         device, dtype, shape = x.device, x.dtype, x.shape
-        _, _, shrinks, expands, _ = lists
+        shrinks, expands = group.shrink_weights, group.expand_weights
+        bases = group.base_outputs if on_base else group.weights
+        biases = group.router_biases if on_base else group.biases
         of_adapters = shrinks[0].dtype, expands[0].dtype
         _, experts, rank = expands[0].shape
         rows = rank + experts, shape[-1]
-        for own, bias, shrink, expand, router_bias in zip(*lists, strict=True):
+        for base, bias, shrink, expand, router_bias in zip(
+            bases, biases, shrinks, expands, group.router_biases, strict=True
+        ):
             features = expand.shape[0]
             is_linear = (
-                own.device == shrink.device == expand.device == device
-                and own.layout == shrink.layout == expand.layout == x.layout == torch.strided
-                and own.dtype == dtype
+                base.device == shrink.device == expand.device == device
+                and base.layout == shrink.layout == expand.layout == x.layout == torch.strided
+                and base.dtype == dtype
                 and (shrink.dtype, expand.dtype) == of_adapters
                 and expand.shape == (features, experts, rank)
                 and shrink.shape == rows
@@ -172,39 +179,52 @@ def _is_group(x: Tensor, lists: Sequence[Sequence[Any]], on_base: bool) -> bool:
             if not is_linear:
                 return False
             if on_base:
-                if own.shape != (*shape[:-1], features):
+                if base.shape != (*shape[:-1], features):
                     return False
-            elif own.requires_grad or own.shape != (features, shape[-1]):
+            elif base.requires_grad or base.shape != (features, shape[-1]):
                 return False
     except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
         return False
-    floats = dtype in FLOATS and all(one.is_floating_point for one in of_adapters)
+    floats = dtype in FLOATS and all(each.is_floating_point for each in of_adapters)
     return floats and rank > 0 and experts > 0
 
 
-def check_settings(
-    x: Tensor,
-    scaling: float,
-    temperature: float,
-    dropout_p: float,
-    seed: Tensor | None,
-    dropout_mode: str,
-    backend: str,
-) -> None:
+def check_settings(x: Tensor, group: Group, dropout_mode: str) -> None:
     """Raise ValueError or TypeError unless the numbers and names are what the op takes."""
+    numbers = group.scaling, group.temperature, group.dropout_p
     try:
-        _check_numbers(scaling, temperature, dropout_p)
+        _check_numbers(*numbers)
     except TypeError:
-        kinds = [type(number).__name__ for number in (scaling, temperature, dropout_p)]
+        kinds = ", ".join(type(number).__name__ for number in numbers)
         raise TypeError(
-            f"scaling, temperature and dropout_p must be numbers, got {', '.join(kinds)}"
+            f"scaling, temperature and dropout_p must be numbers, got {kinds}"
         ) from None
-    if dropout_p > 0.0:
-        _check_seed(seed, x)
+    if group.dropout_p > 0.0:
+        _check_seed(group.seed, x)
     if dropout_mode not in DROPOUT_MODES:
         raise ValueError(f"dropout_mode must be one of {DROPOUT_MODES}, got {dropout_mode!r}")
-    if backend not in BACKENDS:
-        raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
+    if group.backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {BACKENDS}, got {group.backend!r}")
+
+
+def check_dropout(x: Any, p: Any, seed: Any) -> None:
+    """Raise TypeError or ValueError unless these are what ``keyed_dropout`` takes."""
+    check_dense("x", x)
+    if x.dtype not in FLOATS:
+        raise TypeError(f"x must be bfloat16, float16, float32 or float64, got {x.dtype}")
+    if x.dim() < 1:
+        raise ValueError("x must be [..., K], got a 0-dimensional tensor")
+    if isinstance(p, bool) or not isinstance(p, (int, float)):
+        raise TypeError(f"p must be a number, got {type(p).__name__}")
+    if not 0.0 <= p < 1.0:
+        raise ValueError(f"p must be in [0, 1), got {p}")
+    check_dense("seed", seed)
+    if seed.dtype != torch.int64:
+        raise TypeError(f"seed must be int64, got {seed.dtype}")
+    if seed.dim():
+        raise ValueError(f"seed must be 0-dimensional, got shape {tuple(seed.shape)}")
+    if seed.device != x.device:
+        raise ValueError(f"seed must be on x's device {x.device}, got {seed.device}")
 
 
 def _check_numbers(scaling: float, temperature: float, dropout_p: float) -> None:
@@ -225,11 +245,10 @@ def autocasts(x: Tensor) -> bool:
 
 def _count_linears(lists: dict[str, Any]) -> int:
     """How many there are, if every list names as many."""
-    plural = {name: f"{name}es" if name in _MAY_BE_NONE else f"{name}s" for name in lists}
     for name, values in lists.items():
         if not isinstance(values, (list, tuple)):
             raise TypeError(
-                f"{plural[name]} must be a list of tensors, got {type(values).__name__}"
+                f"{_PLURAL[name]} must be a list of tensors, got {type(values).__name__}"
             )
     count = len(lists["expand_weight"])
     if count == 0:
@@ -237,7 +256,7 @@ def _count_linears(lists: dict[str, Any]) -> int:
     for name, values in lists.items():
         if len(values) != count:
             raise ValueError(
-                f"{plural[name]} must have one entry per linear, {count}, got {len(values)}"
+                f"{_PLURAL[name]} must have one entry per linear, {count}, got {len(values)}"
             )
     return count
 

@@ -1,6 +1,8 @@
-"""Dropout whose mask is a pure function of (seed, row, column).
+"""Dropout whose mask is a pure function of (seed, row, column): the op ``floe::keyed_dropout``.
 
-Every implementation gives the same bits.
+One name, three kernels, chosen by torch's dispatcher; all give the same bits. Where floe is loaded
+its C++ is the CPU's (csrc/moe_lora/dropout_cpu.cpp), a Triton kernel is CUDA's
+(:mod:`floe_triton.kernels.dropout`), and the plain-torch definition serves everything else.
 """
 
 from __future__ import annotations
@@ -10,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from floe_triton import devices, reference
-from floe_triton.checks import FLOATS, check_dense, refuse_tangents, transformed
+from floe_triton import launch, reference
+from floe_triton.checks import check_dropout, refuse_tangents, transformed
 
 _library = torch.library.Library("floe", "FRAGMENT")
 _library.define(
@@ -29,9 +31,6 @@ def keyed_dropout(x: Tensor, p: float, seed: Tensor) -> Tensor:
     the rate that is drawn is ``min(255, round(256 * p)) / 256`` (0.05 becomes 0.0508), and kept
     values are divided by exactly one minus it. Dropped values are 0, also where ``x`` is not
     finite. Differentiable: the gradient meets the same mask.
-
-    On the CPU the native op of floe does it where that is loaded, on CUDA a Triton kernel, and
-    everywhere else the plain-torch definition. All give the same bits.
 
     Args:
         x: ``[..., K]``, bfloat16, float16, float32 or float64.
@@ -54,17 +53,26 @@ def keyed_dropout(x: Tensor, p: float, seed: Tensor) -> Tensor:
 
 
 @torch.library.impl(_library, "keyed_dropout", "CompositeExplicitAutograd")
-def _keyed_dropout(x: Tensor, p: float, seed: Tensor) -> Tensor:
+def _by_definition(x: Tensor, p: float, seed: Tensor) -> Tensor:
+    """Some rows at a time: the definition's int64 words take eight times x's elements."""
     check_dropout(x, p, seed)
-    refuse_tangents("keyed_dropout", x)
-    if x.device.type == "cpu" and hasattr(torch.ops.floe, "dropout"):
-        dropped: Tensor = torch.ops.floe.dropout(x, p, seed)
-        return dropped
-    if devices.runs_triton(x.device):
-        from floe_triton.masked import masked
+    rows = _rows(x)
+    step = max(1, _ELEMENTS_AT_ONCE // max(1, x.shape[-1]))
+    parts = [
+        reference.dropout(rows[first : first + step], p, seed, first)
+        for first in range(0, len(rows), step)
+    ]
+    return torch.cat(parts).view(x.shape) if parts else torch.empty_like(x)
 
-        return masked(_rows(x), p, seed).view(x.shape)
-    return _in_parts(x, p, seed)
+
+@torch.library.impl(_library, "keyed_dropout", "CUDA")
+def _on_cuda(x: Tensor, p: float, seed: Tensor) -> Tensor:
+    if not launch.runs_triton(x.device):
+        return _by_definition(x, p, seed)
+    from floe_triton.kernels.dropout import dropout
+
+    check_dropout(x, p, seed)
+    return dropout(_rows(x), p, seed).view(x.shape)
 
 
 @torch.library.register_fake("floe::keyed_dropout", lib=_library)
@@ -73,29 +81,29 @@ def _fake(x: Tensor, p: float, seed: Tensor) -> Tensor:
     return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
-def _setup(ctx: Any, inputs: tuple[Tensor, float, Tensor], output: Tensor) -> None:
-    ctx.p = inputs[1]
-    ctx.save_for_backward(inputs[2])
+class _KeyedDropout(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, p: float, seed: Tensor) -> Tensor:
+        ctx.p = p
+        ctx.save_for_backward(seed)
+        dropped: Tensor = torch.ops.floe.keyed_dropout(x, p, seed)
+        return dropped
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return keyed_dropout(grad, ctx.p, *ctx.saved_tensors), None, None
 
 
-def _gradient(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-    return keyed_dropout(grad, ctx.p, *ctx.saved_tensors), None, None
+def _differentiable(keys: torch._C.DispatchKeySet, x: Tensor, p: float, seed: Tensor) -> Any:
+    # by hand: torch.library.register_autograd would drop a forward-mode derivative in silence
+    refuse_tangents("keyed_dropout", x)
+    if torch.is_grad_enabled() and x.requires_grad:
+        return _KeyedDropout.apply(x, p, seed)
+    op = torch.ops.floe.keyed_dropout.default
+    return op.redispatch(keys & torch._C._after_autograd_keyset, x, p, seed)
 
 
-torch.library.register_autograd(
-    "floe::keyed_dropout", _gradient, setup_context=_setup, lib=_library
-)
-
-
-def _in_parts(x: Tensor, p: float, seed: Tensor) -> Tensor:
-    """The definition, some rows at a time: its int64 words take eight times x's elements."""
-    rows = _rows(x)
-    step = max(1, _ELEMENTS_AT_ONCE // max(1, x.shape[-1]))
-    parts = [
-        reference.dropout(rows[first : first + step], p, seed, first)
-        for first in range(0, len(rows), step)
-    ]
-    return torch.cat(parts).view(x.shape) if parts else torch.empty_like(x)
+_library.impl("keyed_dropout", _differentiable, "Autograd", with_keyset=True)
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -109,23 +117,3 @@ def draw_seed(device: torch.device) -> Tensor:
     checkpointing, which restores the generator's state, draws the same one again.
     """
     return torch.randint(0, 2**62, (), dtype=torch.int64, device=device)
-
-
-def check_dropout(x: Any, p: Any, seed: Any) -> None:
-    """Raise TypeError or ValueError unless the arguments are what :func:`keyed_dropout` takes."""
-    check_dense("x", x)
-    if x.dtype not in FLOATS:
-        raise TypeError(f"x must be bfloat16, float16, float32 or float64, got {x.dtype}")
-    if x.dim() < 1:
-        raise ValueError("x must be [..., K], got a 0-dimensional tensor")
-    if isinstance(p, bool) or not isinstance(p, (int, float)):
-        raise TypeError(f"p must be a number, got {type(p).__name__}")
-    if not 0.0 <= p < 1.0:
-        raise ValueError(f"p must be in [0, 1), got {p}")
-    check_dense("seed", seed)
-    if seed.dtype != torch.int64:
-        raise TypeError(f"seed must be int64, got {seed.dtype}")
-    if seed.dim():
-        raise ValueError(f"seed must be 0-dimensional, got shape {tuple(seed.shape)}")
-    if seed.device != x.device:
-        raise ValueError(f"seed must be on x's device {x.device}, got {seed.device}")

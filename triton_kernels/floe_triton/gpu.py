@@ -12,92 +12,77 @@ backward           per linear: grad_y, its sums; grad_x, its sum; per linear: fr
 Groups of more than one linear stack their rows first: one copy of G (r + M) K numbers. Ranks that
 the kernels do not serve (:func:`floe_triton.tuning.kernels_serve`) take the library's products
 where those kernels would stand, and so does grad_y where M r is so wide that reading it twice costs
-less than the kernel's parts (:func:`floe_triton.tuning.reads_grad_y_once`).
+less than the kernel's parts (:func:`floe_triton.tuning.reads_grad_y_once`). Wide float32 experts,
+which no tensor core multiplies, are routed and expanded apart with few tokens, too: an exact
+float32 product of that depth does not fit into registers.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from floe_triton import backward as kernels
-from floe_triton import decode, eager, expand, launch, shrink, tuning
+from floe_triton import product_form, tuning
 from floe_triton.group import Gradients, Group, Needs, Routed
+from floe_triton.kernels import backward as kernels
+from floe_triton.kernels import expand, shrink
+from floe_triton.kernels.expand import dense_rows
+from floe_triton.launch import device_of
 
 
-def forward(x: Tensor, group: Group, path: str) -> tuple[list[Tensor], Routed]:
-    """As :func:`floe_triton.eager.forward`; ``path`` is "gemm", "fused" or "triton" (either)."""
+def forward(x: Tensor, group: Group) -> tuple[list[Tensor], Routed]:
+    """As :func:`floe_triton.product_form.forward`."""
     if _is_for_torch(x, group):
-        return eager.forward(x, group)
-    x = _inner_contiguous(x)
-    served = _served(group)
-    if served and _decodes(x, group):
-        ys, routed = decode.decode(x, group)
-        for y, weight in zip(ys, group.weights, strict=False):  # none on base outputs
-            y.addmm_(x, weight.T)
-        return ys, routed
-    settings: dict[str, Any] = {
-        "groups": len(group),
-        "rank": group.rank,
-        "experts": group.experts,
-        "scaling": group.scaling,
-        "temperature": group.temperature,
-    }
-    if served:
-        routed = shrink.shrink_route(
-            x, group.rows(), group.router_bias(), dropout_p=group.dropout_p, seed=group.seed,
-            **settings,
-        )  # fmt: skip
+        return product_form.forward(x, group)
+    x, served = dense_rows(x), _served(group)
+    decodes = served and _decodes(x, group)
+    if decodes:
+        products = shrink.decode_shrink(x, group)
+        pads = tuning.decode_pads(group.rank, group.experts)
+        if not tuning.decode_expands_apart(pads, x.element_size()):
+            ys, routed = expand.decode_expand(products, group, x.dtype)
+            return product_form.add_frozen(ys, x, group), routed
+        routed = shrink.route(products, group, x.dtype)
+    elif served:
+        shrunk = shrink.shrink(x, group.shrink_rows(), group)
+        routed = shrunk if isinstance(shrunk, Routed) else shrink.route(shrunk, group, x.dtype)
     else:
-        products = eager.products(x, group).to(torch.float32)
-        routed = shrink.route(products[None], group.router_bias(), dtype=x.dtype, **settings)
-    return [_linear(x, group, g, routed.z[g], path, served) for g in range(len(group))], routed
+        products = product_form.products(x, group).to(torch.float32)
+        routed = shrink.route(products[None], group, x.dtype)
+    ys = []
+    for g, expand_weight in enumerate(group.expand_weights):
+        z, bias, base = routed.z[g], group.bias(g), group.base_output(g)
+        if served and not decodes and base is None and _fuses(x, group.weights[g], group):
+            ys.append(expand.fused_linear(x, group.weights[g], bias, z, expand_weight))
+            continue
+        if served:
+            y = expand.expand(z, expand_weight, bias, base)
+        else:
+            y = product_form.expand(z, group, g)
+        ys.append(y if base is not None else y.addmm_(x, group.weights[g].T))
+    return ys, routed
 
 
 def backward(
-    grad_ys: list[Tensor], x: Tensor, group: Group, routed: Routed, needs: Needs, path: str
+    grad_ys: list[Tensor], x: Tensor, group: Group, routed: Routed, needs: Needs
 ) -> Gradients:
-    """As :func:`floe_triton.eager.backward`."""
+    """As :func:`floe_triton.product_form.backward`."""
     if _is_for_torch(x, group, *grad_ys):
-        return eager.backward(grad_ys, x, group, routed, needs)
-    x, grad_ys = _inner_contiguous(x), [_inner_contiguous(grad_y) for grad_y in grad_ys]
-    rows = needs.x or needs.shrink or needs.router_bias
+        return product_form.backward(grad_ys, x, group, routed, needs)
+    x, grad_ys = dense_rows(x), [dense_rows(grad_y) for grad_y in grad_ys]
+    needs_rows = needs.x or needs.shrink or needs.router_bias
     grads = x.new_empty(x.shape[0], len(group) * (group.rank + group.experts))
     expands = [
-        _grad_y(grad_y, group, g, routed, grads, needs.expand, rows)
+        _grad_y(grad_y, group, g, routed, grads, needs.expand, needs_rows)
         for g, grad_y in enumerate(grad_ys)
     ]
     grad_expand = [grad for grad in expands if grad is not None]
-    if not rows:
+    if not needs_rows:
         return Gradients(None, [], grad_expand, [])
-    grad_x, grad_rows = _grad_x(grad_ys, grads, x, group, needs, path)
-    return Gradients(
-        grad_x,
-        [] if grad_rows is None else group.split_rows(grad_rows),
-        grad_expand,
-        eager.grad_router_bias(grads, group, needs),
-    )
-
-
-def _linear(x: Tensor, group: Group, g: int, z: Tensor, path: str, served: bool) -> Tensor:
-    """The output of linear g."""
-    expand_weight = group.expand_weights[g]
-    if group.base_outputs:
-        base = _inner_contiguous(group.base_outputs[g])
-        if served:
-            return expand.expand(z, expand_weight, None, base)
-        return torch.addmm(base, z, eager.flat(expand_weight).to(z.dtype).T)
-    weight, bias = group.weights[g], group.biases[g]
-    if served and _fuses(x, weight, path):
-        return expand.fused_linear(x, weight, bias, z, expand_weight)
-    if served:
-        y = expand.expand(z, expand_weight, bias, None)
-    else:
-        flat = eager.flat(expand_weight).to(z.dtype).T
-        y = torch.mm(z, flat) if bias is None else torch.addmm(bias, z, flat)
-    return y.addmm_(x, weight.T)
+    grad_x, grad_rows = _grad_x(grad_ys, grads, x, group, needs)
+    grad_shrink = [] if grad_rows is None else group.split_rows(grad_rows)
+    router_bias = product_form.grad_router_bias(grads, group, needs)
+    return Gradients(grad_x, grad_shrink, grad_expand, router_bias)
 
 
 def _grad_y(
@@ -110,43 +95,33 @@ def _grad_y(
     needs_rows: bool,
 ) -> Tensor | None:
     """Everything that grad_y of linear g is read for: its columns of ``grads``, and dB."""
-    expand_weight, settings = group.expand_weights[g], (group.scaling, group.temperature)
     if _served(group) and _reads_once(grad_y, group):
-        return kernels.backward_y(
-            grad_y, routed.z[g], expand_weight, routed.hidden[g], routed.gate[g], *settings,
-            grads, g, len(group), needs_expand, needs_rows,
-        )  # fmt: skip
+        return kernels.backward_y(grad_y, group, g, routed, grads, needs_expand, needs_rows)
     if needs_rows:
-        grad_z = torch.mm(grad_y, eager.flat(expand_weight).to(grad_y.dtype)).to(torch.float32)
-        kernels.route_backward(
-            grad_z[None], routed.hidden[g], routed.gate[g], *settings, grads, g, len(group)
-        )
-    if not needs_expand:
-        return None
-    return torch.mm(grad_y.T, routed.z[g]).view(expand_weight.shape).to(expand_weight.dtype)
+        grad_z = product_form.product_with_experts(grad_y, group, g).to(torch.float32)
+        kernels.route_backward(grad_z[None], group, g, routed, grads)
+    return product_form.grad_of_expand(grad_y, group, g, routed) if needs_expand else None
 
 
 def _grad_x(
-    grad_ys: list[Tensor], grads: Tensor, x: Tensor, group: Group, needs: Needs, path: str
+    grad_ys: list[Tensor], grads: Tensor, x: Tensor, group: Group, needs: Needs
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of x (the frozen products included) and of the rows."""
-    rows = group.rows()
-    fused = [_served(group) and _fuses(x, weight, path) for weight in group.weights]
-    starts = needs.x and not (fused and fused[0])  # else the first product starts grad_x
-    if _served(group):
-        grad_x, grad_rows = kernels.backward_x(
-            grads, x, rows, group.hidden_rows, group.dropout_p, group.seed, starts, needs.shrink
-        )
+    rows, served = group.shrink_rows(), _served(group)
+    fuses = served and len(group.weights) > 0 and _fuses(x, group.weights[0], group)
+    starts = needs.x and not fuses  # else the first frozen product starts grad_x
+    if served:
+        grad_x, grad_rows = kernels.backward_x(grads, x, rows, group, starts, needs.shrink)
     else:
-        grad_x = eager.adapter_grad_x(grads, x, group) if starts else None
-        grad_rows = eager.grad_rows(grads, x, group).to(rows.dtype) if needs.shrink else None
+        grad_x = product_form.adapter_grad_x(grads, x, group) if starts else None
+        grad_rows = None
+        if needs.shrink:
+            grad_rows = product_form.grads_of_rows(grads, x, group).to(rows.dtype)
     if not needs.x:
         return None, grad_rows
     for grad_y, weight in zip(grad_ys, group.weights, strict=False):
         if grad_x is None:
-            grad_x = expand.fused_grad_x(
-                grad_y, weight, grads, rows, group.hidden_rows, group.dropout_p, group.seed
-            )
+            grad_x = kernels.fused_grad_x(grad_y, weight, grads, rows, group)
         else:
             grad_x.addmm_(grad_y, weight)
     return grad_x, grad_rows
@@ -171,21 +146,16 @@ def _served(group: Group) -> bool:
 
 
 def _reads_once(grad_y: Tensor, group: Group) -> bool:
-    width, device = group.experts * group.rank, launch.device_of(grad_y)
+    width, device = group.experts * group.rank, device_of(grad_y)
     return tuning.reads_grad_y_once(device, width, grad_y.element_size())
 
 
 def _decodes(x: Tensor, group: Group) -> bool:
-    few = x.shape[0] <= decode.MAX_TOKENS and len(group) <= decode.MAX_LINEARS
+    few = x.shape[0] <= shrink.MAX_TOKENS and len(group) <= shrink.MAX_LINEARS
     return few and group.dropout_p == 0.0
 
 
-def _fuses(x: Tensor, weight: Tensor, path: str) -> bool:
-    if path != "triton":
-        return path == "fused"
-    return tuning.prefers_fused(launch.device_of(x), x.shape[0], *weight.shape)
-
-
-def _inner_contiguous(tensor: Tensor) -> Tensor:
-    """The kernels take any row stride, but neighbouring columns."""
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+def _fuses(x: Tensor, weight: Tensor, group: Group) -> bool:
+    if group.backend != "auto":
+        return group.backend == "fused"
+    return tuning.prefers_fused(device_of(x), x.shape[0], *weight.shape)

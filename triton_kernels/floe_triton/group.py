@@ -1,10 +1,10 @@
-"""What the op works on: linears that read one input, each with its routed low-rank experts."""
+"""What passes between the op's parts: a group of linears, what its forward leaves, gradients."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,7 +14,8 @@ from torch import Tensor
 class Group:
     """G frozen linears of one input x [T, K] with G adapters of one rank r and M experts.
 
-    A single linear is a group of one. Either ``weights`` [N_g, K] and ``biases`` ([N_g] or None) or
+    Packed once, by the function that a user calls, and handed whole from there on. A single linear
+    is a group of one. Either ``weights`` [N_g, K] and ``biases`` ([N_g] or None) or
     ``base_outputs`` [T, N_g] are given, the others are empty. ``shrink_weights`` are [r + M, K]
     (rows of A, then of the router), ``expand_weights`` [N_g, M, r], ``router_biases`` [M] or None.
     """
@@ -29,6 +30,7 @@ class Group:
     temperature: float
     dropout_p: float
     seed: Tensor | None
+    backend: str = "auto"
 
     def __len__(self) -> int:
         return len(self.expand_weights)
@@ -36,17 +38,25 @@ class Group:
     def tensors(self) -> tuple[Tensor | None, ...]:
         """All but the seed, in the fields' order."""
         return (
-            *self.weights, *self.biases, *self.base_outputs, *self.shrink_weights,
-            *self.expand_weights, *self.router_biases,
-        )  # fmt: skip
+            *self.weights,
+            *self.biases,
+            *self.base_outputs,
+            *self.shrink_weights,
+            *self.expand_weights,
+            *self.router_biases,
+        )
 
     def fields(self) -> tuple[Any, ...]:
-        """In order, what the registered ops take."""
-        return (
-            self.weights, self.biases, self.base_outputs, self.shrink_weights,
-            self.expand_weights, self.router_biases, self.scaling, self.temperature,
-            self.dropout_p, self.seed,
-        )  # fmt: skip
+        """All of them in order, which the registered ops take."""
+        return tuple(vars(self).values())
+
+    def bias(self, g: int) -> Tensor | None:
+        """Linear g's bias, [N_g]."""
+        return self.biases[g] if self.biases else None
+
+    def base_output(self, g: int) -> Tensor | None:
+        """Linear g's base output, [T, N_g], where these are given."""
+        return self.base_outputs[g] if self.base_outputs else None
 
     @property
     def experts(self) -> int:
@@ -60,10 +70,10 @@ class Group:
 
     @property
     def hidden_rows(self) -> int:
-        """Rows of :meth:`rows` that are A's: G r."""
+        """Rows of :meth:`shrink_rows` that are A's: G r."""
         return len(self) * self.rank
 
-    def rows(self) -> Tensor:
+    def shrink_rows(self) -> Tensor:
         """Every row that x is multiplied with, [G (r + M), K]: all of A's, then all routers'.
 
         Of one linear these are its ``shrink_weight`` itself.
@@ -75,7 +85,7 @@ class Group:
         return torch.cat([*a, *routers])
 
     def split_rows(self, rows: Tensor) -> list[Tensor]:
-        """The inverse of :meth:`rows`: what belongs to each linear, [r + M, ...]."""
+        """The inverse of :meth:`shrink_rows`: what belongs to each linear, [r + M, ...]."""
         if len(self) == 1:
             return [rows]
         a = rows[: self.hidden_rows].split(self.rank)
@@ -119,3 +129,14 @@ class Gradients:
     shrink: Sequence[Tensor]
     expand: Sequence[Tensor]
     router_bias: Sequence[Tensor]
+
+
+class Implementation(NamedTuple):
+    """One way to compute a group of linears on x [T, K].
+
+    ``forward(x, group)`` gives the outputs [T, N_g] of every linear, and what the backward needs;
+    ``backward(grad_ys, x, group, routed, needs)`` gives every gradient that ``needs`` asks for.
+    """
+
+    forward: Callable[[Tensor, Group], tuple[list[Tensor], Routed]]
+    backward: Callable[[list[Tensor], Tensor, Group, Routed, Needs], Gradients]

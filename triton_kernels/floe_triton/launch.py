@@ -1,4 +1,4 @@
-"""The one door to the GPU: every Triton kernel is launched here, or only recorded.
+"""The one door to the GPU: which devices have one, and every Triton kernel's launch or record.
 
 Recording turns the launchers into a description of what they would do on a named GPU: on tensors
 of the ``meta`` device nothing is computed, and each call leaves a `Launch`. The static checks
@@ -7,6 +7,7 @@ compile exactly those, and the roofline counts exactly their bytes.
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -16,8 +17,34 @@ from typing import Any
 import torch
 from torch import Tensor
 
+LEAST_CAPABILITY = 80  # bfloat16 products and asynchronous copies
+
 # Streaming multiprocessors of a usual part of each architecture, for what is not running on one.
 _MULTIPROCESSORS = {80: 108, 86: 84, 89: 128, 90: 132, 100: 148, 120: 170}
+
+
+def runs_triton(device: torch.device) -> bool:
+    """Whether the kernels run on ``device``: an NVIDIA GPU of capability 8.0 or newer."""
+    return obstacle(device) is None
+
+
+def obstacle(device: torch.device) -> str | None:
+    """Why the kernels do not run on ``device``; None if they do. Touches no GPU's memory."""
+    if not _triton_installed():
+        return "needs the package triton, which is not installed"
+    if device.type != "cuda" or torch.version.hip is not None:
+        return f"needs an NVIDIA GPU, got device {device}"
+    index = device.index if device.index is not None else torch.cuda.current_device()
+    capability = _properties(index).capability
+    if capability < LEAST_CAPABILITY:
+        least = LEAST_CAPABILITY / 10
+        return f"needs compute capability {least} or newer, got {capability / 10} on {device}"
+    return None
+
+
+@cache
+def _triton_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 @dataclass(frozen=True)
@@ -163,7 +190,7 @@ def recording(capability: int, multiprocessors: int | None = None) -> Iterator[l
 
 @contextmanager
 def watching() -> Iterator[list[Launch]]:
-    """Within it, launches are recorded and run; :func:`again` repeats one."""
+    """Within it, launches are recorded and run; :func:`relaunch` repeats one."""
     before = _state.launches
     _state.launches = []
     try:
@@ -172,12 +199,12 @@ def watching() -> Iterator[list[Launch]]:
         _state.launches = before
 
 
-def again(one: Launch) -> None:
+def relaunch(recorded: Launch) -> None:
     """Launch what was recorded once more, on the same tensors."""
-    launch(one.kernel, one.grid, one.arguments, one.constants, one.blocks)
+    launch(recorded.kernel, recorded.grid, recorded.arguments, recorded.constants, recorded.blocks)
 
 
 @cache
 def _properties(index: int) -> Device:
-    found = torch.cuda.get_device_properties(index)
-    return Device(10 * found.major + found.minor, found.multi_processor_count)
+    gpu = torch.cuda.get_device_properties(index)
+    return Device(10 * gpu.major + gpu.minor, gpu.multi_processor_count)

@@ -120,9 +120,16 @@ def moe_lora(
     """
     y = torch.nn.functional.linear(x, weight, bias)
     return y + moe_lora_delta(
-        x, shrink_weight, expand_weight, scaling=scaling, dropout_p=dropout_p, seed=seed,
-        router_bias=router_bias, temperature=temperature, dropout_mode=dropout_mode,
-    )  # fmt: skip
+        x,
+        shrink_weight,
+        expand_weight,
+        scaling=scaling,
+        dropout_p=dropout_p,
+        seed=seed,
+        router_bias=router_bias,
+        temperature=temperature,
+        dropout_mode=dropout_mode,
+    )
 
 
 def moe_lora_delta(

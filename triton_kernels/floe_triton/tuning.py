@@ -56,8 +56,8 @@ def route_pads(rank: int, experts: int, groups: int) -> dict[str, int]:
     slots = power_of_two(groups)
     return {
         "SLOTS": slots,
-        "PAD_M": max(power_of_two(experts), 16 // slots),
-        "PAD_R": max(power_of_two(rank), 16 // slots),
+        "PAD_EXPERTS": max(power_of_two(experts), 16 // slots),
+        "PAD_RANK": max(power_of_two(rank), 16 // slots),
     }
 
 
@@ -88,7 +88,7 @@ def routes_apart(pads: dict[str, int]) -> bool:
 
 
 def _shrink_width(pads: dict[str, int]) -> int:
-    return pads["SLOTS"] * (pads["PAD_R"] + pads["PAD_M"])
+    return pads["SLOTS"] * (pads["PAD_RANK"] + pads["PAD_EXPERTS"])
 
 
 def shrink_span(device: Device, tokens: int, columns: int, blocks: Blocks) -> int:
@@ -102,7 +102,7 @@ def shrink_span(device: Device, tokens: int, columns: int, blocks: Blocks) -> in
 
 def route_blocks(device: Device, tokens: int, pads: dict[str, int]) -> Blocks:
     """Tokens of a tile of `route_kernel`, few enough for hidden and logits to stay in registers."""
-    width = max(pads["PAD_R"], pads["PAD_M"])
+    width = max(pads["PAD_RANK"], pads["PAD_EXPERTS"])
     block_t = max(8, min(64, 2048 // width, power_of_two(tokens)))
     return Blocks({"BLOCK_T": block_t}, 4, 1)
 
@@ -122,7 +122,7 @@ def fused_blocks(
 ) -> Blocks:
     """Tile of the products that the frozen weight is part of.
 
-    ``aligned``: every row starts at a multiple of 16 bytes. ``dropping``: the tile draws a mask.
+    ``aligned``: `rows_aligned` of what is read. ``dropping``: the tile draws a mask.
     """
     if not device.capability:
         sizes = {"BLOCK_T": 16, "BLOCK_N": 64, "BLOCK_K": 64, "BLOCK_C": 16, "TILES": 2}
@@ -134,6 +134,11 @@ def fused_blocks(
     if tokens <= 64:
         return _product_tile(64, 128, 64, 4, 3)
     return nearest(_DROPPING_TILES if dropping else _PRODUCT_TILES, device)
+
+
+def rows_aligned(*matrices: Tensor) -> bool:
+    """Whether every row of the matrices starts at a multiple of 16 bytes, in elements of theirs."""
+    return all(matrix.stride(0) * matrix.element_size() % 16 == 0 for matrix in matrices)
 
 
 def _product_tile(t: int, n: int, k: int, warps: int, stages: int) -> Blocks:
@@ -155,12 +160,12 @@ _DROPPING_TILES = {**_PRODUCT_TILES, 80: _product_tile(128, 128, 64, 8, 3)}
 def decode_pads(rank: int, experts: int) -> dict[str, int]:
     """Padded sizes of `decode_expand_kernel`: their product is at least a tensor core's 16."""
     pad_r = max(4, power_of_two(rank))
-    return {"PAD_R": pad_r, "PAD_M": max(power_of_two(experts), 16 // pad_r)}
+    return {"PAD_RANK": pad_r, "PAD_EXPERTS": max(power_of_two(experts), 16 // pad_r)}
 
 
 def decode_expands_apart(pads: dict[str, int], itemsize: int) -> bool:
     """Whether the experts' product is too deep for `decode_expand_kernel`'s registers."""
-    return itemsize == 4 and pads["PAD_R"] * pads["PAD_M"] > 64
+    return itemsize == 4 and pads["PAD_RANK"] * pads["PAD_EXPERTS"] > 64
 
 
 def decode_shrink_blocks(device: Device, rows: int, itemsize: int) -> Blocks:
@@ -186,8 +191,8 @@ def decode_expand_blocks(
     """
     if not device.capability:
         return Blocks({"BLOCK_T": 16, "BLOCK_N": 64, "AT_ONCE": 4}, 1, 1)
-    at_once = max(1, min(32, 256 // max(pads["PAD_R"], pads["PAD_M"])))
-    width = pads["PAD_R"] * pads["PAD_M"]
+    at_once = max(1, min(32, 256 // max(pads["PAD_RANK"], pads["PAD_EXPERTS"])))
+    width = pads["PAD_RANK"] * pads["PAD_EXPERTS"]
     wide = sum(-(-count // 64) for count in features) >= device.multiprocessors
     block_n = 64 if wide and width * itemsize <= 256 else 32
     sizes = {"BLOCK_T": 16, "BLOCK_N": block_n, "AT_ONCE": at_once}
@@ -197,8 +202,8 @@ def decode_expand_blocks(
 # Backward
 
 
-def masked_blocks(device: Device) -> Blocks:
-    """Tile of `masked_kernel`."""
+def dropout_blocks(device: Device) -> Blocks:
+    """Tile of `dropout_kernel`."""
     if not device.capability:
         return Blocks({"BLOCK_T": 16, "BLOCK_K": 32}, 1, 1)
     return Blocks({"BLOCK_T": 32, "BLOCK_K": 128}, 4, 1)
@@ -224,7 +229,7 @@ def sum_blocks(device: Device) -> Blocks:
     return Blocks({"BLOCK": 256, "BLOCK_S": 8}, 2, 1)
 
 
-def aligned(matrix: Tensor) -> bool:
+def tiles_aligned(matrix: Tensor) -> bool:
     """Whether Triton can move a [T, N] matrix in 16-byte pieces; else its addresses take room."""
     return matrix.shape[1] % 16 == 0 and matrix.stride(0) % 16 == 0
 
@@ -302,6 +307,6 @@ def reads_grad_y_once(device: Device, width: int, itemsize: int) -> bool:
 
 def route_backward_blocks(device: Device, pads: dict[str, int]) -> Blocks:
     """Tokens of a tile of `route_backward_kernel`, so few that their grad_z stays in registers."""
-    width = pads["BLOCK_EXPERTS"] * pads["BLOCK_RANK"]
+    width = pads["PAD_EXPERTS"] * pads["PAD_RANK"]
     most = 64 if device.capability else 16
     return Blocks({"BLOCK_T": max(1, min(most, 4096 // width))}, 4, 1)

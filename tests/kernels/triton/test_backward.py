@@ -5,7 +5,8 @@ import mmap
 import pytest
 import torch
 from floe_triton import launch, reference, tuning
-from floe_triton.backward import backward_x, backward_y, route_backward
+from floe_triton.group import Group, Routed
+from floe_triton.kernels.backward import backward_x, backward_y, route_backward
 from helpers.budget import assert_within_budget, relative_error
 from helpers.guarded import guarded, place
 from hypothesis import Phase, given, settings
@@ -51,10 +52,21 @@ def x_case(tokens, columns, count, dtype, gap=0):
     )
 
 
+def group_of(rank, experts, linears=1, expand_weights=None, dropout_p=0.0, seed=SEED):
+    """A group of these sizes and settings; its other tensors are given apart."""
+    expands = expand_weights or [torch.empty(0, experts, rank)] * linears
+    seed = seed if dropout_p else None
+    return Group([], [], [], [], expands, [], SCALING, TEMPERATURE, dropout_p, seed)
+
+
+def run_x(grads, x, rows, hidden_rows, dropout_p, needs=(True, True)):
+    group = group_of(hidden_rows, len(rows) - hidden_rows, dropout_p=dropout_p)
+    return backward_x(grads, x, rows, group, *needs)
+
+
 def check_x(inputs, hidden_rows, dropout_p, needs=(True, True), device=(0, 16)):
     with guarded(), launch.assume(*device):
-        seed = SEED if dropout_p else None
-        found = backward_x(*inputs, hidden_rows, dropout_p, seed, *needs)
+        found = run_x(*inputs, hidden_rows, dropout_p, needs)
     exact = products_backward(*[t.double() for t in inputs], hidden_rows, dropout_p)
     torchs = products_backward(*inputs, hidden_rows, dropout_p)
     for name, needed, *values in zip(("x", "rows"), needs, found, torchs, exact, strict=True):
@@ -108,8 +120,8 @@ def test_x_alone_has_the_same_bits(needs, dropout_p):
 
 def test_x_of_half_with_adapters_of_single():
     grads, x, rows = x_case(40, 90, 12, torch.float16)
-    halves = backward_x(grads, x, rows, 8, 0.3, SEED, True, True)
-    singles = backward_x(grads, x, rows.float(), 8, 0.3, SEED, True, True)
+    halves = run_x(grads, x, rows, 8, 0.3)
+    singles = run_x(grads, x, rows.float(), 8, 0.3)
     assert torch.equal(halves[0], singles[0])
     assert singles[1].dtype == torch.float32
     assert torch.equal(halves[1], singles[1].half())
@@ -119,9 +131,9 @@ def test_dropped_elements_count_nowhere_even_if_not_finite():
     grads, x, rows = x_case(33, 64, 12, torch.float32)
     grads[:, 8:] = 0.0  # the routers see every element
     keep = reference.dropout_keep(33, 64, 0.5, SEED)
-    expected = backward_x(grads, x, rows, 8, 0.5, SEED, True, True)
+    expected = run_x(grads, x, rows, 8, 0.5)
     x[~keep] = torch.nan
-    found = backward_x(grads, x, rows, 8, 0.5, SEED, True, True)
+    found = run_x(grads, x, rows, 8, 0.5)
     assert torch.equal(found[0], expected[0])
     assert torch.equal(found[1][:8], expected[1][:8])
 
@@ -138,7 +150,7 @@ def test_rows_far_apart():
     x = torch.frombuffer(memory, dtype=torch.float16).as_strided((2, 90), (far, 1))
     x.copy_(randn(2, 90))
     grads, near, rows = randn(2, 12).half(), x.clone(), randn(12, 90).half()
-    found = [backward_x(grads, t, rows, 8, 0.3, SEED, True, True) for t in (near, x)]
+    found = [run_x(grads, t, rows, 8, 0.3) for t in (near, x)]
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
     inputs = y_case(2, 90, 3, 4, torch.float16)
     found = [run_y((t, *inputs[1:])) for t in (near, x)]
@@ -148,7 +160,7 @@ def test_rows_far_apart():
 
 def test_x_without_tokens():
     grads, x, rows = x_case(1, 30, 12, torch.float32)
-    grad_x, grad_rows = backward_x(grads[:0], x[:0], rows, 8, 0.3, SEED, True, True)
+    grad_x, grad_rows = run_x(grads[:0], x[:0], rows, 8, 0.3)
     assert grad_x.shape == (0, 30)
     assert torch.equal(grad_rows, torch.zeros(12, 30))
 
@@ -177,15 +189,21 @@ def experts_backward(grad_y, z, expand, hidden, logits):
 
 def run_y(inputs, g=0, linears=1, needs=(True, True), device=(0, 16)):
     grad_y, z, expand, hidden, logits = inputs
+    rank, experts = hidden.shape[1], logits.shape[1]
     gate = torch.softmax(logits / TEMPERATURE, dim=1)
-    grads = place(torch.full((len(z), linears * (hidden.shape[1] + gate.shape[1])), torch.nan))
-    grads = grads.to(grad_y.dtype)
+    grads = place(torch.full((len(z), linears * (rank + experts)), torch.nan)).to(grad_y.dtype)
+    routed = Routed(*(alone(tensor, g, linears) for tensor in (hidden, gate, z)))
+    group = group_of(rank, experts, expand_weights=[expand] * linears)
     with guarded(), launch.assume(*device):
-        grad_expand = backward_y(
-            grad_y, z, expand, place(hidden), place(gate), SCALING, TEMPERATURE,
-            grads, g, linears, *needs,
-        )  # fmt: skip
+        grad_expand = backward_y(grad_y, group, g, routed, grads, *needs)
     return grad_expand, grads
+
+
+def alone(tensor, g, linears):
+    """``tensor`` as what linear g has of a group's, [G, ...]; NaN for the others and around."""
+    whole = place(torch.full((linears, *tensor.shape), torch.nan).to(tensor))
+    whole[g] = tensor
+    return whole
 
 
 def check_y(inputs, g=0, linears=1, needs=(True, True), device=(0, 16)):
@@ -273,7 +291,8 @@ def test_routing_of_given_parts(splits, tokens, rank, experts):
     hidden, logits = randn(tokens, rank), randn(tokens, experts)
     grads = place(torch.full((tokens, rank + experts), torch.nan))
     gate = place(torch.softmax(logits / TEMPERATURE, dim=1))
-    route_backward(parts, place(hidden), gate, SCALING, TEMPERATURE, grads, 0, 1)
+    saved = Routed(place(hidden)[None], gate[None], torch.empty(0))
+    route_backward(parts, group_of(rank, experts), 0, saved, grads)
     for name, columns, index in (("hidden", slice(rank), 0), ("logits", slice(rank, None), 1)):
         values = []
         for dtype in (torch.float32, torch.float64):
@@ -290,13 +309,12 @@ def record(capability, tokens, features, columns, rank, experts, dropout_p=0.05)
     count, wide = rank + experts, torch.float32
     grads, seed = meta(tokens, count), meta(dtype=torch.int64)
     with launch.recording(capability) as launches:
-        backward_y(
-            meta(tokens, columns), meta(tokens, experts * rank), meta(columns, experts, rank),
-            meta(tokens, rank, dtype=wide), meta(tokens, experts, dtype=wide), 1.0, 1.0,
-            grads, 0, 1, True, True,
-        )  # fmt: skip
-        x, rows = meta(tokens, features), meta(count, features)
-        backward_x(grads, x, rows, rank, dropout_p, seed, True, True)
+        expand = [meta(columns, experts, rank)]
+        group = group_of(rank, experts, 1, expand, dropout_p, seed)
+        hidden, gate = (meta(1, tokens, n, dtype=wide) for n in (rank, experts))
+        routed = Routed(hidden, gate, meta(1, tokens, experts * rank))
+        backward_y(meta(tokens, columns), group, 0, routed, grads, True, True)
+        backward_x(grads, meta(tokens, features), meta(count, features), group, True, True)
     return launches
 
 

@@ -4,9 +4,11 @@ import dataclasses
 
 import pytest
 import torch
-from floe_triton import launch
-from floe_triton.decode import MAX_TOKENS, decode
+from floe_triton import launch, tuning
 from floe_triton.group import Group
+from floe_triton.kernels.expand import decode_expand
+from floe_triton.kernels.expand import expand as expand_alone
+from floe_triton.kernels.shrink import MAX_TOKENS, decode_shrink, route
 from helpers.budget import assert_within_budget, relative_error
 from helpers.guarded import guarded, place
 from hypothesis import Phase, given, settings
@@ -35,6 +37,18 @@ def group_of(columns, features, rank, experts, dtype, adapter, router_bias, bias
         dropout_p=0.0,
         seed=None,
     )
+
+
+def decode(x, group):
+    """The launches: two, or with wide float32 experts one that routes and one per linear."""
+    products = decode_shrink(x, group)
+    pads = tuning.decode_pads(group.rank, group.experts)
+    if not tuning.decode_expands_apart(pads, x.element_size()):
+        return decode_expand(products, group, x.dtype)
+    routed = route(products, group, x.dtype)
+    added = [(group.bias(g), group.base_output(g)) for g in range(len(group))]
+    each = zip(routed.z, group.expand_weights, added, strict=True)
+    return [expand_alone(z, weight, *both) for z, weight, both in each], routed
 
 
 def formula(x, group):

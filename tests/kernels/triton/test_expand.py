@@ -1,9 +1,11 @@
-"""The way out (the experts' product, alone and fused with the frozen one) in float64."""
+"""The experts' product and grad_x, alone and fused with the frozen product, in float64."""
 
 import pytest
 import torch
 from floe_triton import launch, reference
-from floe_triton.expand import expand, fused_grad_x, fused_linear
+from floe_triton.group import Group
+from floe_triton.kernels.backward import fused_grad_x
+from floe_triton.kernels.expand import expand, fused_linear
 from helpers.budget import assert_within_budget, relative_error
 from helpers.guarded import guarded, place
 from hypothesis import Phase, given, settings
@@ -61,15 +63,18 @@ def linear_formula(x, weight, bias, z, expand_weight):
     return torch.nn.functional.linear(x, weight, bias) + z @ expand_weight.flatten(1).T.to(z.dtype)
 
 
-def grad_x_formula(grad_y, weight, grads, rows, hidden_rows, dropout_p, seed, into):
-    grad_x = grad_y @ weight
-    if grads is not None:
-        rows = rows.to(grads.dtype)
-        hidden = grads[:, :hidden_rows] @ rows[:hidden_rows]
-        keep = reference.dropout_keep(*hidden.shape, dropout_p, seed)
-        hidden = torch.where(keep, hidden * reference.dropout_scale(dropout_p), 0)
-        grad_x = grad_x + hidden + grads[:, hidden_rows:] @ rows[hidden_rows:]
-    return grad_x if into is None else into.to(grad_x.dtype) + grad_x
+def grad_x_formula(grad_y, weight, grads, rows, group):
+    rows, hidden_rows = rows.to(grads.dtype), group.hidden_rows
+    hidden = grads[:, :hidden_rows] @ rows[:hidden_rows]
+    keep = reference.dropout_keep(*hidden.shape, group.dropout_p, SEED)
+    hidden = torch.where(keep, hidden * reference.dropout_scale(group.dropout_p), 0)
+    return grad_y @ weight + hidden + grads[:, hidden_rows:] @ rows[hidden_rows:]
+
+
+def group_of(rank, experts, dropout_p):
+    """A group of one linear of these sizes; its tensors are given apart."""
+    expand_weights = [torch.empty(0, experts, rank)]
+    return Group([], [], [], [], expand_weights, [], 1.0, 1.0, dropout_p, SEED)
 
 
 @MANY
@@ -107,44 +112,21 @@ def test_fused_linear(tokens, columns, features, dtype, gap, experts, rank, bias
 @MANY
 @given(
     hidden_rows=st.integers(1, 60), logit_rows=st.integers(1, 40), adapter=DTYPES,
-    dropout_p=st.sampled_from([0.0, 0.05, 0.5]), adapted=st.booleans(), into=st.booleans(),
-    **SIZES,
+    dropout_p=st.sampled_from([0.0, 0.05, 0.5]), **SIZES,
 )  # fmt: skip
 def test_fused_grad_x(
-    tokens,
-    columns,
-    features,
-    dtype,
-    gap,
-    hidden_rows,
-    logit_rows,
-    adapter,
-    dropout_p,
-    adapted,
-    into,
+    tokens, columns, features, dtype, gap, hidden_rows, logit_rows, adapter, dropout_p
 ):
     draw = drawer(tokens, columns, features, hidden_rows, logit_rows)
     count = hidden_rows + logit_rows
     inputs = (
         draw(tokens, features, dtype=dtype, gap=gap),
         draw(features, columns, over=features, dtype=dtype, gap=gap),
-        draw(tokens, count, dtype=dtype, gap=gap) if adapted else None,
-        draw(count, columns, over=count, dtype=adapter) if adapted else None,
-        hidden_rows,
-        dropout_p,
+        draw(tokens, count, dtype=dtype, gap=gap),
+        draw(count, columns, over=count, dtype=adapter),
+        group_of(hidden_rows, logit_rows, dropout_p),
     )
-    earlier = draw(tokens, columns, dtype=dtype) if into else None
-
-    def in_place(*inputs):
-        copied = None if earlier is None else place(earlier)
-        grad_x = fused_grad_x(*inputs, SEED, copied)
-        assert (grad_x is copied) == into
-        return grad_x
-
-    def formula(*inputs):
-        return grad_x_formula(*inputs, SEED, earlier)
-
-    check(in_place, formula, inputs, dtype, "grad_x")
+    check(fused_grad_x, grad_x_formula, inputs, dtype, "grad_x")
 
 
 @pytest.mark.parametrize("capability", [80, 86, 90])
@@ -156,7 +138,7 @@ def test_with_the_tiles_of_a_gpu(capability):
     with launch.assume(capability):
         check(expand, expand_formula, (z, expand_weight, bias, None), x.dtype, "y")
         check(fused_linear, linear_formula, (x, weight, bias, z, expand_weight), x.dtype, "y")
-        inputs = (draw(140, 270), weight, grads, rows, 5, 0.3, SEED, None)
+        inputs = (draw(140, 270), weight, grads, rows, group_of(5, 3, 0.3))
         check(fused_grad_x, grad_x_formula, inputs, x.dtype, "grad_x")
 
 
@@ -169,7 +151,7 @@ def test_base_is_left_as_it_is_and_any_strides_will_do():
     x, weight = draw(40, 9).T, draw(40, 24).T
     check(fused_linear, linear_formula, (x, weight, None, draw(9, 6), draw(24, 2, 3)), x.dtype, "y")
     grad_y, weight = draw(24, 9).T, draw(40, 24).T
-    inputs = (grad_y, weight, None, None, 0, 0.0, None, None)
+    inputs = (grad_y, weight, draw(5, 9).T, draw(40, 5).T, group_of(2, 3, 0.0))
     check(fused_grad_x, grad_x_formula, inputs, x.dtype, "grad_x")
 
 
@@ -178,8 +160,8 @@ def test_no_tokens_are_no_launch():
     z, expand_weight, weight = draw(1, 6)[:0], draw(24, 2, 3), draw(24, 40)
     assert expand(z, expand_weight, None, None).shape == (0, 24)
     assert fused_linear(weight[:0], weight, None, z, expand_weight).shape == (0, 24)
-    nothing = (None, None, 0, 0.0, None)
-    assert fused_grad_x(draw(1, 24)[:0], weight, *nothing).shape == (0, 40)
+    nothing = draw(1, 24)[:0], weight, draw(1, 5)[:0], draw(5, 40), group_of(2, 3, 0.0)
+    assert fused_grad_x(*nothing).shape == (0, 40)
 
 
 def test_operations_and_bytes_are_those_of_the_product():

@@ -3,7 +3,8 @@
 import pytest
 import torch
 from floe_triton import launch, reference
-from floe_triton.shrink import route, shrink_route
+from floe_triton.group import Group, Routed
+from floe_triton.kernels.shrink import route, shrink
 from helpers.budget import assert_within_budget, relative_error
 from helpers.guarded import guarded, place
 from hypothesis import Phase, given, settings
@@ -42,10 +43,28 @@ def case(tokens, columns, groups, rank, experts, dtype=torch.float32, bias=True,
     return x, rows, place(draw(groups, experts)) if bias else None
 
 
+def group_of(
+    groups, rank, experts, router_bias, scaling=1.0, temperature=1.0, dropout_p=0.0, seed=SEED
+):
+    """A group of these sizes and settings; its rows are given apart."""
+    routers = [None] * groups if router_bias is None else list(router_bias)
+    expands = [torch.empty(0, experts, rank)] * groups
+    return Group([], [], [], [], expands, routers, scaling, temperature, dropout_p, seed)
+
+
+def shrink_route(x, rows, group):
+    """The launch, or both."""
+    found = shrink(x, rows, group)
+    return found if isinstance(found, Routed) else route(found, group, x.dtype)
+
+
 def check(dtype, inputs, *, device=None, **sizes):
     settings = {"scaling": 1.7, "temperature": 0.6, "dropout_p": 0.0, **sizes}
+    x, rows, router_bias = inputs
+    group = group_of(router_bias=router_bias, **settings)
+    group.router_bias = lambda: router_bias  # as it lies, with poison around
     with guarded(), launch.assume(*(device or (0, 1))):
-        routed = shrink_route(*inputs, seed=SEED if settings["dropout_p"] else None, **settings)
+        routed = shrink_route(x, rows, group)
     exact = formula(*[None if t is None else t.double() for t in inputs], **settings)
     torchs = formula(*inputs, **settings)
     found = (routed.hidden, routed.gate, routed.z)
@@ -98,8 +117,10 @@ def test_routing_of_given_products(splits, tokens, groups, rank, experts, bias):
     router_bias = place(torch.randn(groups, experts, generator=generator)) if bias else None
     sizes = {"groups": groups, "rank": rank, "experts": experts}
     sizes |= {"scaling": 0.3, "temperature": 2.5}
+    group = group_of(router_bias=router_bias, **sizes)
+    group.router_bias = lambda: router_bias  # as it lies, with poison around
     with guarded():
-        routed = route(products, router_bias, dtype=torch.float16, **sizes)
+        routed = route(products, group, torch.float16)
     # the products of x = the sums themselves with the identity are those sums
     identity = torch.eye(width, dtype=torch.float64)
     double = None if router_bias is None else router_bias.double()
@@ -115,10 +136,8 @@ def test_parts_are_summed_in_one_order(dropout_p):
     inputs = case(5, 200, 2, 5, 3)
     sizes = {"groups": 2, "rank": 5, "experts": 3, "dropout_p": dropout_p}
     with launch.assume(0, 16), launch.recording(0, 16) as launches:
-        shrink_route(
-            *[t.to("meta") for t in inputs], scaling=1.0, temperature=1.0,
-            seed=SEED.to("meta"), **sizes,
-        )  # fmt: skip
+        x, rows, bias = (t.to("meta") for t in inputs)
+        shrink_route(x, rows, group_of(router_bias=bias, seed=SEED.to("meta"), **sizes))
     assert [one.kernel.__name__ for one in launches] == ["shrink_kernel", "route_kernel"]
     assert launches[0].grid == (1, 2)
     first, second = (check(torch.float32, inputs, device=(0, 16), **sizes) for _ in range(2))
@@ -129,8 +148,7 @@ def test_parts_are_summed_in_one_order(dropout_p):
 def test_enough_tokens_are_routed_where_they_are_multiplied():
     with launch.recording(90) as launches:
         meta = torch.empty(16384, 4096, dtype=torch.bfloat16, device="meta")
-        sizes = {"groups": 1, "rank": 8, "experts": 4, "scaling": 1.0, "temperature": 1.0}
-        shrink_route(meta, meta[:12], None, dropout_p=0.0, seed=None, **sizes)
+        shrink_route(meta, meta[:12], group_of(1, 8, 4, None))
     (one,) = launches
     assert one.grid == (256, 1)
     assert one.flops == 2 * 16384 * 4096 * 12
@@ -150,8 +168,7 @@ def test_with_the_tiles_of_a_gpu(capability, dropout_p, multiprocessors):
 
 def test_no_tokens_are_no_launch():
     x, rows, bias = case(1, 40, 2, 3, 2)
-    sizes = {"groups": 2, "rank": 3, "experts": 2, "scaling": 1.0, "temperature": 1.0}
-    routed = shrink_route(x[:0], rows, bias, dropout_p=0.0, seed=None, **sizes)
+    routed = shrink_route(x[:0], rows, group_of(2, 3, 2, bias))
     assert [tuple(t.shape) for t in vars(routed).values()] == [(2, 0, 3), (2, 0, 2), (2, 0, 6)]
 
 
@@ -160,20 +177,18 @@ def test_strided_columns_and_float_adapters_of_half_inputs():
     strided = torch.stack([x, x], dim=2)[:, :, 0]
     assert strided.stride(1) == 2
     check(torch.float16, (strided, rows, bias), groups=1, rank=4, experts=3)
-    sizes = {"groups": 1, "rank": 4, "experts": 3, "scaling": 1.0, "temperature": 1.0}
-    sizes |= {"dropout_p": 0.0, "seed": None}
-    half, single = (shrink_route(x, r, bias, **sizes) for r in (rows, rows.float()))
+    group = group_of(1, 4, 3, bias)
+    half, single = (shrink_route(x, r, group) for r in (rows, rows.float()))
     assert torch.equal(half.z, single.z)
 
 
 def test_dropped_elements_do_not_count_even_if_infinite():
     x, rows, bias = case(8, 64, 1, 4, 3)
     keep = reference.dropout_keep(8, 64, 0.5, SEED)
-    sizes = {"groups": 1, "rank": 4, "experts": 3, "scaling": 1.0, "temperature": 1.0}
-    sizes |= {"dropout_p": 0.5, "seed": SEED}
-    expected = shrink_route(x.clone(), rows, bias, **sizes).hidden
+    group = group_of(1, 4, 3, bias, dropout_p=0.5)
+    expected = shrink_route(x.clone(), rows, group).hidden
     x[~keep] = torch.inf
     rows[4:] = 0.0  # the router sees every element
     with pytest.warns(RuntimeWarning, match="invalid value"):  # numpy's, for the router's inf * 0
-        found = shrink_route(x, rows, bias, **sizes).hidden
+        found = shrink_route(x, rows, group).hidden
     assert torch.equal(found, expected)

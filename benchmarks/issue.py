@@ -11,10 +11,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import prod
 
-from torch import Tensor
-
 from floe_triton.aot import Report
 from floe_triton.launch import Launch
+from torch import Tensor
 
 SCHEDULERS = 4  # of a multiprocessor, on every architecture here
 
@@ -52,7 +51,7 @@ _STREAMED = {
     "shrink_kernel": ("x",),
     "grad_x_kernel": ("x", "grad_x"),
     "grad_y_kernel": ("grad_y",),
-    "masked_kernel": ("x", "out"),
+    "dropout_kernel": ("x", "out"),
 }
 
 

@@ -7,8 +7,7 @@ import torch
 import triton
 import triton.language as tl
 from floe_triton import launch, reference
-from floe_triton.masked import masked
-from floe_triton.philox import keep_mask
+from floe_triton.kernels.dropout import dropout, keep_mask
 from helpers.guarded import guarded, place
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
@@ -23,7 +22,7 @@ def bits(tensor):
 
 def check(x, p, seed):
     with guarded():
-        found = masked(x, p, seed)
+        found = dropout(x, p, seed)
     assert found.is_contiguous()
     assert found.dtype == x.dtype
     assert torch.equal(bits(found), bits(reference.dropout(x, p, seed)))
@@ -55,7 +54,7 @@ def test_dropped_values_are_zero_even_if_not_finite():
     x = torch.full((40, 50), torch.nan)
     x[::2], x[1::4] = torch.inf, -0.0
     keep = reference.dropout_keep(40, 50, 0.5, seed)
-    found = masked(x, 0.5, seed)
+    found = dropout(x, 0.5, seed)
     assert (bits(found)[~keep] == 0).all()
     assert torch.equal(bits(found)[keep], bits(x * 2)[keep])
 
@@ -72,7 +71,7 @@ def test_columns_that_are_not_adjacent():
 
 @pytest.mark.parametrize("shape", [(0, 8), (8, 0)])
 def test_nothing_is_nothing(shape):
-    assert masked(torch.empty(shape), 0.5, torch.tensor(1)).shape == shape
+    assert dropout(torch.empty(shape), 0.5, torch.tensor(1)).shape == shape
 
 
 def test_rows_far_apart():
@@ -80,13 +79,13 @@ def test_rows_far_apart():
     memory = mmap.mmap(-1, 2 * (far + 100), flags=mmap.MAP_PRIVATE)  # untouched pages are none
     x = torch.frombuffer(memory, dtype=torch.float16).as_strided((2, 90), (far, 1))
     x.copy_(torch.randn(2, 90))
-    found = masked(x, 0.3, torch.tensor(6))
+    found = dropout(x, 0.3, torch.tensor(6))
     assert torch.equal(found, reference.dropout(x.clone(), 0.3, torch.tensor(6)))
 
 
 def test_a_rate_that_is_none():
     with pytest.raises(ValueError, match=r"in \[0, 1\), got 1"):
-        masked(torch.ones(2, 2), 1.0, torch.tensor(1))
+        dropout(torch.ones(2, 2), 1.0, torch.tensor(1))
 
 
 @triton.jit
