@@ -7,7 +7,7 @@ SOURCES := $(shell find csrc -type f) CMakeLists.txt pyproject.toml constraints.
 FORMATTED := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 DEMO := runs/demo-inputs
 
-.PHONY: demo test test-slow attack sanitize test-gpu cuda-check cuda-check-window kernel-sanitize lint format bench wheel native browser clean help
+.PHONY: demo test test-slow attack sanitize test-gpu cuda-check cuda-check-window kernel-sanitize lint format bench tables wheel native browser clean help
 
 help: ## list these commands
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile
@@ -89,6 +89,9 @@ bench: $(VENV)/ready ## the op against its peers on this machine
 	$(BIN)/python -m benchmarks.fisher
 	$(BIN)/python -m benchmarks.scoring
 	$(BIN)/python -m benchmarks.latency --table all
+
+tables: $(VENV)/ready ## write the results of benchmarks/results into README.md and docs/METHOD.md
+	$(BIN)/python -m benchmarks.tables
 
 wheel: $(VENV)/ready ## sdist and, from it, the wheel, in dist/; then every op of the installed wheel checked
 	rm -rf dist build/wheel-venv

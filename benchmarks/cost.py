@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import platform
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -12,31 +10,43 @@ from torch import Tensor
 from torch._C._autograd import DeviceType
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.harness import Row
 from floe.training.memory import PeakMemory
 
 KERNELS, OPERATORS = "CUDA kernels and copies", "aten operators (views and empty tensors left out)"
+_CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
+
+
+def costs(run: Callable[[], object], device: torch.device, is_compiled: bool) -> Row:
+    """Launches and peak memory of one run; a compiled one's launches are known on CUDA alone."""
+    count, kind = None, "not counted"
+    if not is_compiled or device.type == "cuda":
+        count, kind = launches(run, device)
+    memory, memory_kind = peak_bytes(run, device)
+    peak = {"peak_bytes": memory, "peak_kind": memory_kind}
+    return {"launches": count, "launches_kind": kind, **peak}
 
 
 def launches(run: Callable[[], object], device: torch.device) -> tuple[int, str]:
-    """How many kernels ``run`` launches; off CUDA, how many aten operators, and which it is.
-
-    An operator of another library counts as the aten operators in it, or as one where it has none.
-    """
+    """How many kernels ``run`` launches; off CUDA, how many aten operators, and which it is."""
     if device.type != "cuda":
         with _Operators() as counted:
             run()
         return counted.count, OPERATORS
     from torch.profiler import ProfilerActivity, profile
 
-    with profile(activities=[ProfilerActivity.CUDA]) as found:
+    with profile(activities=[ProfilerActivity.CUDA]) as trace:
         run()
         torch.cuda.synchronize(device)
-    on_gpu = [event for event in found.events() if event.device_type == DeviceType.CUDA]
+    on_gpu = [event for event in trace.events() if event.device_type == DeviceType.CUDA]
     return len(on_gpu), KERNELS
 
 
 class _Operators(TorchDispatchMode):
-    """Counts aten operators that compute, those inside other libraries' operators too."""
+    """Counts aten operators that compute, those inside another library's operator too.
+
+    One that has none inside counts as one.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -57,27 +67,21 @@ class _Operators(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-_CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
-
-
 def saved_bytes(forward: Callable[[], object], parameters: Iterable[Tensor]) -> int:
-    """Bytes that autograd keeps from ``forward`` for the backward, ``parameters`` left out.
-
-    Memory that several saved tensors share counts once.
-    """
+    """Bytes that autograd keeps from ``forward``, shared memory once, ``parameters`` left out."""
     known = {value.untyped_storage().data_ptr() for value in parameters}
-    found: dict[int, int] = {}
+    sizes: dict[int, int] = {}
 
     def pack(value: Tensor) -> Tensor:
         storage = value.untyped_storage()
         if storage.data_ptr() not in known:
-            found[storage.data_ptr()] = storage.nbytes()
+            sizes[storage.data_ptr()] = storage.nbytes()
         return value
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value):
         kept = forward()
     del kept
-    return sum(found.values())
+    return sum(sizes.values())
 
 
 def peak_bytes(run: Callable[[], object], device: torch.device) -> tuple[int, str]:
@@ -85,16 +89,9 @@ def peak_bytes(run: Callable[[], object], device: torch.device) -> tuple[int, st
     if device.type == "cuda":
         before = torch.cuda.memory_allocated(device)
     else:
-        _trim()
         with PeakMemory(device) as now:
             pass
         before = now.bytes
     with PeakMemory(device) as peak:
         run()
     return max(0, peak.bytes - before), f"{peak.kind}, rise"
-
-
-def _trim() -> None:
-    """Give free memory back to the system, or the next rise would hide in it (glibc alone)."""
-    if platform.libc_ver()[0] == "glibc":
-        ctypes.CDLL(None).malloc_trim(0)

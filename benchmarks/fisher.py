@@ -8,13 +8,14 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from benchmarks import harness
-from benchmarks.harness import Candidate, Check
+from benchmarks.harness import SPREAD, Bench, Candidate, Check, Column
+from benchmarks.settings import Command, option, several, shape
 from floe import ops
 
 
@@ -25,11 +26,6 @@ class Site:
     activation: Tensor
     gradient: Tensor
     group: int
-
-    @property
-    def size(self) -> int:
-        """Bytes that must be read."""
-        return 2 * self.activation.numel() * self.activation.element_size()
 
     def in_dtype(self, dtype: torch.dtype) -> Tensor:
         """The formula as plain torch has it: ``(a * g)`` summed over tokens and group."""
@@ -44,9 +40,7 @@ class Site:
 
 def candidates(site: Site) -> list[Candidate]:
     """floe's two operators, three formulas of torch, and a copy of both inputs as yardstick."""
-    exact = site.in_dtype(torch.float64)
-    single = torch.float32
-    dtypes = dict.fromkeys((site.activation.dtype, single))  # once each
+    exact, single = site.in_dtype(torch.float64), site.in_dtype(torch.float32)
     fisher = torch.zeros(exact.shape[1], dtype=torch.float64, device=exact.device)
     target = torch.empty_like(site.activation)
     arguments = (site.activation, site.gradient, site.group)
@@ -55,116 +49,82 @@ def candidates(site: Site) -> list[Candidate]:
         target.copy_(site.activation)
         return target.copy_(site.gradient)
 
-    def squared(gradients: Tensor) -> Tensor:
-        return gradients.double().square().sum(0)
+    def check(
+        run: Callable[[], Tensor], truth: Tensor, torchs: Tensor, factor: float
+    ) -> list[Check]:
+        return [Check("result", run(), truth, torchs, factor)]
 
-    def check(run: Callable[[], Tensor], truth: Tensor, torchs: Tensor) -> list[Check]:
-        return [Check("result", run(), truth, torchs)]
+    def candidate(
+        name: str, run: Callable[[], Tensor], torchs: Tensor, factor: float = harness.FACTOR
+    ) -> Candidate:
+        return Candidate(name, run, partial(check, run, exact, torchs, factor))
 
-    def candidate(name: str, run: Callable[[], Tensor], torchs: torch.dtype) -> Candidate:
-        return Candidate(name, run, lambda: check(run, exact, site.in_dtype(torchs)))
+    def accumulated() -> list[Check]:
+        result = ops.accumulate_fisher_(torch.zeros_like(fisher), *arguments)
+        truth, torchs = (gradients.double().square().sum(0) for gradients in (exact, single))
+        return [Check("result", result, truth, torchs.float())]
 
-    def accumulated() -> Tensor:
-        return ops.accumulate_fisher_(torch.zeros_like(fisher), *arguments)
-
+    accumulate = partial(ops.accumulate_fisher_, fisher, *arguments)
+    dtypes = dict.fromkeys((site.activation.dtype, torch.float32))  # once each
+    plain = {str(d).removeprefix("torch."): partial(site.in_dtype, d) for d in dtypes}
+    yardstick = partial(check, copy, site.gradient.double(), site.gradient, harness.FACTOR)
     return [
-        Candidate("copy", copy, lambda: check(copy, site.gradient.double(), site.gradient)),
-        candidate("floe mask_gradients", lambda: ops.mask_gradients(*arguments), single),
-        Candidate(
-            "floe accumulate_fisher_",
-            lambda: ops.accumulate_fisher_(fisher, *arguments),
-            lambda: check(accumulated, squared(exact), squared(site.in_dtype(single)).float()),
-        ),
-        *(candidate(_name(dtype), lambda d=dtype: site.in_dtype(d), dtype) for dtype in dtypes),
-        Candidate(
-            "torch einsum float32",
-            site.by_einsum,
-            # adds one product after another, where sum() adds pairs
-            lambda: [Check("result", site.by_einsum(), exact, site.in_dtype(single), factor=32.0)],
-        ),
+        Candidate("copy", copy, yardstick),
+        candidate("floe mask_gradients", partial(ops.mask_gradients, *arguments), single),
+        Candidate("floe accumulate_fisher_", accumulate, accumulated),
+        *(candidate(f"torch {name}", run, run()) for name, run in plain.items()),
+        # adds one product after another, where sum() adds pairs
+        candidate("torch einsum float32", site.by_einsum, single, factor=32.0),
     ]
 
 
-def _name(dtype: torch.dtype) -> str:
-    return f"torch {str(dtype).removeprefix('torch.')}"
+def sites(text: str) -> tuple[int, ...]:
+    """Kind of the option ``--shapes``."""
+    sizes = shape("SxTxDxGROUP")(text)
+    if sizes[2] % sizes[3]:
+        raise argparse.ArgumentTypeError(f"GROUP must be a divisor of D, got {text!r}")
+    return sizes
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is timed."""
+
+    shapes: tuple[tuple[int, ...], ...] = option(
+        ((2, 1024, 11008, 1), (2, 1024, 4096, 128)), "SxTxDxGROUP,...", several(sites)
+    )
+
+
+COMMAND = Command("fisher", __doc__, harness.Timing, Options)
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Print a table for every case; write the records where ``--json`` says."""
-    options = _parse(arguments)
-    device, clock = harness.prepare(options)
-    environment, rows = harness.machine(device), []
-    print(harness.describe(environment))
-    for samples, tokens, columns, group in options.shapes:
+    timing, options = COMMAND.parse(arguments)
+    bench, rows = Bench.begin(timing), []
+    for sizes in options.shapes:
         generator = torch.Generator().manual_seed(0)
-        a, g = (
-            torch.randn(samples, tokens, columns, generator=generator).to(
-                device, getattr(torch, options.dtype)
-            )
-            for _ in range(2)
-        )
-        site = Site(a, g, group)
-        case = {
-            "device": device.type,
-            "clock": options.clock,
-            "dtype": options.dtype,
-            "samples": samples,
-            "tokens": tokens,
-            "columns": columns,
-            "group": group,
-            "scale": "full" if tokens * columns >= 1024 * 4096 else "reduced",
-        }
-        found = candidates(site)
-        errors = {candidate.name: harness.gate(candidate) for candidate in found}
-        seconds = harness.measure(found, rounds=options.rounds, device=device, clock=clock)
-        made = harness.record(environment, case, seconds, errors, "copy")
-        _print(case, made, site.size)
-        rows += made
-    if options.json:
-        harness.save(options.json, rows)
+        drawn = (torch.randn(sizes[:3], generator=generator) for _ in range(2))
+        site = Site(*(v.to(bench.device, getattr(torch, timing.dtype)) for v in drawn), sizes[3])
+        case = dict(zip(("samples", "tokens", "columns", "group"), sizes, strict=True))
+        scale = "full" if sizes[1] * sizes[2] >= 1024 * 4096 else "reduced"
+        case = {**timing.case(), **case, "scale": scale}
+        timed, _ = bench.time(case, candidates(site), "copy")
+        rows += timed
+        print(f"\n{harness.title(case)}; the copy reads and writes both inputs")
+        print(harness.show(timed, _columns(2 * site.activation.nbytes)), flush=True)
+    harness.save(timing.json, rows)
 
 
-def _print(case: dict[str, Any], rows: list[dict[str, Any]], size: int) -> None:
-    print(
-        f"\nS={case['samples']}, T={case['tokens']}, D={case['columns']}, group {case['group']}, "
-        f"{case['dtype']}, {case['device']}, {case['clock']} time, {case['scale']} scale; "
-        "the copy reads and writes both inputs"
-    )
-    lines = []
-    for row in rows:
-        ms, ratio = row["milliseconds"], row["ratio"]
-        lines.append(
-            (
-                row["case"]["implementation"],
-                *(f"{ms[key]:.2f}" for key in ("median", "p20", "p80", "min")),
-                *(f"{ratio[key]:.2f}" for key in ("median", "p20", "p80")),
-                f"{size / ms['median'] / 1e6:.1f}",
-                f"{row['relative_error']:.1e}",
-            )
-        )
-    header = ("", "ms median", "p20", "p80", "min", "x copy", "p20", "p80", "GB/s read", "error")
-    print(harness.table(header, lines), flush=True)
-
-
-def _parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.fisher", description=__doc__)
-    harness.add_options(parser)
-    parser.add_argument(
-        "--shapes",
-        type=lambda text: [_shape(one) for one in text.split(",")],
-        default=[(2, 1024, 11008, 1), (2, 1024, 4096, 128)],
-        help="SxTxDxGROUP,...",
-    )
-    return parser.parse_args(arguments)
-
-
-def _shape(text: str) -> tuple[int, int, int, int]:
-    sizes = [int(part) for part in text.split("x")]
-    if len(sizes) != 4 or min(sizes) < 1 or sizes[2] % sizes[3]:
-        raise argparse.ArgumentTypeError(
-            f"a shape must be SxTxDxGROUP, sizes >= 1 and GROUP a divisor of D, got {text!r}"
-        )
-    return sizes[0], sizes[1], sizes[2], sizes[3]
+def _columns(size: int) -> list[Column]:
+    """``size``: bytes that must be read."""
+    return [
+        ("", "case.implementation:"),
+        *harness.spread("ms median", "milliseconds", ".2f", (*SPREAD, "min")),
+        *harness.spread("x copy", "ratio", ".2f"),
+        ("GB/s read", lambda row: f"{size / row['milliseconds']['median'] / 1e6:.1f}"),
+        ("error", "relative_error:.1e"),
+    ]
 
 
 if __name__ == "__main__":

@@ -6,7 +6,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+import textwrap
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,56 +15,42 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from benchmarks.harness import Row, title
 from floe.storage import read_json
 
-Row = dict[str, Any]
-_OWN = ("implementation", "way", "layers", "adapted")
-_COLOURS = ("#3d7ab8", "#c8553d", "#5b8c5a", "#8a6bb0", "#b08a2e", "#4aa3a2", "#7d7d7d", "#b0567f")
+OWN = ("implementation", "way", "layers", "adapted")  # of a row; the rest is its case's
 
 
-def draw(source: str, target: str) -> None:
-    """One panel for each case of the records in ``source``, written to ``target``.
+def case_of(row: Row) -> str:
+    """What rows of one case have in common."""
+    return str({k: v for k, v in sorted(row["case"].items()) if k not in OWN})
 
-    Raises:
-        ValueError: the file holds no records.
-        FileError: it is no JSON object.
-    """
-    data = read_json(Path(source))
+
+def by_case(rows: Iterable[Row]) -> list[list[Row]]:
+    """Rows of one case together, in order."""
     groups: dict[str, list[Row]] = {}
-    for row in data.get("rows", []):
-        case = {k: v for k, v in sorted(row["case"].items()) if k not in _OWN}
-        groups.setdefault(str(case), []).append(row)
+    for row in rows:
+        groups.setdefault(case_of(row), []).append(row)
+    return list(groups.values())
+
+
+def draw(source: Path, target: Path) -> None:
+    """One panel for each case of the records in ``source``, written to ``target``."""
+    data = read_json(source)
+    groups = by_case(data.get("rows", []))
     if not groups:
         raise ValueError(f"source must hold at least one record, got none in {source}")
-    figure = Figure(figsize=(7.5, 3.2 * len(groups) + 0.4), layout="constrained")
+    figure = Figure(figsize=(7.5, 3.4 * len(groups) + 0.4), layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(len(groups), 1, squeeze=False)[:, 0]
-    for panel, rows in zip(panels, groups.values(), strict=True):
+    for panel, rows in zip(panels, groups, strict=True):
         _PANELS[rows[0]["case"]["table"]](panel, rows)
-        panel.set_title(_title(rows[0]), fontsize=8)
+        panel.set_title(textwrap.fill(title(rows[0]["case"], *OWN), 120), fontsize=7)
         panel.grid(axis="y", alpha=0.3)
     environment = data["rows"][0]["environment"]
     machine = environment["gpu"] or environment["cpu"]
     figure.supxlabel(f"{machine}; bands and error bars: p20 to p80", fontsize=8)
     figure.savefig(target)
-
-
-def _title(row: Row) -> str:
-    case = row["case"]
-    if case["table"] == "8":
-        return (
-            f"{case['model']}, {case['mix']}, {case['steps']} steps, {case['points']} points, "
-            f"{case['replays']} replays, {case['device']}, scale: {case['scale']}"
-        )
-    size = case["model"] or f"{case['columns']} to {case['features']}"
-    cache = f" after {case['cache']} cached" if "cache" in case else ""
-    batch = f", batch {case['batch']}" if "batch" in case else ""
-    saved = ", gradient checkpointing" if case.get("gradient_checkpointing") else ""
-    return (
-        f"{case['what']}, {size}, T={case['tokens']}{cache}{batch}, M={case['experts']}, "
-        f"r={case['rank']}, dropout {case['dropout']}{saved}, {case['dtype']}, "
-        f"{case['device']}, scale: {case['scale']}"
-    )
 
 
 def _against_layers(panel: Any, rows: Sequence[Row]) -> None:
@@ -75,10 +62,8 @@ def _against_layers(panel: Any, rows: Sequence[Row]) -> None:
             key=lambda row: row["case"]["adapted"],
         )
         layers = [row["case"]["adapted"] for row in line]
-        low, middle, high = (
-            [row["ratio"][key] for row in line] for key in ("p20", "median", "p80")
-        )
-        colour = _COLOURS[place % len(_COLOURS)]
+        low, middle, high = ([row["ratio"][k] for row in line] for k in ("p20", "median", "p80"))
+        colour = f"C{place}"
         panel.plot(layers, middle, color=colour, marker=".", label=way)
         panel.fill_between(layers, low, high, color=colour, alpha=0.15, linewidth=0)
     panel.set(xlabel="adapted layers", ylabel="time over frozen")
@@ -92,55 +77,35 @@ def _phases(panel: Any, rows: Sequence[Row]) -> None:
     left = [0.0] * len(rows)
     for place, phase in enumerate(("forward", "backward", "optimiser")):
         widths = [row["phases_ms"][phase]["median"] for row in rows]
-        panel.barh(names, widths, left=left, color=_COLOURS[place], label=phase)
+        panel.barh(names, widths, left=left, color=f"C{place}", label=phase)
         left = [a + b for a, b in zip(left, widths, strict=True)]
-    _name_rows(panel, "ms a step, medians of the phases")
+    panel.invert_yaxis()
+    panel.set_xlabel("ms a step, medians of the phases")
+    panel.tick_params(axis="y", labelsize=7)
     panel.legend(fontsize=7)
-
-
-def _ratios(panel: Any, rows: Sequence[Row]) -> None:
-    """Ratio to the frozen linear."""
-    found = [row["ratio"] for row in rows]
-    middle = [one["median"] for one in found]
-    error = [
-        [one["median"] - one["p20"] for one in found],
-        [one["p80"] - one["median"] for one in found],
-    ]
-    names = [row["case"]["implementation"] for row in rows]
-    panel.barh(names, middle, xerr=error, color=_COLOURS[0], ecolor="#444444")
-    _name_rows(panel, "time over the frozen linear")
 
 
 def _regret(panel: Any, rows: Sequence[Row]) -> None:
     """Lowest loss so far minus the surface's best against trials, a line for every strategy."""
-    for row, colour in zip(rows, _COLOURS, strict=False):
+    for place, row in enumerate(rows):
         regret, trials = row["regret"], range(1, len(row["regret"]["mean"]) + 1)
-        name = row["case"]["implementation"]
+        name, colour = row["case"]["implementation"], f"C{place}"
         panel.plot(trials, regret["mean"], color=colour, label=f"{name}, mean")
-        panel.fill_between(
-            trials, regret["p20"], regret["p80"], color=colour, alpha=0.15, linewidth=0
-        )
+        low, high = regret["p20"], regret["p80"]
+        panel.fill_between(trials, low, high, color=colour, alpha=0.15, linewidth=0)
     panel.set(xlabel="trials", ylabel="regret, nats per token")
     panel.xaxis.set_major_locator(MaxNLocator(integer=True))
     panel.legend(fontsize=7)
 
 
-def _name_rows(panel: Any, label: str) -> None:
-    panel.invert_yaxis()
-    panel.set_xlabel(label)
-    panel.tick_params(axis="y", labelsize=7)
-
-
-_PANELS: dict[str, Callable[[Any, Sequence[Row]], None]] = {
-    "4": _against_layers, "5": _phases, "op": _ratios, "8": _regret,
-}  # fmt: skip
+_PANELS = {"4": _against_layers, "5": _phases, "8": _regret}
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.plot", description=__doc__)
-    parser.add_argument("source", metavar="RECORDS.json")
-    parser.add_argument("target", metavar="PICTURE", help=".svg, .png or .pdf")
+    parser.add_argument("source", type=Path, metavar="RECORDS.json")
+    parser.add_argument("target", type=Path, metavar="PICTURE", help=".svg, .png or .pdf")
     given = parser.parse_args(arguments)
     draw(given.source, given.target)
 

@@ -8,20 +8,22 @@ not counted.
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
 import torch
-from floe_triton import aot, gpu
+from floe_triton import aot, gpu, launch
 from floe_triton.group import Group, Needs
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import harness, issue
-from benchmarks.steps import Step, recording, size, storage, tensors
+from benchmarks.harness import Column, Row
+from benchmarks.settings import Command, one_of, option, several
 from floe.storage import write_json
 
 NOTE = """\
@@ -86,6 +88,82 @@ SHAPES = {
 
 
 @dataclass(frozen=True)
+class Step:
+    """One launch or library call. ``tensors``: everything it reads or writes, each once."""
+
+    name: str
+    flops: int
+    tensors: tuple[Tensor, ...]
+    launch: launch.Launch | None = None
+
+
+class Recorder(TorchDispatchMode):
+    """The steps of what runs within it, in order: recorded launches between library calls."""
+
+    def __init__(self, launches: list[launch.Launch]) -> None:
+        super().__init__()
+        self.steps: list[Step] = []
+        self._launches = launches
+        self._taken = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run ``func``, which is a step unless it only allocates or views."""
+        result = func(*args, **(kwargs or {}))
+        name, read, written = func.__name__.split(".")[0], tensors(args), tensors(result)
+        known = {storage(tensor) for tensor in read}
+        in_place = any(a.alias_info and a.alias_info.is_write for a in func._schema.arguments)
+        new = written if in_place else [t for t in written if storage(t) not in known]
+        if read and new and not name.startswith(("empty", "new_empty")):
+            self.take_launches()
+            self.steps.append(Step(name, _flops(name, read), (*read, *new)))
+        return result
+
+    def take_launches(self) -> None:
+        """Move the launches recorded since the last call to the steps."""
+        for each in self._launches[self._taken :]:
+            moved = tuple(tensors(list(each.arguments.values())))
+            self.steps.append(Step(each.kernel.__name__, each.flops, moved, each))
+        self._taken = len(self._launches)
+
+
+@contextmanager
+def recording(capability: int) -> Iterator[Recorder]:
+    """Record what runs within, for an architecture."""
+    with launch.recording(capability) as launches, Recorder(launches) as recorder:
+        yield recorder
+        recorder.take_launches()
+
+
+def tensors(values: Any) -> list[Tensor]:
+    """Every tensor in nested lists and tuples."""
+    if isinstance(values, Tensor):
+        return [values]
+    if not isinstance(values, (list, tuple)):
+        return []
+    return [tensor for value in values for tensor in tensors(value)]
+
+
+def storage(tensor: Tensor) -> int:
+    """What views of one memory share."""
+    return tensor.untyped_storage()._cdata
+
+
+def size(tensor: Tensor) -> int:
+    """Its bytes."""
+    return tensor.numel() * tensor.element_size()
+
+
+def _flops(name: str, read: list[Tensor]) -> int:
+    """Of the products; everything else is bound by memory."""
+    if name not in ("mm", "addmm", "addmm_"):
+        return 0
+    left, right = read[-2:]
+    return 2 * left.shape[0] * left.shape[1] * right.shape[1]
+
+
+@dataclass(frozen=True)
 class Bound:
     """Seconds that a step takes at least: the longest of three."""
 
@@ -111,13 +189,13 @@ class Pass:
     def bounds(self, device: Device, workspaces_are_free: bool) -> list[Bound]:
         """Every step's bound."""
         free = self._in_cache(device.cache / 2) if workspaces_are_free else set()
-        found = []
+        bounds = []
         for index, step in enumerate(self.steps):
             moved = [t for t in step.tensors if (index, storage(t)) not in free]
             traffic = sum(map(size, moved))
             compute, memory = step.flops / device.flops, traffic / device.part.bandwidth
-            found.append(Bound(step, traffic, compute, memory, _issue_time(step)))
-        return found
+            bounds.append(Bound(step, traffic, compute, memory, _issue_time(step)))
+        return bounds
 
     def _in_cache(self, room: float) -> set[tuple[int, int]]:
         """(step, storage) of the mentions of workspaces that never leave the cache."""
@@ -128,13 +206,13 @@ class Pass:
                     mentions.setdefault(storage(tensor), []).append(index)
         for tensor in self.kept:
             mentions.pop(storage(tensor), None)
-        found = set()
+        free = set()
         for memory, at in mentions.items():
             gaps = [later - earlier for earlier, later in pairwise(at)]
-            found |= {(i, memory) for i, gap in zip(at[1:], gaps, strict=True) if gap <= 2}
+            free |= {(i, memory) for i, gap in zip(at[1:], gaps, strict=True) if gap <= 2}
             if gaps and max(gaps) <= 2:
-                found.add((at[0], memory))  # where it is written
-        return found
+                free.add((at[0], memory))  # where it is written
+        return free
 
 
 def passes(layer: Layer, setting: Setting, device: Device) -> dict[str, Pass]:
@@ -194,7 +272,7 @@ def _issue_time(step: Step) -> float:
 _reports: dict[str, aot.Report] = {}
 
 
-def estimate(layers: Sequence[Layer], setting: Setting, device: Device) -> dict[str, Any]:
+def estimate(layers: Sequence[Layer], setting: Setting, device: Device) -> Row:
     """Seconds of every pass over the layers, and each step of floe's."""
     seconds: dict[str, float] = {}
     steps = []
@@ -210,100 +288,89 @@ def estimate(layers: Sequence[Layer], setting: Setting, device: Device) -> dict[
     return {"seconds": seconds, "steps": steps}
 
 
-def _described(layer: Layer, what: str, bound: Bound) -> dict[str, Any]:
+def _described(layer: Layer, what: str, bound: Bound) -> Row:
+    times = ("compute", "memory", "issue", "seconds")
     return {
         "layer": layer.name,
         "pass": what,
         "step": bound.step.name,
         "gflop": bound.step.flops / 1e9,
         "megabytes": bound.bytes / 1e6,
-        **{
-            f"{name}_us": getattr(bound, name) * 1e6
-            for name in ("compute", "memory", "issue", "seconds")
-        },
+        **{f"{name}_us": getattr(bound, name) * 1e6 for name in times},
     }
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is estimated."""
+
+    device: tuple[str, ...] = option(tuple(DEVICES), "h100,a100", several(one_of(DEVICES)))
+    backend: tuple[str, ...] = option(
+        ("gemm", "fused"), "gemm,fused", several(one_of(("gemm", "fused")))
+    )
+    shapes: tuple[str, ...] = option(tuple(SHAPES), "; between them", several(one_of(SHAPES), ";"))
+    tokens: int = option(16384)
+    rank: int = option(8)
+    experts: int = option(4)
+    dropout: float = option(0.05)
+    steps: bool = option(False, "also every launch and library call")
+    json: Path | None = option(None, "write every row and step to this file", Path)
+
+
+COMMAND = Command("roofline", __doc__, Options)
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Print a table for every GPU; write the rows where ``--json`` says."""
-    options, rows = _parse(arguments), []
+    options, rows = COMMAND.parse(arguments), []
     print(NOTE)
-    for name in options.device:
-        for backend in options.backend:
-            setting = Setting(
-                options.tokens, options.rank, options.experts, options.dropout, backend
-            )
-            rows += [
-                {
-                    "estimate": True,
-                    "device": DEVICES[name].part.name,
-                    "shape": shape,
-                    "setting": asdict(setting),
-                    **estimate(SHAPES[shape], setting, DEVICES[name]),
-                }
-                for shape in options.shapes
-            ]
+    for name, backend, shape in product(options.device, options.backend, options.shapes):
+        sizes = (options.tokens, options.rank, options.experts, options.dropout)
+        setting = Setting(*sizes, backend)
+        of = {"estimate": True, "device": DEVICES[name].part.name, "shape": shape}
+        estimated = estimate(SHAPES[shape], setting, DEVICES[name])
+        rows.append({**of, "setting": asdict(setting), **estimated})
     print(f"\nT={options.tokens}, r={options.rank}, M={options.experts}, dropout {options.dropout}")
-    print(harness.table(HEADER, [_line(row) for row in rows]))
-    if options.steps:
-        for row in rows:
-            print(f"\nESTIMATE {row['device']}, {row['shape']}, {row['setting']['backend']}")
-            lines = [tuple(_shown(value) for value in step.values()) for step in row["steps"]]
-            print(harness.table(tuple(row["steps"][0]), lines))
+    print(harness.show(rows, COLUMNS))
+    for row in rows if options.steps else []:
+        print(f"\nESTIMATE {row['device']}, {row['shape']}, {row['setting']['backend']}")
+        lines = [tuple(_shown(value) for value in step.values()) for step in row["steps"]]
+        print(harness.table(tuple(row["steps"][0]), lines))
     if options.json:
         write_json(options.json, rows)
 
 
-HEADER = (
-    "ESTIMATE", "backend", "shape", "frozen f+b us", "floe f+b us",
-    "forward", "backward", "f+b", "f+b +L2 traffic",
-)  # fmt: skip
-
-
-def _line(row: dict[str, Any]) -> tuple[str, ...]:
+def _total(row: Row, whose: str, traffic: str = "") -> float:
+    """Forward and backward, in seconds."""
     seconds = row["seconds"]
+    return float(sum(seconds[f"{whose} {what}{traffic}"] for what in ("forward", "backward")))
 
-    def total(whose: str, suffix: str = "") -> float:
-        return seconds[f"{whose} forward{suffix}"] + seconds[f"{whose} backward{suffix}"]
 
-    over = [seconds[f"floe {what}"] / seconds[f"frozen {what}"] for what in ("forward", "backward")]
-    traffic = " with L2 traffic"
-    over += [total("floe") / total("frozen"), total("floe", traffic) / total("frozen", traffic)]
-    return (
-        row["device"],
-        row["setting"]["backend"],
-        row["shape"],
-        f"{total('frozen') * 1e6:.0f}",
-        f"{total('floe') * 1e6:.0f}",
-        *(f"{ratio - 1:+.1%}" for ratio in over),
-    )
+def _over(floe: float, frozen: float) -> str:
+    return f"{floe / frozen - 1:+.1%}"
+
+
+def _both(row: Row, traffic: str = "") -> str:
+    return _over(_total(row, "floe", traffic), _total(row, "frozen", traffic))
+
+
+COLUMNS: list[Column] = [
+    ("ESTIMATE", "device:"),
+    ("backend", "setting.backend:"),
+    ("shape", "shape:"),
+    ("frozen f+b us", lambda row: f"{_total(row, 'frozen') * 1e6:.0f}"),
+    ("floe f+b us", lambda row: f"{_total(row, 'floe') * 1e6:.0f}"),
+    *(
+        (what, lambda row, w=what: _over(*(row["seconds"][f"{n} {w}"] for n in ("floe", "frozen"))))
+        for what in ("forward", "backward")
+    ),
+    ("f+b", _both),
+    ("f+b +L2 traffic", lambda row: _both(row, " with L2 traffic")),
+]
 
 
 def _shown(value: str | float) -> str:
     return value if isinstance(value, str) else f"{value:.1f}"
-
-
-def _parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.roofline", description=__doc__)
-
-    def some_of(known: Sequence[str], separator: str = ",") -> Any:
-        def parse(text: str) -> list[str]:
-            if not set(text.split(separator)) <= set(known):
-                raise argparse.ArgumentTypeError(f"must be of {', '.join(known)}, got {text!r}")
-            return text.split(separator)
-
-        return parse
-
-    parser.add_argument("--device", type=some_of(list(DEVICES)), default=["h100", "a100"])
-    parser.add_argument("--backend", type=some_of(["gemm", "fused"]), default=["gemm", "fused"])
-    parser.add_argument("--shapes", type=some_of(list(SHAPES), ";"), default=list(SHAPES))
-    parser.add_argument("--tokens", type=int, default=16384)
-    parser.add_argument("--rank", type=int, default=8)
-    parser.add_argument("--experts", type=int, default=4)
-    parser.add_argument("--dropout", type=float, default=0.05)
-    parser.add_argument("--steps", action="store_true", help="also every launch and library call")
-    parser.add_argument("--json", type=Path, help="write every row and step to this file")
-    return parser.parse_args(arguments)
 
 
 if __name__ == "__main__":

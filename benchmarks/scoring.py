@@ -12,15 +12,16 @@ import copy
 import json
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from benchmarks import harness, models
-from benchmarks.harness import Candidate, Check
+from benchmarks.harness import Bench, Candidate, Check, Column
+from benchmarks.settings import Command, option
 from floe.adapters import FloeConfig, adapted_modules, get_model
 from floe.adapters.linear import separate_base
 from floe.config import load_config
@@ -56,7 +57,7 @@ class Subject:
 def smollm2(rows: int, rank: int, experts: int) -> Subject:
     """SmolLM2-135M with routed adapters of random experts, and the demo's training rows."""
     models.load(models.SMOLLM2, device=torch.device("cpu"), dtype=torch.bfloat16)
-    work = RunInputs(load_config(models.ROOT / "examples/demo/demo.yaml"))
+    work = RunInputs(load_config(harness.ROOT / "examples/demo/demo.yaml"))
     model = get_model(work.base_model, FloeConfig(r=rank, num_experts=experts, alpha=32), seed=0)
     generator = torch.Generator().manual_seed(0)
     for module in adapted_modules(model).values():
@@ -84,10 +85,10 @@ def run_arm(subject: Subject, arm: str) -> None:
                 capture.step(batch, numbers)
 
 
-def plain(model: nn.Module, found: list[Pass]) -> None:
+def plain(model: nn.Module, passes: list[Pass]) -> None:
     """Forward and backward with every weight frozen; gradients reach the embeddings' output."""
     with evaluating(model, input_gradients=True):
-        for batch, numbers in found:
+        for batch, numbers in passes:
             with torch.enable_grad():
                 losses(model, batch, numbers)[0].sum().backward()
 
@@ -95,10 +96,8 @@ def plain(model: nn.Module, found: list[Pass]) -> None:
 def check(subject: Subject) -> list[Check]:
     """One row's mask gradients in the middle layer against explicit masks, in float64."""
     row = sorted(subject.rows, key=len)[len(subject.rows) // 2]
-    batch, layer = (
-        for_loss(Collator.for_model(subject.model)([row]), "response"),
-        len(find_blocks(subject.model)) // 2,
-    )
+    batch = for_loss(Collator.for_model(subject.model)([row]), "response")
+    layer = len(find_blocks(subject.model)) // 2
     with Capture(subject.model) as capture:
         neuron = capture.step(batch).neuron
     assert neuron is not None
@@ -118,107 +117,96 @@ def explicit(model: nn.Module, batch: dict[str, Any], layer: int) -> Tensor:
             (gradient,) = torch.autograd.grad(loss.sum(), [mask])
     finally:
         hook.remove()
-    found: Tensor = gradient.detach()
-    return found
+    detached: Tensor = gradient.detach()
+    return detached
 
 
-def peak(arm: str, options: argparse.Namespace) -> tuple[int, int]:
+@dataclass(frozen=True)
+class Timing(harness.Timing):
+    """As elsewhere, but a round takes a minute."""
+
+    rounds: int = option(3)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is scored, and whether memory is measured, too."""
+
+    rows: int = option(256)
+    rank: int = option(8)
+    experts: int = option(4)
+    no_memory: bool = option(False)
+    child: str | None = option(None, argparse.SUPPRESS, choices=(*ARMS, *TAYLOR))
+
+
+COMMAND = Command("scoring", __doc__, Timing, Options)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Print two tables; write the records where ``--json`` says."""
+    timing, options = COMMAND.parse(arguments)
+    if options.child:
+        child(options)
+        return
+    bench = Bench.begin(timing)
+    subject = smollm2(options.rows, options.rank, options.experts)
+    rows = compare(bench, subject, ARMS, len(subject.rows), options)
+    rows += compare(bench, subject, TAYLOR, TAYLOR_ROWS, options)
+    harness.save(timing.json, rows)
+
+
+def compare(
+    bench: Bench, subject: Subject, arms: tuple[str, ...], count: int, options: Options
+) -> list[harness.Row]:
+    """Time and memory of the arms on ``count`` rows, in turns, printed; ratios to the first."""
+    candidates = [
+        Candidate(arm, partial(run_arm, subject, arm), partial(_checks, subject, arm))
+        for arm in arms
+    ]
+    tokens = sum(len(row) for row in subject.rows[:count])
+    case = {"model": "smollm2", "rows": count, "tokens": tokens, "dtype": "bfloat16"}
+    rows, _ = bench.time(case, candidates, arms[0], warmup=0)
+    columns: list[Column] = [
+        ("", "case.implementation:"),
+        ("s", lambda row: f"{row['milliseconds']['median'] / 1e3:.2f}"),
+        *harness.spread("x plain", "ratio", ".3f"),
+    ]
+    if not options.no_memory:
+        for row in rows:
+            row["peak_bytes"], row["before_bytes"] = peak(row["case"]["implementation"], options)
+            row["peak_ratio"] = row["peak_bytes"] / rows[0]["peak_bytes"]
+        columns += [
+            ("peak MiB", harness.mib("peak_bytes")),
+            ("before", harness.mib("before_bytes")),
+            ("x plain", "peak_ratio:.3f"),
+        ]
+    print(f"\n{count} rows, {tokens} tokens, the same passes")
+    print(harness.show(rows, columns), flush=True)
+    return rows
+
+
+def _checks(subject: Subject, arm: str) -> list[Check]:
+    return check(subject) if "masks" in arm else []
+
+
+def peak(arm: str, options: Options) -> tuple[int, int]:
     """(peak, before) bytes of one arm in a fresh process: once to warm up, then measured."""
     command = [sys.executable, "-m", "benchmarks.scoring", "--child", arm]
-    command += ["--rows", str(options.rows), "--rank", str(options.rank)]
-    command += ["--experts", str(options.experts)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=models.ROOT)
-    found = json.loads(done.stdout.splitlines()[-1])
-    return found["peak"], found["before"]
+    for name in ("rows", "rank", "experts"):
+        command += [f"--{name}", str(getattr(options, name))]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=harness.ROOT)
+    result = json.loads(done.stdout.splitlines()[-1])
+    return result["peak"], result["before"]
 
 
-def child(arm: str, options: argparse.Namespace) -> None:
+def child(options: Options) -> None:
     """What the fresh process does."""
     subject = smollm2(options.rows, options.rank, options.experts)
     with PeakMemory() as before:
         pass
     with PeakMemory() as memory:
-        run_arm(subject, arm)
+        run_arm(subject, options.child or "")
     print(json.dumps({"peak": memory.bytes, "before": before.bytes, "kind": memory.kind}))
-
-
-def main(arguments: list[str] | None = None) -> None:
-    """Print two tables; write the records where ``--json`` says."""
-    options = parse(arguments)
-    if options.child:
-        child(options.child, options)
-        return
-    device, clock = harness.prepare(options)
-    environment = harness.machine(device)
-    subject = smollm2(options.rows, options.rank, options.experts)
-    print(harness.describe(environment))
-    records = []
-    for arms, rows in ((ARMS, len(subject.rows)), (TAYLOR, TAYLOR_ROWS)):
-        records += table(subject, arms, rows, options, environment, clock)
-    if options.json:
-        harness.save(options.json, records)
-
-
-def table(
-    subject: Subject,
-    arms: tuple[str, ...],
-    rows: int,
-    options: argparse.Namespace,
-    environment: dict[str, Any],
-    clock: Callable[[], float],
-) -> list[dict[str, Any]]:
-    """Time and memory of the arms, in turns; ratios to the first."""
-    found = [
-        Candidate(
-            arm, lambda arm=arm: run_arm(subject, arm),
-            lambda arm=arm: check(subject) if "masks" in arm else [],
-        )
-        for arm in arms
-    ]  # fmt: skip
-    errors: dict[str, float] = {}
-    seconds = harness.measure(
-        found, rounds=options.rounds, device=torch.device("cpu"), warmup=0, clock=clock,
-        errors=errors,
-    )  # fmt: skip
-    tokens = sum(len(row) for row in subject.rows[:rows])
-    case = {"model": "smollm2", "rows": rows, "tokens": tokens, "dtype": "bfloat16"}
-    made = harness.record(environment, case, seconds, errors, arms[0])
-    for row in made if options.memory else []:
-        row["peak_bytes"], row["before_bytes"] = peak(row["case"]["implementation"], options)
-    show(made, rows, tokens)
-    return made
-
-
-def show(made: list[dict[str, Any]], rows: int, tokens: int) -> None:
-    """One line an arm."""
-    first = made[0]
-    lines = []
-    for row in made:
-        cells = [row["case"]["implementation"], f"{row['milliseconds']['median'] / 1e3:.2f}"]
-        cells += [f"{row['ratio'][key]:.3f}" for key in ("median", "p20", "p80")]
-        if "peak_bytes" in row:
-            cells += [f"{row['peak_bytes'] / 2**20:.0f}", f"{row['before_bytes'] / 2**20:.0f}"]
-            cells += [f"{row['peak_bytes'] / first['peak_bytes']:.3f}"]
-        lines.append(cells)
-    header = ["", "s", "x plain", "p20", "p80"]
-    header += ["peak MiB", "before", "x plain"] if "peak_bytes" in first else []
-    print(
-        f"\n{rows} rows, {tokens} tokens, the same passes\n{harness.table(header, lines)}",
-        flush=True,
-    )
-
-
-def parse(arguments: list[str] | None) -> argparse.Namespace:
-    """The command's options."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.scoring", description=__doc__)
-    harness.add_options(parser)
-    parser.set_defaults(rounds=3)
-    parser.add_argument("--rows", type=int, default=256)
-    parser.add_argument("--rank", type=int, default=8)
-    parser.add_argument("--experts", type=int, default=4)
-    parser.add_argument("--no-memory", dest="memory", action="store_false")
-    parser.add_argument("--child", choices=(*ARMS, *TAYLOR), help=argparse.SUPPRESS)
-    return parser.parse_args(arguments)
 
 
 if __name__ == "__main__":

@@ -6,9 +6,9 @@ against summing anew for every number of heads, up to the size where a call stil
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,16 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from benchmarks import harness
-from benchmarks.harness import Candidate, Check
+from benchmarks.harness import SPREAD, Bench, Candidate, Check, Column, Row
+from benchmarks.settings import Command, option, several
 from floe.selection.masks.solvers import MaskSolution, solve_mask, solve_two_class
 from floe.types import Flags, Floats
 
 _NEURONS_PER_HEAD = 344  # 11,008 neurons and 32 heads a layer, as LLaMA2-7B has
 _RESUMMED = 1_000_000  # units; ten times as many take a hundred times as long
+
+
+Program = Callable[["Units"], Any]
 
 
 @dataclass(frozen=True)
@@ -98,11 +102,6 @@ def knapsack_by_floe(units: Units) -> MaskSolution:
     return solve_mask(units.value, units.cost, units.budget, max_nodes=0)
 
 
-def exact_by_floe(units: Units) -> MaskSolution:
-    """`floe.solve_mask` with its exact search."""
-    return solve_mask(units.value, units.cost, units.budget)
-
-
 def knapsack_by_numpy(units: Units) -> Flags:
     """Units by value per cost, up to the budget; then, one by one, those that still fit."""
     order = np.argsort(-units.value / units.cost)
@@ -137,7 +136,7 @@ def _retained(orders: Sequence[Any], units: Units, heads: int, neurons: int) -> 
 
 def two_class(units: Units) -> list[Candidate]:
     """Programs for two classes; all must retain the same units."""
-    programs: dict[str, Callable[[Units], Any]] = {
+    programs: dict[str, Program] = {
         "numpy": two_class_by_numpy,
         "floe": lambda units: two_class_by_floe(units).mask,
     }
@@ -145,40 +144,42 @@ def two_class(units: Units) -> list[Candidate]:
         programs["summed anew"] = two_class_by_summing_anew
     exact = torch.from_numpy(two_class_by_floe(units).mask).double()
 
-    def candidate(name: str, program: Callable[[Units], Any]) -> Candidate:
-        def checks() -> list[Check]:
-            return [Check("mask", torch.from_numpy(program(units)).double(), exact, exact)]
+    def checks(program: Program) -> list[Check]:
+        return [Check("mask", torch.from_numpy(program(units)).double(), exact, exact)]
 
-        return Candidate(name, lambda: program(units), checks)
-
-    return [candidate(*item) for item in programs.items()]
+    return _candidates(programs, units, checks)
 
 
 def knapsack(units: Units) -> list[Candidate]:
     """Programs for a cost of every unit; each must come as close to the bound as the greedy choice,
     within the budget."""
-    programs: dict[str, Callable[[Units], Any]] = {
+    programs: dict[str, Program] = {
         "numpy": knapsack_by_numpy,
         "floe": lambda units: knapsack_by_floe(units).mask,
-        "floe, exact": lambda units: exact_by_floe(units).mask,
+        "floe, exact": lambda units: solve_mask(units.value, units.cost, units.budget).mask,
     }
     greedy = knapsack_by_floe(units)
     bound = torch.tensor([greedy.upper_bound, units.budget], dtype=torch.float64)
     near = torch.tensor([greedy.value, units.budget], dtype=torch.float64) * (1 - 1e-12)
 
-    def candidate(name: str, program: Callable[[Units], Any]) -> Candidate:
-        def checks() -> list[Check]:
-            mask = program(units)
-            spent = max(units.budget, float(units.cost[mask].sum()))
-            actual = torch.tensor([float(units.value[mask].sum()), spent], dtype=torch.float64)
-            return [
-                Check(what, actual[i : i + 1], bound[i : i + 1], near[i : i + 1], factor=1.0)
-                for i, what in enumerate(("value", "cost above the budget"))
-            ]
+    def checks(program: Program) -> list[Check]:
+        mask = program(units)
+        spent = max(units.budget, float(units.cost[mask].sum()))
+        actual = torch.tensor([float(units.value[mask].sum()), spent], dtype=torch.float64)
+        names = ("value", "cost above the budget")
+        numbers = (part.split(1) for part in (actual, bound, near))
+        return [Check(*each, factor=1.0) for each in zip(names, *numbers, strict=True)]
 
-        return Candidate(name, lambda: program(units), checks)
+    return _candidates(programs, units, checks)
 
-    return [candidate(*item) for item in programs.items()]
+
+def _candidates(
+    programs: dict[str, Program], units: Units, checks: Callable[..., list[Check]]
+) -> list[Candidate]:
+    return [
+        Candidate(name, partial(program, units), partial(checks, program))
+        for name, program in programs.items()
+    ]
 
 
 _PROBLEMS = {"two-class": two_class, "knapsack": knapsack}
@@ -189,38 +190,54 @@ def exponent(sizes: Sequence[float], milliseconds: Sequence[float]) -> float:
     return float(np.polyfit(np.log(sizes), np.log(milliseconds), 1)[0])
 
 
+@dataclass(frozen=True)
+class Options:
+    """What is timed."""
+
+    kind: str = option("fisher", choices=("fisher", "taylor", "uniform"))
+    sizes: tuple[int, ...] = option(
+        (10_000, 100_000, 1_000_000, 10_000_000), "units, ...", several(lambda t: int(float(t)))
+    )
+    plot: Path | None = option(None, ".png, .svg or .pdf", Path, metavar="PICTURE")
+
+
+COMMAND = Command("solver", __doc__, harness.Timing, Options)
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Print a table for every problem and size; write records and picture where asked."""
-    options = _parse(arguments)
-    device, clock = harness.prepare(options)
-    environment, rows = harness.machine(device), []
-    print(harness.describe(environment))
+    timing, options = COMMAND.parse(arguments)
+    bench, rows = Bench.begin(timing), []
     for size in options.sizes:
         units = Units.draw(size, options.kind)
+        rounds = timing.rounds if size <= _RESUMMED else min(timing.rounds, 5)
         for problem, candidates in _PROBLEMS.items():
-            case = {"problem": problem, "units": size, "kind": options.kind, "clock": options.clock}
-            errors: dict[str, float] = {}
-            seconds = harness.measure(
-                candidates(units),
-                rounds=options.rounds if size <= _RESUMMED else min(options.rounds, 5),
-                device=device,
-                warmup=1,
-                clock=clock,
-                errors=errors,
-            )
-            made = harness.record(environment, case, seconds, errors, "numpy")
-            _print(case, made)
-            rows += made
+            case = {"problem": problem, "units": size, "kind": options.kind, "clock": timing.clock}
+            timed, _ = bench.time(case, candidates(units), "numpy", rounds=rounds, warmup=1)
+            print(f"\n{harness.title(case)}\n{harness.show(timed, COLUMNS)}", flush=True)
+            rows += timed
     for (problem, name), line in _lines(rows).items():
         if len(line) > 1:
             print(f"{problem} {name}: time grows as n^{exponent(*zip(*line, strict=True)):.2f}")
-    if options.json:
-        harness.save(options.json, rows)
+    harness.save(timing.json, rows)
     if options.plot:
         draw(rows, options.plot)
 
 
-def draw(rows: Sequence[dict[str, Any]], target: str) -> None:
+def _times_as_fast(key: str) -> Callable[[Row], str]:
+    return lambda row: f"{1 / row['ratio'][key]:.1f}"
+
+
+COLUMNS: list[Column] = [
+    ("", "case.implementation:"),
+    *harness.spread("ms median", "milliseconds", ".2f", (*SPREAD, "min")),
+    ("times as fast", _times_as_fast("median")),
+    ("p20", _times_as_fast("p80")),
+    ("p80", _times_as_fast("p20")),
+]
+
+
+def draw(rows: Sequence[Row], target: Path) -> None:
     """Milliseconds over units, both logarithmic, a line for every program."""
     figure = Figure(figsize=(8.0, 3.6), layout="constrained")
     FigureCanvasAgg(figure)
@@ -231,10 +248,10 @@ def draw(rows: Sequence[dict[str, Any]], target: str) -> None:
         panel.set(title=problem, xlabel="units", ylabel="milliseconds, median")
         panel.grid(alpha=0.3)
         panel.legend(fontsize=7)
-    figure.savefig(Path(target))
+    figure.savefig(target)
 
 
-def _lines(rows: Sequence[dict[str, Any]]) -> dict[tuple[str, str], list[tuple[int, float]]]:
+def _lines(rows: Sequence[Row]) -> dict[tuple[str, str], list[tuple[int, float]]]:
     """(units, median milliseconds) of every program."""
     lines: dict[tuple[str, str], list[tuple[int, float]]] = {}
     for row in rows:
@@ -242,34 +259,6 @@ def _lines(rows: Sequence[dict[str, Any]]) -> dict[tuple[str, str], list[tuple[i
         point = case["units"], row["milliseconds"]["median"]
         lines.setdefault((case["problem"], case["implementation"]), []).append(point)
     return lines
-
-
-def _print(case: dict[str, Any], rows: list[dict[str, Any]]) -> None:
-    print(f"\n{case['problem']}, {case['units']:,} units, {case['kind']}, {case['clock']} time")
-    lines = [
-        (
-            row["case"]["implementation"],
-            *(f"{row['milliseconds'][key]:.2f}" for key in ("median", "p20", "p80", "min")),
-            *(f"{1 / row['ratio'][key]:.1f}" for key in ("median", "p80", "p20")),
-        )
-        for row in rows
-    ]
-    header = ("", "ms median", "p20", "p80", "min", "times as fast", "p20", "p80")
-    print(harness.table(header, lines), flush=True)
-
-
-def _parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.solver", description=__doc__)
-    harness.add_options(parser)
-    parser.add_argument("--kind", choices=("fisher", "taylor", "uniform"), default="fisher")
-    parser.add_argument(
-        "--sizes",
-        type=lambda text: [int(float(one)) for one in text.split(",")],
-        default=[10_000, 100_000, 1_000_000, 10_000_000],
-        help="units, ...",
-    )
-    parser.add_argument("--plot", metavar="PICTURE", help=".png, .svg or .pdf")
-    return parser.parse_args(arguments)
 
 
 if __name__ == "__main__":

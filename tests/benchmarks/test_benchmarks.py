@@ -1,6 +1,6 @@
-import argparse
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,14 +8,15 @@ import torch
 
 sys.path.append(str(Path(__file__).resolve().parents[2]))  # last: an installed floe stays first
 
-from benchmarks import fisher, harness, impls, kernels
+from benchmarks import fisher, harness, implementations, kernels
 from benchmarks.harness import Candidate, Check, WrongResult
+from benchmarks.implementations import Adapter, Problem, registry
 
 CPU = torch.device("cpu")
 
 
 def _problem(dropout=0.0, dtype=torch.float32, adapter_dtype=None):
-    return impls.Problem.draw(17, 33, 48, 4, 3, dropout, dtype, adapter_dtype or dtype, CPU)
+    return Problem.draw((33, 48, 17), Adapter(4, 3, dropout, adapter_dtype or dtype), dtype, CPU)
 
 
 def _candidate(name, run=lambda: None, error=0.0):
@@ -28,7 +29,7 @@ def _candidate(name, run=lambda: None, error=0.0):
 @pytest.mark.parametrize("backward", [False, True])
 def test_every_implementation_computes_its_formula(dtype, backward):
     problem = _problem(dtype=dtype)
-    found = impls.candidates(problem, impls.registry(problem), backward)
+    found = implementations.candidates(problem, registry(problem), backward)
     assert [c.name for c in found] == ["frozen", "floe", "peft r=4", "peft r=12", "eager", "hydra"]
     for candidate in found:
         assert 0.0 < harness.gate(candidate) < (1e-5 if dtype == torch.float32 else 0.02)
@@ -37,24 +38,24 @@ def test_every_implementation_computes_its_formula(dtype, backward):
 
 def test_an_adapter_in_float32_beside_a_bfloat16_base_passes_too():
     problem = _problem(dropout=0.25, dtype=torch.bfloat16, adapter_dtype=torch.float32)
-    for candidate in impls.candidates(problem, impls.registry(problem), backward=True):
+    for candidate in implementations.candidates(problem, registry(problem), backward=True):
         assert 0.0 < harness.gate(candidate) < 0.02
         candidate.run()
 
 
 def _without_an_expert(problem):
-    built = impls.hydra(problem)
+    built = implementations.hydra(problem)
     with torch.no_grad():
         dropped = problem.expand.clone()
         dropped[:, 1] = 0.0
-    wrong = impls.hydra(impls.replace(problem, expand=dropped))
-    return impls.replace(built, forward=wrong.forward, parameters=wrong.parameters)
+    wrong = implementations.hydra(replace(problem, expand=dropped))
+    return replace(built, forward=wrong.forward, parameters=wrong.parameters)
 
 
 def _with_a_wrong_gradient(problem):
-    built = impls.eager(problem)
+    built = implementations.eager(problem)
     half = lambda x: built.forward(x * 0.5 + x.detach() * 0.5)  # noqa: E731
-    return impls.replace(built, forward=half)
+    return replace(built, forward=half)
 
 
 @pytest.mark.parametrize(
@@ -62,8 +63,8 @@ def _with_a_wrong_gradient(problem):
 )
 def test_a_wrong_implementation_is_refused_before_anything_is_timed(build, output):
     problem = _problem()
-    truth = impls.floe(problem)
-    known = impls._Truths(problem)
+    truth = implementations.floe(problem)
+    known = implementations._Truths(problem)
     known.checks(lambda p: truth)  # fixes the routed formula's truth for these parameters
     wrong = Candidate("wrong", lambda: pytest.fail("timed"), lambda: known.checks(build))
     with pytest.raises(WrongResult, match=rf"wrong: {output} has relative error .*not timed"):
@@ -104,7 +105,8 @@ def test_measure_interleaves_in_changing_order_and_keeps_rounds_together():
         return _candidate(name, run)
 
     found = [candidate("frozen", 1.0), candidate("slow", 3.0), candidate("fast", 0.5)]
-    seconds = harness.measure(found, rounds=12, device=CPU, warmup=1, clock=lambda: now[0])
+    seconds, errors = harness.measure(found, rounds=12, device=CPU, warmup=1, clock=lambda: now[0])
+    assert errors == {"frozen": 0.0, "slow": 0.0, "fast": 0.0}
     assert calls[:3] == ["frozen", "slow", "fast"]  # warm-up
     rounds = [tuple(calls[i : i + 3]) for i in range(3, len(calls), 3)]
     assert len(rounds) == 12
@@ -145,6 +147,9 @@ def test_kernels_prints_a_table_and_writes_records(tmp_path, capsys):
         assert row["ratio"]["to"] == "frozen"
         if row["case"]["implementation"] == "frozen":
             assert row["ratio"]["median"] == 1.0
+        assert row["launches"] > 0
+        assert row["peak_bytes"] >= 0
+        assert ("saved_bytes" in row) == (row["case"]["what"] == "forward+backward")
 
 
 def test_fisher_prints_a_table_and_writes_records(tmp_path, capsys):
@@ -171,9 +176,9 @@ def test_a_wrong_fisher_formula_is_refused(monkeypatch):
 
 def test_processor_time_is_for_one_thread(monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    options = argparse.Namespace(device="cpu", threads=None, clock="processor")
+    options = harness.Timing(device="cpu", clock="processor")
     with pytest.raises(ValueError, match="--clock processor needs --device cpu and --threads 1"):
-        harness.prepare(options)
+        harness.prepare(options, None)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 import json
 import math
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -9,22 +10,14 @@ from torch import nn
 
 sys.path.append(str(Path(__file__).resolve().parents[2]))  # last: an installed floe stays first
 
-from benchmarks import (
-    arms,
-    cases,
-    cost,
-    harness,
-    impls,
-    latency,
-    models,
-    options,
-    paper,
-    plot,
-    training,
-)
-from benchmarks.arms import Setting, Site
-from benchmarks.gates import Gate
-from benchmarks.harness import Candidate, WrongResult
+import benchmarks.latency.__main__ as latency
+from benchmarks import cost, harness, implementations, models, paper, plot
+from benchmarks.harness import Bench, Candidate, WrongResult
+from benchmarks.implementations import TARGETS, Adapter, Problem
+from benchmarks.latency import adapted_models as ways
+from benchmarks.latency import options, training
+from benchmarks.latency.adapted_models import AdaptedLinear
+from benchmarks.latency.block_check import BlockCheck
 from floe.decoder_blocks import find_blocks
 from floe.errors import FileError
 from floe.pipeline.run_folder import RunFolder, Stage
@@ -37,12 +30,13 @@ def _subject(dtype=torch.float32):
     return models.load("tiny", device=CPU, dtype=dtype)
 
 
-def _setting(dtype=torch.float32, dropout=0.0):
-    return Setting(4, 3, dropout, dtype)
+def _adapter(dtype=torch.float32, dropout=0.0):
+    return Adapter(4, 3, dropout, dtype)
 
 
-def _build(subject, way, layers=(0, 1), setting=None):
-    return arms.build("arm", "way", way, subject.model, layers, setting or _setting())
+def _build(subject, way, layers=(0, 1), adapter=None):
+    adapter = adapter or _adapter()
+    return ways.build("model", "way", way, subject.model, layers, adapter)
 
 
 # models
@@ -72,22 +66,22 @@ def test_questions_are_packed_without_padding_from_another_one_in_every_row():
     assert found.tolist() == [[1, 2, 3, 4, 5], [4, 5, 6, 1, 2], [6, 1, 2, 3, 4], [1, 2, 3, 4, 5]]
 
 
-# arms and their gate
+# adapted models and their check
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_every_way_computes_its_formula(dtype):
-    subject, setting = _subject(dtype), _setting(dtype)
-    gate = Gate(subject.model, subject.tokens(2, 8), setting)
-    ways = {"frozen": arms.frozen, **arms.registry(4, 3, CPU, False)}
-    assert [*ways] == ["frozen", *WAYS]
+    subject, adapter = _subject(dtype), _adapter(dtype)
+    check = BlockCheck(subject.model, subject.tokens(2, 8), adapter)
+    named = {"frozen": ways.frozen, **ways.registry(4, 3, CPU, False)}
+    assert [*named] == ["frozen", *WAYS]
     hidden = {}
-    for name, way in ways.items():
-        arm = _build(subject, way, () if name == "frozen" else (0, 1), setting)
-        error = harness.gate(Candidate(name, lambda: None, lambda a=arm: gate.checks(a)))
+    for name, way in named.items():
+        model = _build(subject, way, () if name == "frozen" else (0, 1), adapter)
+        error = harness.gate(Candidate(name, lambda: None, lambda a=model: check.checks(a)))
         assert 0.0 < error < (1e-5 if dtype == torch.float32 else 0.05)
         with torch.no_grad():
-            hidden[name] = arm.model(input_ids=subject.tokens(2, 8)).logits.double()
+            hidden[name] = model.model(input_ids=subject.tokens(2, 8)).logits.double()
     apart = {
         name: float((value - hidden["frozen"]).norm() / hidden["frozen"].norm())
         for name, value in hidden.items()
@@ -101,57 +95,57 @@ def test_every_way_computes_its_formula(dtype):
 
 def test_an_adapter_in_float32_beside_bfloat16_weights_passes_too():
     subject = _subject(torch.bfloat16)
-    gate = Gate(subject.model, subject.tokens(2, 8), _setting())
-    for way in arms.registry(4, 3, CPU, False).values():
-        arm = _build(subject, way)
-        assert all(value.dtype == torch.float32 for value in arm.parameters)
-        harness.gate(Candidate("arm", lambda: None, lambda a=arm: gate.checks(a)))
+    check = BlockCheck(subject.model, subject.tokens(2, 8), _adapter())
+    for way in ways.registry(4, 3, CPU, False).values():
+        model = _build(subject, way)
+        assert all(value.dtype == torch.float32 for value in model.parameters)
+        harness.gate(Candidate("model", lambda: None, lambda a=model: check.checks(a)))
 
 
 def _hydra_without_an_expert(x, weight, p, a, router, *experts):
-    return impls.hydra_linear(x, weight, p, a, router, *experts[:-1], experts[-1] * 0.0)
+    return implementations.hydra_linear(x, weight, p, a, router, *experts[:-1], experts[-1] * 0.0)
 
 
 def _hydra_with_another_sign(x, weight, p, a, router, *experts):
-    return 2 * (x @ weight.T) - impls.hydra_linear(x, weight, p, a, router, *experts)
+    return 2 * (x @ weight.T) - implementations.hydra_linear(x, weight, p, a, router, *experts)
 
 
 def _eager_without_a_router(x, weight, p, shrink, expand):
     flat = torch.cat([shrink[: expand.shape[2]], shrink[expand.shape[2] :] * 0.0])
-    return impls.eager_linear(x, weight, p, flat, expand)
+    return implementations.eager_linear(x, weight, p, flat, expand)
 
 
 def _eager_with_half_the_gradient(x, weight, p, shrink, expand):
-    return impls.eager_linear(x * 0.5 + x.detach() * 0.5, weight, p, shrink, expand)
+    return implementations.eager_linear(x * 0.5 + x.detach() * 0.5, weight, p, shrink, expand)
 
 
 def _swapping(kind, function, only=None):
     """`kind`, with another function in every linear, or in those whose path ends in ``only``."""
 
-    def way(model, paths, setting):
-        adapted, sites = kind(model, paths, setting)
+    def way(model, paths, adapter):
+        adapted, linears = kind(model, paths, adapter)
         for path in paths:
             if path.endswith(only or path):
                 adapted.get_submodule(path).function = function
-        return adapted, sites
+        return adapted, linears
 
     return way
 
 
-def _with_other_numbers(model, paths, setting):
-    adapted, sites = arms.routed()(model, paths, setting)
+def _with_other_numbers(model, paths, adapter):
+    adapted, linears = ways.routed(model, paths, adapter)
     with torch.no_grad():
-        next(iter(sites.values())).parameters[1][:, 1].zero_()
-    return adapted, sites
+        next(iter(linears.values())).parameters[1][:, 1].zero_()
+    return adapted, linears
 
 
 WRONG = {
-    "without an expert": _swapping(arms.hydra, _hydra_without_an_expert),
-    "wrong in one linear": _swapping(arms.hydra, _hydra_without_an_expert, "0.self_attn.k_proj"),
-    "wrong in the last block": _swapping(arms.hydra, _hydra_without_an_expert, "1.mlp.down_proj"),
-    "another sign": _swapping(arms.hydra, _hydra_with_another_sign),
-    "no router": _swapping(arms.eager, _eager_without_a_router),
-    "half the gradient": _swapping(arms.eager, _eager_with_half_the_gradient),
+    "without an expert": _swapping(ways.hydra, _hydra_without_an_expert),
+    "wrong in one linear": _swapping(ways.hydra, _hydra_without_an_expert, "0.self_attn.k_proj"),
+    "wrong in the last block": _swapping(ways.hydra, _hydra_without_an_expert, "1.mlp.down_proj"),
+    "another sign": _swapping(ways.hydra, _hydra_with_another_sign),
+    "no router": _swapping(ways.eager, _eager_without_a_router),
+    "half the gradient": _swapping(ways.eager, _eager_with_half_the_gradient),
     "other numbers": _with_other_numbers,
 }
 
@@ -159,15 +153,15 @@ WRONG = {
 @pytest.mark.parametrize("way", WRONG.values(), ids=WRONG)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_wrong_way_gets_no_time(way, dtype):
-    subject, setting = _subject(dtype), _setting(dtype)
-    gate = Gate(subject.model, subject.tokens(2, 8), setting)
-    right = _build(subject, arms.eager, setting=setting)
-    wrong = _build(subject, way, setting=setting)
-    bench = cases.Bench(CPU, lambda: 0.0, {}, 1)
+    subject, adapter = _subject(dtype), _adapter(dtype)
+    check = BlockCheck(subject.model, subject.tokens(2, 8), adapter)
+    right = _build(subject, ways.eager, adapter=adapter)
+    wrong = _build(subject, way, adapter=adapter)
+    bench = Bench(CPU, lambda: 0.0, {}, 1)
     run = lambda: pytest.fail("timed")  # noqa: E731
     found = [
-        Candidate("wrong", run, lambda: gate.checks(wrong)),  # first: no truth is known yet
-        Candidate("right", run, lambda: gate.checks(right)),
+        Candidate("wrong", run, lambda: check.checks(wrong)),  # first: no truth is known yet
+        Candidate("right", run, lambda: check.checks(right)),
     ]
     with pytest.raises(WrongResult, match=r"wrong: block \d: .* has relative error .*not timed"):
         bench.time({}, found)
@@ -175,57 +169,57 @@ def test_a_wrong_way_gets_no_time(way, dtype):
 
 def test_a_decode_step_is_gated_by_its_output():
     subject = _subject()
-    gate = Gate(subject.model, subject.tokens(1, 6), _setting(), backward=False)
-    found = [check.output for check in gate.checks(_build(subject, arms.hydra, (1,)))]
-    assert found == [*(f"block 1: output of {name}" for name in arms.TARGETS), "block 1: output"]
+    check = BlockCheck(subject.model, subject.tokens(1, 6), _adapter(), backward=False)
+    found = [check.output for check in check.checks(_build(subject, ways.hydra, (1,)))]
+    assert found == [*(f"block 1: output of {name}" for name in TARGETS), "block 1: output"]
     for name in ("without an expert", "wrong in one linear", "other numbers", "another sign"):
-        arm = _build(subject, WRONG[name])
+        model = _build(subject, WRONG[name])
         with pytest.raises(WrongResult):
-            harness.gate(Candidate("wrong", lambda: None, lambda a=arm: gate.checks(a)))
+            harness.gate(Candidate("wrong", lambda: None, lambda a=model: check.checks(a)))
 
 
 def test_a_way_that_adapts_other_linears_than_told_gets_no_time():
     subject = _subject()
 
-    def elsewhere(model, paths, setting):
-        return arms.eager(model, {p: i for p, i in paths.items() if "k_proj" not in p}, setting)
+    def elsewhere(model, paths, adapter):
+        return ways.eager(model, {p: i for p, i in paths.items() if "k_proj" not in p}, adapter)
 
     with pytest.raises(WrongResult, match=r"must adapt 7 linears, differs in .*k_proj.*not timed"):
         _build(subject, elsewhere, (1,))
 
 
 def test_only_the_asked_for_layers_and_projections_are_adapted():
-    subject, setting = _subject(), Setting(4, 3, targets=("up_proj", "q_proj"))
-    for way in arms.registry(4, 3, CPU, False).values():
-        arm = _build(subject, way, (1,), setting)
-        assert sorted(arm.sites) == [
+    subject, adapter = _subject(), Adapter(4, 3, targets=("up_proj", "q_proj"))
+    for way in ways.registry(4, 3, CPU, False).values():
+        model = _build(subject, way, (1,), adapter)
+        assert sorted(model.linears) == [
             "model.layers.1.mlp.up_proj",
             "model.layers.1.self_attn.q_proj",
         ]
-        assert arm.model is not subject.model
-        assert all(value.requires_grad for value in arm.parameters)
+        assert model.model is not subject.model
+        assert all(value.requires_grad for value in model.parameters)
 
 
 def test_backends_are_rows_of_their_own_on_cuda_alone():
-    on_cuda = arms.registry(8, 4, torch.device("cuda"), True)
+    on_cuda = ways.registry(8, 4, torch.device("cuda"), True)
     assert {"floe", "floe gemm", "floe fused", "floe eager", "compiled"} <= set(on_cuda)
-    assert not {name for name in arms.registry(8, 4, CPU, False) if name.startswith("floe ")}
+    assert not {name for name in ways.registry(8, 4, CPU, False) if name.startswith("floe ")}
 
 
 def test_a_swapped_linear_drops_in_training_alone_and_takes_no_bias():
-    arm = _build(_subject(), arms.hydra, (0,), _setting(dropout=0.5))
-    block, x = find_blocks(arm.model)[0].module, torch.randn(2, 5, 64)
+    model = _build(_subject(), ways.hydra, (0,), _adapter(dropout=0.5))
+    block, x = find_blocks(model.model)[0].module, torch.randn(2, 5, 64)
     up = block.mlp.up_proj
     assert torch.equal(up(x), up(x))
     up.train()
     assert not torch.equal(up(x), up(x))
     with pytest.raises(ValueError, match="base_layer must have no bias, got one"):
-        arms.Swapped(nn.Linear(2, 2), impls.eager_linear, [], 0.0)
+        ways.Swapped(nn.Linear(2, 2), implementations.eager_linear, [], 0.0)
 
 
 def test_peft_keeps_no_third_dtype():
     with pytest.raises(ValueError, match="adapter dtype must be float32 or the weights' for PEFT"):
-        _build(_subject(), arms.lora(4), setting=_setting(torch.bfloat16))
+        _build(_subject(), partial(ways.lora, rank=4), adapter=_adapter(torch.bfloat16))
 
 
 @pytest.mark.slow
@@ -233,9 +227,9 @@ def test_peft_keeps_no_third_dtype():
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 def test_the_compiled_way_is_right_and_stays_compiled():
     subject = _subject()
-    gate = Gate(subject.model, subject.tokens(2, 8), _setting())
-    arm = _build(subject, arms.registry(4, 3, CPU, True)["compiled"], (0,))
-    harness.gate(Candidate("compiled", lambda: None, lambda: gate.checks(arm)))
+    check = BlockCheck(subject.model, subject.tokens(2, 8), _adapter())
+    model = _build(subject, ways.registry(4, 3, CPU, True)["compiled"], (0,))
+    harness.gate(Candidate("compiled", lambda: None, lambda: check.checks(model)))
     assert torch._dynamo.config.fail_on_recompile_limit_hit
 
 
@@ -246,8 +240,8 @@ def test_operators_are_counted_inside_other_libraries_too():
     x, w = torch.randn(4, 4), torch.randn(4, 4)
     assert cost.launches(lambda: torch.relu(x.view(2, 8)), CPU) == (1, cost.OPERATORS)
     assert cost.launches(lambda: torch.relu(x.T @ w), CPU)[0] == 2
-    problem = impls.Problem.draw(17, 33, 48, 4, 3, 0.0, torch.float32, torch.float32, CPU)
-    floe, frozen = impls.floe(problem), impls.frozen(problem)
+    problem = Problem.draw((33, 48, 17), Adapter(4, 3), torch.float32, CPU)
+    floe, frozen = implementations.floe(problem), implementations.frozen(problem)
     assert cost.launches(lambda: frozen.forward(problem.x), CPU)[0] == 1
     assert cost.launches(lambda: floe.forward(problem.x), CPU)[0] > 1
     assert torch.equal(floe.forward(problem.x), floe.forward(problem.x))
@@ -275,29 +269,29 @@ def test_peak_memory_is_the_rise_during_the_call():
 def test_the_slope_is_taken_round_by_round():
     # 10 + 2 n ms in the first round, thrice that on a machine that slows down
     seconds = [[1e-3 * (10 + 2 * n), 3e-3 * (10 + 2 * n)] for n in (0, 1, 4)]
-    found = cases.slope([0, 1, 4], seconds)
+    found = harness.slope([0, 1, 4], seconds)
     assert (found["p20"], found["p80"], found["n"]) == (pytest.approx(2.0), pytest.approx(6.0), 2)
     with pytest.raises(ValueError, match=r"two different numbers of layers, got \[3, 3\]"):
-        cases.slope([3, 3], [[1.0], [1.0]])
+        harness.slope([3, 3], [[1.0], [1.0]])
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_step_trains_the_adapter_and_notes_every_phase(checkpointing):
     subject, now = _subject(), iter(range(100))
     tokens = subject.tokens(2, 8)
-    arm = _build(subject, arms.routed(), (1,), _setting(dropout=0.25))
-    arm.model.train()
-    step = training.Step(arm, tokens, 3, lambda: float(next(now)), checkpointing)
-    before = [value.detach().clone() for value in arm.parameters]
+    model = _build(subject, ways.routed, (1,), _adapter(dropout=0.25))
+    model.model.train()
+    step = training.Step(model, tokens, 3, lambda: float(next(now)), checkpointing)
+    before = [value.detach().clone() for value in model.parameters]
     weight = subject.model.lm_head.weight.clone()
     step()
     step()
     assert step.laps == [(1.0, 1.0, 1.0)] * 2
-    assert all(not torch.equal(a, b) for a, b in zip(before, arm.parameters, strict=True))
+    assert all(not torch.equal(a, b) for a, b in zip(before, model.parameters, strict=True))
     assert torch.equal(weight, subject.model.lm_head.weight)
     exact = subject.model(input_ids=tokens).logits[:, -4:-1].log_softmax(-1)
     wanted = -exact.gather(2, tokens[:, -3:, None]).mean()
-    frozen = training.Step(_build(subject, arms.frozen, ()), tokens, 3, lambda: 0.0, checkpointing)
+    frozen = training.Step(_build(subject, ways.frozen, ()), tokens, 3, lambda: 0.0, checkpointing)
     assert float(frozen.loss().detach()) == pytest.approx(float(wanted), rel=1e-5)
     frozen()  # nothing to train, but a backward all the same
 
@@ -319,13 +313,13 @@ def test_latency_prints_every_table_and_writes_records_and_a_picture(tmp_path, c
         (r["case"]["table"], r["case"]["what"], r["case"]["implementation"]): r
         for r in data["rows"]
     }
-    ways = ["floe", "peft r=2", "peft r=6", "hydra"]
-    tables = {"4": ("prefill", "decode"), "5": ("training step",), "op": ("forward",)}
+    peers = ["floe", "peft r=2", "peft r=6", "hydra"]
+    tables = {"4": ("prefill", "decode"), "5": ("training step",)}
     for table, parts in tables.items():
         for what in parts:
             names = [name for t, w, name in rows if (t, w) == (table, what)]
-            sets = {"4": ("1 of 2", "2 of 2"), "5": ("all 2", "1 of 2")}.get(table)
-            expected = [f"{way}, {s}" for s in sets for way in ways] if sets else ways
+            sets = {"4": ("1 of 2", "2 of 2"), "5": ("all 2", "1 of 2")}[table]
+            expected = [f"{way}, {s}" for s in sets for way in peers]
             assert names == ["frozen", *expected]
     for row in data["rows"]:
         assert row["case"]["scale"] == "tiny"
@@ -342,11 +336,11 @@ def test_latency_prints_every_table_and_writes_records_and_a_picture(tmp_path, c
     assert floe["saved_bytes"] < step["saved_bytes"]
     assert set(floe["ratio_to_way"]) == {"peft r=2", "peft r=6", "hydra"}
     assert floe["trained_parameters"] == step["trained_parameters"]
-    assert [fit["case"]["way"] for fit in data["fits"]] == ways * 2
+    assert [fit["case"]["way"] for fit in data["fits"]] == peers * 2
     assert all(math.isfinite(fit["milliseconds_per_layer"]["median"]) for fit in data["fits"])
-    assert [gain["case"]["way"] for gain in data["gains"]] == ways
+    assert [gain["case"]["way"] for gain in data["gains"]] == peers
     assert data["paper"]["note"] == paper.NOTE
-    assert drawn == [(str(file), str(picture))]
+    assert drawn == [(file, picture)]
     monkeypatch.undo()
     plot.main([str(file), str(picture)])
     assert picture.stat().st_size > 10_000
@@ -386,11 +380,9 @@ def test_what_a_run_spent_before_its_training_is_read_from_its_folder(tmp_path, 
         training.preparation(run.path)
 
 
-def test_the_scale_is_called_full_only_where_it_is(monkeypatch):
-    monkeypatch.setattr(harness, "prepare", lambda given: (torch.device(given.device), None))
-
+def test_the_scale_is_called_full_only_where_it_is():
     def scale(text):
-        return options.parse(["--table", "4", *text.split()], None).scale
+        return options.parse(["--table", "4", *text.split()]).scale
 
     assert scale("--device cuda") == "full"
     assert scale("--device cuda --batch 4") == "reduced"
@@ -403,12 +395,11 @@ def test_options_that_cannot_be_are_refused(capsys):
         "--plot a.png": "needs --json",
         "--models gpt": "got 'gpt'",
         "--batch 0": "got '0'",
-        "--shapes 1x2": "got '1x2'",
         "--what sleep": "got 'sleep'",
         "--scale tiny --answer-tokens 8": "must be in [1, tokens - 1] = [1, 7], got 8",
     }.items():
         with pytest.raises(SystemExit):
-            options.parse(["--table", "5", *text.split()], None)
+            options.parse(["--table", "5", *text.split()])
         assert message in capsys.readouterr().err
     for text, message in {
         "--table 4 --counts 1,3": r"counts must be <= 2 for tiny, got \[1, 3\]",
@@ -417,7 +408,7 @@ def test_options_that_cannot_be_are_refused(capsys):
         with pytest.raises(ValueError, match=message):
             latency.main(["--scale", "tiny", *text.split()])
     with pytest.raises(ValueError, match=r"--only must name some of .* got \['nobody'\]"):
-        latency.main(["--table", "op", "--scale", "tiny", "--only", "nobody"])
+        latency.main(["--table", "5", "--scale", "tiny", "--only", "nobody"])
 
 
 def test_the_papers_figures_agree_with_each_other():
@@ -434,14 +425,16 @@ def test_a_plot_needs_records(tmp_path):
     file = tmp_path / "empty.json"
     file.write_text('{"rows": []}')
     with pytest.raises(ValueError, match="must hold at least one record"):
-        plot.draw(str(file), str(tmp_path / "picture.png"))
+        plot.draw(file, tmp_path / "picture.png")
 
 
-def test_a_site_joins_its_parameters_to_the_formulas():
+def test_an_adapted_linear_joins_its_parameters_to_the_formulas():
     subject = _subject()
-    arm = _build(subject, arms.hydra, (0,))
-    path, site = next(iter(arm.sites.items()))
+    model = _build(subject, ways.hydra, (0,))
+    path, adapted = next(iter(model.linears.items()))
     linear = subject.model.get_submodule(path)
-    wanted = arms.numbers(path, linear, site, _setting())
-    assert all(map(torch.equal, site.joined([p.detach() for p in site.parameters]), wanted))
-    assert arms.numbers(path, linear, Site("lora", (wanted[0],)), _setting())[1].shape == (64, 7)
+    wanted = adapted.numbers(path, linear, _adapter())
+    joined = adapted.joined([p.detach() for p in adapted.parameters])
+    assert all(map(torch.equal, joined, wanted))
+    lora = AdaptedLinear("lora", (wanted[0],))
+    assert lora.numbers(path, linear, _adapter())[1].shape == (64, 7)

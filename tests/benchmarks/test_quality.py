@@ -14,10 +14,11 @@ from helpers.tiny_run import write_rows
 
 sys.path.append(str(Path(__file__).resolve().parents[2]))  # last: an installed floe stays first
 
-from benchmarks import quality, quality_data, quality_report
-from benchmarks.quality_report import Cell
-from benchmarks.quality_runs import Run, Settings, Study, check_arm
-from benchmarks.study import settings_from
+import benchmarks.quality.__main__ as quality
+from benchmarks import questions
+from benchmarks.quality import report
+from benchmarks.quality.report import Cell
+from benchmarks.quality.runs import Run, Settings, Study, check_arm
 from floe.adapters import remove_adapters
 from floe.importance.statistics import LayerStatistics
 
@@ -83,7 +84,7 @@ def test_arms_share_rows_and_differ_in_layers_alone(study):
     assert chosen["even", 0] == [0, 3]
     assert all(len(layers) == 2 for layers in chosen.values())
     splits = [set((study[0] / f"data/one-seed1/{s}.jsonl").read_text().splitlines())
-              for s in quality_data.SPLITS]  # fmt: skip
+              for s in questions.SPLITS]  # fmt: skip
     assert [len(rows) for rows in splits] == [32, 8, 10]
     assert len(set.union(*splits)) == 50
 
@@ -102,8 +103,8 @@ def test_a_random_draw_has_its_own_layers_whatever_the_rate(study):
 
 def test_arms_may_spend_their_parameters_otherwise(study):
     folder, options = study
-    found = settings_from(quality._parser().parse_args(options), Settings)
-    work = Study(folder, found)
+    settings, _ = quality.COMMAND.parse(options)
+    work = Study(folder, settings)
     places = {
         arm: work.placement(Run("one", 1, arm, 0, 4, 1e-3))
         for arm in ("adapter_fisher", "adapter_fisher@modules", "adapter_fisher@sizes",
@@ -127,21 +128,21 @@ def test_unknown_arms_are_refused(arm):
 
 
 def test_forgetting_is_the_rise_of_the_other_mixs_loss(study):
-    bases = {(b["mix"], b["seed"]): b for b in quality_report.read(study[0]).bases.values()}
-    for run in quality_report.read(study[0]).runs:
+    bases = {(b["mix"], b["seed"]): b for b in report.read(study[0]).bases.values()}
+    for run in report.read(study[0]).runs:
         mix = {"one": "two", "two": "one"}[run["mix"]]
         assert run["other"]["tokens"] == bases[mix, run["seed"]]["validation"]["tokens"]
         assert bases[run["mix"], run["seed"]]["other"] == bases[mix, run["seed"]]["validation"]
 
 
 def test_the_comparison_is_that_of_the_files(study):
-    records = quality_report.read(study[0])
-    for row in quality_report.summarise(records):
+    records = report.read(study[0])
+    for row in report.summarise(records):
         runs = {
             (run["seed"], run["arm"], run["draw"]): run["test"]["mean"]
             for run in records.runs
             if run["mix"] == row["mix"]
-            and run["rate"] == quality_report.best_rate(records.runs, row["mix"], run["arm"], 4)
+            and run["rate"] == report.best_rate(records.runs, row["mix"], run["arm"], 4)
         }
         draws = range(row["runs"] // 2)
         gaps = [
@@ -159,7 +160,7 @@ def test_the_comparison_is_that_of_the_files(study):
 
 def test_a_seed_weighs_the_same_however_many_draws_it_has():
     runs = [{"seed": 0}, {"seed": 0}, {"seed": 1}]
-    assert quality_report._over_seeds(runs, [1.0, 3.0, 10.0]) == 6.0
+    assert report._over_seeds(runs, [1.0, 3.0, 10.0]) == 6.0
 
 
 def test_what_is_there_is_not_trained_again_and_the_report_needs_the_files_alone(
@@ -221,12 +222,12 @@ def test_the_difference_is_the_mean_over_seeds_of_token_means():
     found = cells()
     expected = 0.0
     for one in found:
-        own = sum(one.own) / sum(one.tokens)
+        own = sum(one.losses) / sum(one.tokens)
         others = sum(sum(draw) / sum(one.tokens) for draw in one.others) / len(one.others)
         expected += (own - others) / len(found)
-    assert quality_report.compare(found, resamples=9)["value"] == pytest.approx(expected, abs=1e-12)
+    assert report.compare(found, resamples=9)["value"] == pytest.approx(expected, abs=1e-12)
     with pytest.raises(ValueError, match="at least one seed"):
-        quality_report.compare([])
+        report.compare([])
 
 
 def test_the_interval_resamples_rows_draws_and_seeds():
@@ -235,7 +236,7 @@ def test_the_interval_resamples_rows_draws_and_seeds():
 
     def width(own, others):
         made = [Cell(a, b, one(len(a))) for a, b in zip(own, others, strict=True)]
-        found = quality_report.compare(made)
+        found = report.compare(made)
         return found["high"] - found["low"]
 
     noise = rng.normal(size=rows)
@@ -265,9 +266,9 @@ def test_the_rate_is_the_best_of_seed_zero_at_the_end():
         fake("even", 1e-1, [[5, 0.0], [10, 0.0]], draw=1),
         fake("last", 1e-1, [[5, 0.0], [10, 0.0]]),
     ]
-    assert quality_report.best_rate(runs, "m", "even", 10) == 3e-3  # the lower of two that tie
+    assert report.best_rate(runs, "m", "even", 10) == 3e-3  # the lower of two that tie
     with pytest.raises(ValueError, match="chosen on seed 0: run it first"):
-        quality_report.best_rate(runs, "m", "first", 10)
+        report.best_rate(runs, "m", "first", 10)
 
 
 def test_equal_seconds_are_those_of_the_fastest_arm():
@@ -275,9 +276,9 @@ def test_equal_seconds_are_those_of_the_fastest_arm():
             "other": {"mean": 0.5}}  # fmt: skip
     slow = fake("adapter_fisher", 1e-3, [[5, 3.0], [10, 2.0]], layers=(0,))
     fast = fake("last", 1e-3, [[5, 3.5], [10, 2.5]], layers=(3,))
-    times = {quality_report.place_of(slow): 2.0, quality_report.place_of(fast): 0.8}
-    records = quality_report.Records([fast, slow], {("m", 0): base}, times, {})
-    first, second = quality_report.summarise(records)
+    times = {report.place_of(slow): 2.0, report.place_of(fast): 0.8}
+    records = report.Records([fast, slow], {("m", 0): base}, times, {})
+    first, second = report.summarise(records)
     assert (first["arm"], second["arm"]) == ("adapter_fisher", "last")
     assert first["equal_seconds"] == pytest.approx(8.0)
     left = (4.0 - 4 / 5) - 2.0  # four steps of five are done, the validation loss ends at 2
@@ -288,19 +289,19 @@ def test_equal_seconds_are_those_of_the_fastest_arm():
     assert (gap["value"], gap["lower"], gap["pairs"]) == (pytest.approx(left), 0, 1)
     assert second["default_minus_this"]["value"] == pytest.approx(0.0)
     assert first["forgetting"] == pytest.approx(0.5)
-    untimed = quality_report.Records([fast, slow], {("m", 0): base}, {("m", (0,)): 2.0}, {})
-    assert quality_report.summarise(untimed)[0]["at_equal_seconds"] is None
+    untimed = report.Records([fast, slow], {("m", 0): base}, {("m", (0,)): 2.0}, {})
+    assert report.summarise(untimed)[0]["at_equal_seconds"] is None
 
 
 def test_arms_on_other_rows_are_not_compared():
     own, other = fake("even", 1e-3, []), fake("last", 1e-3, [])
     other["test"] = {"mean": 1.0, "nll": [1.0], "tokens": [2]}
     with pytest.raises(ValueError, match="same rows"):
-        quality_report.cell(own, [other])
+        report.cell(own, [other])
 
 
 def test_the_plan_is_balanced_wherever_it_stops():
-    options = quality._parser().parse_args(["--arms=random,even", "--draws=2", "--seeds=0,1"])
+    _, options = quality.COMMAND.parse(["--arms=random,even", "--draws=2", "--seeds=0,1"])
     runs = quality.plan(options, Settings("model", mixes=("a", "b"), data="d", rates=(1.0, 2.0)))
     assert runs[:4] == [Run(mix, 0, "random", 0, 100, r) for mix in "ab" for r in (1.0, 2.0)]
     first = [(r.arm, r.draw, r.mix, r.rate) for r in runs if r.seed == 0][8:]
@@ -323,6 +324,6 @@ def test_wrong_options_are_refused(tmp_path, capsys):
 def test_a_split_refuses_too_few_rows(tmp_path):
     rows = [{"prompt": str(i), "completion": " a"} for i in range(5)]
     sizes = {"train": 3, "validation": 1, "test": 1}
-    quality_data.write_split(rows, tmp_path, sizes, "s", lambda row: True)
+    questions.write_split(rows, tmp_path, sizes, "s", lambda row: True)
     with pytest.raises(ValueError, match="at least 5 that fit, got 4"):
-        quality_data.write_split(rows, tmp_path, sizes, "s", lambda row: row["prompt"] != "2")
+        questions.write_split(rows, tmp_path, sizes, "s", lambda row: row["prompt"] != "2")

@@ -7,8 +7,7 @@ import torch
 from floe_triton import launch
 
 from benchmarks import roofline
-from benchmarks.roofline import DEVICES, Layer, Pass, Setting
-from benchmarks.steps import Recorder, Step, size
+from benchmarks.roofline import DEVICES, Layer, Pass, Recorder, Setting, Step, size
 
 SETTING = Setting(tokens=256, rank=8, experts=4, dropout=0.05, backend="fused")
 LAYER = Layer("linear", 512, 1024)

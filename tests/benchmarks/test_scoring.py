@@ -1,11 +1,12 @@
 import time
 
 import pytest
+import torch
 from helpers.importance_models import adapted, batches
 
 from benchmarks import harness, scoring
-from benchmarks.harness import WrongResult
-from benchmarks.scoring import ARMS, TAYLOR, Subject, check, parse, table
+from benchmarks.harness import Bench, WrongResult
+from benchmarks.scoring import ARMS, TAYLOR, Options, Subject, check, compare
 from floe.data.batches import rows_of
 
 LENGTHS = tuple((5 + n % 5, 1 + n % 3) for n in range(40))
@@ -17,10 +18,10 @@ def subject():
 
 
 def test_every_arm_runs_over_the_same_passes(subject, capsys):
-    options = parse(["--rounds", "1", "--no-memory"])
+    options = Options(no_memory=True)
+    bench = Bench(torch.device("cpu"), time.perf_counter, {"commit": None}, rounds=1)
     for arms, rows in ((ARMS, 40), (TAYLOR, 32)):
-        environment = {"commit": None}
-        made = table(subject, arms, rows, options, environment, time.perf_counter)
+        made = compare(bench, subject, arms, rows, options)
         assert [row["case"]["implementation"] for row in made] == list(arms)
         assert f"{rows} rows" in capsys.readouterr().out
     assert sorted(n for _, group in subject.passes(subject.rows) for n in group) == list(range(40))

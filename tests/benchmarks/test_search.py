@@ -15,9 +15,11 @@ from helpers.tiny_run import write_rows
 
 sys.path.append(str(Path(__file__).resolve().parents[2]))  # last: an installed floe stays first
 
-from benchmarks import paper, search, search_replay, search_report
-from benchmarks.search_replay import STRATEGIES, Surface
-from benchmarks.search_surface import PAPER_SPACE, Run, Settings, plan
+import benchmarks.search.__main__ as search
+from benchmarks import paper
+from benchmarks.search import replay, report
+from benchmarks.search.replay import STRATEGIES, Surface
+from benchmarks.search.surface import PAPER_SPACE, Run, Settings, plan
 from floe.rank_search.space import SearchSpace
 from floe.rank_search.studies import quiet_optuna
 
@@ -45,16 +47,16 @@ def test_the_trial_on_a_good_point_counts_as_one_and_the_shares_follow(monkeypat
     nll = np.array([[5.0, 5.0], [4.0, 4.0], [2.0, 2.0], [2.01, 2.01]])
     surface = Surface(space, nll, np.ones(2), np.array([1.0, 2.0, 4.0, 8.0]), 5.0)
     assert surface.good() == {"best": {(3, 2)}, "1 SE": {(3, 2)}, "1 %": {(3, 2), (4, 2)}}
-    monkeypatch.setattr(search_replay, "replay", lambda *_: [0, 3, 2])
-    row = search_replay.summarise([surface], "grid", repeats=2)
+    monkeypatch.setattr(replay, "replay", lambda *_: [0, 3, 2])
+    row = replay.summarise([surface], "grid", repeats=2)
     best, near = row["found"]["best"], row["found"]["1 %"]
     assert (best["median"], best["mean"], best["low"], best["high"], best["n"]) == (3, 3, 3, 3, 2)
     assert (best["share_of_trials"], best["share_of_seconds"]) == (3 / 4, 13 / 15)
     assert (near["mean"], near["share_of_seconds"]) == (2, 9 / 15)
     assert (best["expected_in_random_order"], near["expected_in_random_order"]) == (2.5, 5 / 3)
     assert row["regret"]["mean"] == pytest.approx([3.0, 0.01, 0.0, 0.0])
-    monkeypatch.setattr(search_replay, "replay", lambda *_: [2])
-    assert search_replay.summarise([surface], "grid", repeats=1)["found"]["best"]["mean"] == 1
+    monkeypatch.setattr(replay, "replay", lambda *_: [2])
+    assert replay.summarise([surface], "grid", repeats=1)["found"]["best"]["mean"] == 1
 
 
 @pytest.mark.parametrize(("points", "good"), [(5, 1), (6, 2), (6, 6)])
@@ -63,7 +65,7 @@ def test_the_exact_mean_is_that_of_all_orders(points, good):
         1 + min(order.index(one) for one in range(good))
         for order in itertools.permutations(range(points))
     ]
-    assert search_replay.expected_trials(points, good) == pytest.approx(np.mean(firsts), abs=1e-12)
+    assert replay.expected_trials(points, good) == pytest.approx(np.mean(firsts), abs=1e-12)
 
 
 def test_good_is_what_the_rows_cannot_tell_from_the_best():
@@ -89,7 +91,7 @@ def test_good_is_what_the_rows_cannot_tell_from_the_best():
 def test_the_standard_error_is_the_usual_one_where_rows_are_of_one_length():
     gap = np.random.default_rng(0).normal(size=30)
     expected = gap.std(ddof=1) / np.sqrt(30) / 4
-    assert search_replay.standard_error(gap, np.full(30, 4.0)) == pytest.approx(expected)
+    assert replay.standard_error(gap, np.full(30, 4.0)) == pytest.approx(expected)
 
 
 def test_training_that_gained_nothing_leaves_the_best_alone():
@@ -103,38 +105,38 @@ def test_training_that_gained_nothing_leaves_the_best_alone():
 def test_no_strategy_tries_a_point_twice_or_goes_on_after_the_best(strategy):
     surface = bowl()
     for seed in range(5):
-        tried = search_replay.replay(surface, strategy, seed)
+        tried = replay.replay(surface, strategy, seed)
         assert len(set(tried)) == len(tried)
         assert [SPACE.points()[place] == (24, 3) for place in tried].index(True) == len(tried) - 1
-        assert search_replay.replay(surface, strategy, seed) == tried
+        assert replay.replay(surface, strategy, seed) == tried
 
 
 def test_a_replay_asks_as_the_search_does(monkeypatch):
-    asked, propose = [], search_replay.propose
+    asked, propose = [], replay.propose
 
     def recorded(study, space, settings, seed, index):
         asked.append((settings["name"], settings["n_startup_trials"], seed, index))
         return propose(study, space, settings, seed, index)
 
-    monkeypatch.setattr(search_replay, "propose", recorded)
-    tried = search_replay.replay(bowl(), "paper", 7, startup_trials=4)
+    monkeypatch.setattr(replay, "propose", recorded)
+    tried = replay.replay(bowl(), "paper", 7, startup_trials=4)
     assert asked == [("paper", 4, 7, index) for index in range(len(tried))]
 
 
 def test_the_grid_is_a_permutation_that_no_loss_changes():
     here, there = bowl(best=(4, 2)), bowl(best=(32, 6))
     for seed in range(5):
-        pair = [search_replay.replay(s, "grid", seed) for s in (here, there)]
+        pair = [replay.replay(s, "grid", seed) for s in (here, there)]
         short, long = sorted(pair, key=len)
         assert long[: len(short)] == short
-    lengths = {len(search_replay.replay(here, "grid", seed)) for seed in range(300)}
+    lengths = {len(replay.replay(here, "grid", seed)) for seed in range(300)}
     assert max(lengths) == 40
     assert min(lengths) == 1
 
 
 @pytest.mark.parametrize("strategy", ["grid", "random"])
 def test_trials_in_random_order_have_the_exact_mean(strategy):
-    found = search_replay.summarise([bowl(base=100.0)], strategy, repeats=250)["found"]
+    found = replay.summarise([bowl(base=100.0)], strategy, repeats=250)["found"]
     for name, good in (("best", 1), ("1 %", 3)):  # two neighbours are 0.25 above it
         mean, exact = found[name]["mean"], found[name]["expected_in_random_order"]
         assert exact == 41 / (good + 1)
@@ -149,9 +151,9 @@ def test_trials_in_random_order_have_the_exact_mean(strategy):
 @pytest.mark.parametrize("strategy", ["tpe", "paper"])
 def test_tpe_uses_what_it_is_told(strategy):
     surface = bowl(PAPER_SPACE, best=(44, 6))
-    found = search_replay.summarise([surface], strategy, repeats=30)["found"]["best"]
-    assert found["high"] < 40 < search_replay.expected_trials(144, 1)
-    first = [search_replay.replay(s, strategy, 1) for s in (bowl(), bowl(best=(32, 6)))]
+    found = replay.summarise([surface], strategy, repeats=30)["found"]["best"]
+    assert found["high"] < 40 < replay.expected_trials(144, 1)
+    first = [replay.replay(s, strategy, 1) for s in (bowl(), bowl(best=(32, 6)))]
     assert first[0][:10] == first[1][:10]  # drawn before anything was told
     assert first[0] != first[1]
 
@@ -160,18 +162,18 @@ def test_tpe_uses_what_it_is_told(strategy):
 
 
 def test_noise_is_what_differs_between_seeds():
-    assert search_replay.noise([bowl()]) is None
+    assert replay.noise([bowl()]) is None
     space = SearchSpace(rank=(1, 3, 1), num_experts=(2, 2, 1))
 
     def surface(*loss):
         return Surface(space, np.array(loss)[:, None], np.ones(1), np.ones(3), 9.0)
 
-    found = search_replay.noise([surface(1.0, 2.0, 3.0), surface(3.0, 2.0, 1.0)])
+    found = replay.noise([surface(1.0, 2.0, 3.0), surface(3.0, 2.0, 1.0)])
     assert found["rank_correlation"] == pytest.approx(-1.0)
     assert found["seed_sd"] == pytest.approx(np.sqrt((2 + 0 + 2) / 3))
     assert found["point_sd"] == pytest.approx(0.0)
     assert (found["regret_elsewhere"], found["regret_of_any"]) == (2.0, 1.0)
-    same = search_replay.noise([surface(1.0, 2.0, 3.0)] * 2)
+    same = replay.noise([surface(1.0, 2.0, 3.0)] * 2)
     assert (same["seed_sd"], same["regret_elsewhere"]) == (0.0, 0.0)
     assert same["rank_correlation"] == pytest.approx(1.0)
 
@@ -301,9 +303,9 @@ def test_points_on_other_rows_are_not_compared(study, tmp_path, capsys):
 
 
 def test_the_scale_is_called_full_for_the_papers_space_alone():
-    assert search_report._scale(PAPER_SPACE) == "full"
-    assert search_report._scale(SearchSpace((4, 64, 12), (2, 10, 2))) == "reduced"
-    assert search_report._scale(SearchSpace((2, 32, 2), (2, 4, 1))) == "other"
+    assert report._scale(PAPER_SPACE) == "full"
+    assert report._scale(SearchSpace((4, 64, 12), (2, 10, 2))) == "reduced"
+    assert report._scale(SearchSpace((2, 32, 2), (2, 4, 1))) == "other"
 
 
 def test_wrong_options_are_refused(tmp_path, capsys):

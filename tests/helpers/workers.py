@@ -89,7 +89,7 @@ def opening_a_study(folder, statements):
 
 def comparing(folder, options):
     """The comparison of policies with these options."""
-    from benchmarks import quality
+    from benchmarks.quality import __main__ as quality
 
     gc.freeze()
     quality.main(options)
@@ -97,7 +97,7 @@ def comparing(folder, options):
 
 def replaying(folder, options):
     """The benchmark of search strategies with these options."""
-    from benchmarks import search
+    from benchmarks.search import __main__ as search
 
     gc.freeze()
     search.main(options)

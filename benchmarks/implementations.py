@@ -20,7 +20,20 @@ from benchmarks.harness import Candidate, Check
 from floe import ops
 
 SCALING = 2.0
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 _ROWS = 64  # rows of y and grad_x that are compared; the adapter's gradients are compared whole
+Joined = Callable[[Sequence[Tensor]], tuple[Tensor, ...]]
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """Size of an adapter, its dropout and dtype, and which projections of a block get one."""
+
+    rank: int
+    experts: int
+    dropout: float = 0.0
+    dtype: torch.dtype = torch.float32
+    targets: tuple[str, ...] = TARGETS
 
 
 @dataclass(frozen=True)
@@ -36,53 +49,42 @@ class Problem:
 
     @classmethod
     def draw(
-        cls,
-        tokens: int,
-        columns: int,
-        features: int,
-        rank: int,
-        experts: int,
-        dropout: float,
-        dtype: torch.dtype,
-        adapter_dtype: torch.dtype,
-        device: torch.device,
-        seed: int = 0,
+        cls, shape: Sequence[int], adapter: Adapter, dtype: torch.dtype, device: torch.device
     ) -> Problem:
-        """Random numbers; the adapter's part of y is about as large as the frozen part."""
-        generator = torch.Generator().manual_seed(seed)
+        """Random numbers of the shape (K, N, T); the adapter's part of y is about as large as the
+        frozen part."""
+        columns, features, tokens = shape
+        generator = torch.Generator().manual_seed(0)
 
-        def normal(*size: int, scale: float, dtype: torch.dtype) -> Tensor:
+        def normal(*size: int, scale: float = 1.0, dtype: torch.dtype = dtype) -> Tensor:
             return (torch.randn(*size, generator=generator) * scale).to(device, dtype)
 
-        fan = columns**-0.5
+        fan, rank, experts = columns**-0.5, adapter.rank, adapter.experts
         return cls(
-            normal(tokens, columns, scale=1.0, dtype=dtype),
-            normal(features, columns, scale=fan, dtype=dtype),
-            normal(rank + experts, columns, scale=fan, dtype=adapter_dtype),
-            normal(features, experts, rank, scale=rank**-0.5, dtype=adapter_dtype),
-            normal(tokens, features, scale=1.0, dtype=dtype),
-            dropout,
+            normal(tokens, columns),
+            normal(features, columns, scale=fan),
+            normal(rank + experts, columns, scale=fan, dtype=adapter.dtype),
+            normal(features, experts, rank, scale=rank**-0.5, dtype=adapter.dtype),
+            normal(tokens, features),
+            adapter.dropout,
         )
-
-    @property
-    def rank(self) -> int:
-        """R, columns of each expert."""
-        return self.expand.shape[2]
-
-    @property
-    def experts(self) -> int:
-        """M."""
-        return self.expand.shape[1]
 
 
 @dataclass(frozen=True)
 class Built:
-    """An implementation of one problem: ``forward(x)`` and the parameters it trains."""
+    """An implementation of one problem: ``forward(x)`` and the parameters it trains.
+
+    ``joined`` makes the formula's parameters of them, which for ``routed`` are shrink [r + M, K]
+    and expand [N, M, r], for ``lora`` A [r, K] and B [N, r].
+    """
 
     formula: str
     forward: Callable[[Tensor], Tensor]
     parameters: tuple[Tensor, ...]
-    joined: Callable[[Sequence[Tensor]], tuple[Tensor, ...]] = tuple  # to the formula's parameters
+    joined: Joined = tuple
+
+
+Builder = Callable[[Problem], Built]
 
 
 def frozen(problem: Problem) -> Built:
@@ -92,27 +94,20 @@ def frozen(problem: Problem) -> Built:
 
 def floe(problem: Problem, backend: str = "auto") -> Built:
     """floe.moe_lora, with a seed drawn in every call as its module does."""
-    shrink, expand = _leaf(problem.shrink), _leaf(problem.expand)
-    p = problem.dropout
+    weight, p = problem.weight, problem.dropout
+    shrink, expand = leaf(problem.shrink), leaf(problem.expand)
 
     def forward(x: Tensor) -> Tensor:
-        seed = ops.draw_seed(x.device) if p > 0.0 else None
-        return ops.moe_lora(
-            x, problem.weight, None, shrink, expand, scaling=SCALING, dropout_p=p, seed=seed,
-            backend=backend,
-        )  # fmt: skip
+        how = {"seed": ops.draw_seed(x.device) if p > 0.0 else None, "backend": backend}
+        return ops.moe_lora(x, weight, None, shrink, expand, scaling=SCALING, dropout_p=p, **how)
 
     return Built("routed", forward, (shrink, expand))
 
 
 def eager(problem: Problem) -> Built:
     """What a careful user writes: three products for all experts, one dropout mask, autograd."""
-    shrink, expand = _leaf(problem.shrink), _leaf(problem.expand)
-
-    def forward(x: Tensor) -> Tensor:
-        return eager_linear(x, problem.weight, problem.dropout, shrink, expand)
-
-    return Built("routed", forward, (shrink, expand))
+    parameters = leaf(problem.shrink), leaf(problem.expand)
+    return Built("routed", _applied(eager_linear, problem, parameters), parameters)
 
 
 def compiled(problem: Problem) -> Built:
@@ -123,14 +118,12 @@ def compiled(problem: Problem) -> Built:
 
 def hydra(problem: Problem) -> Built:
     """HydraLoRA's published loop: dropout and A again for every expert, one product each."""
-    rank = problem.rank
-    a, router = _leaf(problem.shrink[:rank]), _leaf(problem.shrink[rank:])
-    experts = [_leaf(problem.expand[:, i]) for i in range(problem.experts)]
+    parameters = tuple(leaf(part) for part in hydra_parts(problem.shrink, problem.expand))
+    return Built("routed", _applied(hydra_linear, problem, parameters), parameters, hydra_joined)
 
-    def forward(x: Tensor) -> Tensor:
-        return hydra_linear(x, problem.weight, problem.dropout, a, router, *experts)
 
-    return Built("routed", forward, (a, router, *experts), hydra_joined)
+def _applied(function: Any, problem: Problem, parameters: Sequence[Tensor]) -> Any:
+    return lambda x: function(x, problem.weight, problem.dropout, *parameters)
 
 
 def eager_linear(x: Tensor, weight: Tensor, p: float, shrink: Tensor, expand: Tensor) -> Tensor:
@@ -159,9 +152,15 @@ def hydra_linear(
     return y
 
 
-def hydra_joined(found: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """A, router and M experts as shrink [r + M, K] and expand [N, M, r]."""
-    return torch.cat(list(found[:2])), torch.stack(list(found[2:]), dim=1)
+def hydra_parts(shrink: Tensor, expand: Tensor) -> tuple[Tensor, ...]:
+    """A, router and M experts [N, r] of shrink [r + M, K] and expand [N, M, r]."""
+    rank = expand.shape[2]
+    return shrink[:rank], shrink[rank:], *expand.permute(1, 0, 2).contiguous()
+
+
+def hydra_joined(parts: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """What `hydra_parts` took apart."""
+    return torch.cat(list(parts[:2])), torch.stack(list(parts[2:]), dim=1)
 
 
 def peft_lora(problem: Problem, rank: int) -> Built:
@@ -171,9 +170,8 @@ def peft_lora(problem: Problem, rank: int) -> Built:
     features, columns = problem.weight.shape
     base = nn.Sequential(nn.Linear(columns, features, bias=False, device="meta"))
     base[0].weight = nn.Parameter(problem.weight, requires_grad=False)
-    config = LoraConfig(
-        r=rank, lora_alpha=SCALING * rank, lora_dropout=problem.dropout, target_modules=["0"]
-    )
+    alpha, p = SCALING * rank, problem.dropout
+    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=p, target_modules=["0"])
     keep_dtype = problem.shrink.dtype == problem.x.dtype
     model = get_peft_model(base, config, autocast_adapter_dtype=not keep_dtype)
     layer: Any = model.base_model.model[0]
@@ -185,42 +183,33 @@ def peft_lora(problem: Problem, rank: int) -> Built:
     return Built("lora", layer.train(), (a, b))
 
 
-def registry(problem: Problem, compile_too: bool = False) -> dict[str, Callable[[Problem], Built]]:
+def registry(problem: Problem, compile_too: bool = False) -> dict[str, Builder]:
     """Name -> builder, for the rank and number of experts of ``problem``."""
-    rank, wide = problem.rank, problem.rank * problem.experts
-    found: dict[str, Callable[[Problem], Built]] = {
-        "frozen": frozen,
-        "floe": floe,
-        f"peft r={rank}": lambda p: peft_lora(p, rank),
-        f"peft r={wide}": lambda p: peft_lora(p, wide),
-        "eager": eager,
-        "hydra": hydra,
-    }
+    builders: dict[str, Builder] = {"frozen": frozen, "floe": floe}
+    _, experts, low = problem.expand.shape
+    for rank in (low, low * experts):
+        builders[f"peft r={rank}"] = partial(peft_lora, rank=rank)
+    builders |= {"eager": eager, "hydra": hydra}
     if problem.x.is_cuda:
-        for backend in ("gemm", "fused", "eager"):
-            found[f"floe {backend}"] = partial(floe, backend=backend)
-    return {**found, "compiled": compiled} if compile_too else found
+        builders |= {f"floe {b}": partial(floe, backend=b) for b in ("gemm", "fused", "eager")}
+    return {**builders, "compiled": compiled} if compile_too else builders
 
 
-def candidates(
-    problem: Problem, builders: dict[str, Callable[[Problem], Built]], backward: bool
-) -> list[Candidate]:
-    """The implementations as the harness wants them, timing forward or forward and backward.
+def candidates(problem: Problem, builders: dict[str, Builder], backward: bool) -> list[Candidate]:
+    """The implementations to time, forward or forward and backward.
 
-    With dropout on, implementations draw masks of their own, so the check is made without dropout,
-    on an implementation built the same way.
+    Each draws dropout masks of its own, so what is checked is one built the same way without.
     """
     truths = _Truths(replace(problem, dropout=0.0))
-    found = []
-    for name, build in builders.items():
-        run = _step(build(problem), problem, backward)
-        found.append(Candidate(name, run, lambda build=build: truths.checks(build)))  # type: ignore[misc]
-    return found
+    return [
+        Candidate(name, _step(build(problem), problem, backward), partial(truths.checks, build))
+        for name, build in builders.items()
+    ]
 
 
 def _step(built: Built, problem: Problem, backward: bool) -> Callable[[], object]:
     """One call as in training: x needs a gradient, as anywhere but in the first adapted layer."""
-    x = _leaf(problem.x)
+    x = leaf(problem.x)
     if not backward:
         return lambda: built.forward(x)
     leaves = (x, *built.parameters)
@@ -234,51 +223,49 @@ class _Truths:
         self.problem = problem
         tokens = problem.x.shape[0]
         self.rows = torch.linspace(0, max(tokens - 1, 0), min(_ROWS, tokens)).long()
-        self.known: dict[object, tuple[tuple[Tensor, ...], tuple[Tensor, ...]]] = {}
+        self.known: dict[object, tuple[tuple[Tensor, ...], ...]] = {}
 
-    def checks(self, build: Callable[[Problem], Built]) -> list[Check]:
+    def checks(self, build: Builder) -> list[Check]:
         """The outputs of an implementation beside those of its formula."""
         built, problem = build(self.problem), self.problem
-        x = _leaf(problem.x)
+        x = leaf(problem.x)
         y = built.forward(x)
         grad_x, *grads = torch.autograd.grad(y, (x, *built.parameters), problem.grad)
         joined = built.joined([p.detach() for p in built.parameters])
         actual = (y[self.rows], grad_x[self.rows], *built.joined(grads))
         key = (built.formula, *(p.shape for p in joined))
         if key not in self.known:
-            self.known[key] = (
-                self._outputs(built.formula, joined, torch.float64),
-                self._outputs(built.formula, joined, None),
-            )
-        exact, torchs = self.known[key]
+            dtypes = (torch.float64, None)
+            self.known[key] = tuple(self._outputs(built.formula, joined, d) for d in dtypes)
         names = ("y", "grad_x", *(f"gradient {i}" for i in range(len(grads))))
-        return [Check(*found) for found in zip(names, actual, exact, torchs, strict=False)]
+        outputs = zip(names, actual, *self.known[key], strict=False)
+        return [Check(*output) for output in outputs]
 
     def _outputs(
         self, formula: str, parameters: tuple[Tensor, ...], dtype: torch.dtype | None
     ) -> tuple[Tensor, ...]:
         problem, rows = self.problem, self.rows
-        x = _leaf(problem.x if dtype is None else problem.x.to(dtype))
+        x = leaf(problem.x if dtype is None else problem.x.to(dtype))
         weight, grad = problem.weight.to(x.dtype), problem.grad.to(x.dtype)
-        leaves = [_leaf(p if dtype is None else p.to(dtype)) for p in parameters]
+        leaves = [leaf(p if dtype is None else p.to(dtype)) for p in parameters]
         y, grad_x = x.detach()[rows] @ weight.T, grad[rows] @ weight
         if formula == "frozen":
             return y, grad_x
         delta = DELTAS[formula](x, *leaves)
-        found, *grads = torch.autograd.grad(delta, (x, *leaves), grad)
-        return y + delta.detach()[rows], grad_x + found[rows], *grads
+        delta_x, *grads = torch.autograd.grad(delta, (x, *leaves), grad)
+        return y + delta.detach()[rows], grad_x + delta_x[rows], *grads
 
 
 def _lora_delta(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
     return x @ a.to(x.dtype).T @ b.to(x.dtype).T * SCALING
 
 
-def _routed_delta(x: Tensor, shrink: Tensor, expand: Tensor) -> Tensor:
-    return reference.moe_lora_delta(x, shrink, expand, scaling=SCALING)
+DELTAS: dict[str, Callable[..., Tensor]] = {
+    "lora": _lora_delta,
+    "routed": partial(reference.moe_lora_delta, scaling=SCALING),
+}
 
 
-DELTAS: dict[str, Callable[..., Tensor]] = {"lora": _lora_delta, "routed": _routed_delta}
-
-
-def _leaf(value: Tensor) -> Tensor:
+def leaf(value: Tensor) -> Tensor:
+    """A copy whose gradient is wanted."""
     return value.detach().clone().requires_grad_()

@@ -2,34 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from benchmarks import harness
-from benchmarks.search_replay import (
-    CHECKPOINTS,
-    GOOD,
-    STRATEGIES,
-    Surface,
-    noise,
-    summarise,
-)
-from benchmarks.search_surface import PAPER_SPACE
+from benchmarks import harness, resume
+from benchmarks.harness import Column, Row
+from benchmarks.search.replay import CHECKPOINTS, GOOD, STRATEGIES, Surface, noise, summarise
+from benchmarks.search.surface import PAPER_SPACE
 from floe.rank_search.space import SearchSpace
 from floe.storage import read_json
 
-Row = dict[str, Any]
 _MEANING = {
     "best": "the lowest loss of the surface",
     "1 SE": "not above it by more than one standard error of the paired difference",
     "1 %": "not above it by more than 1 % of what training gained",
 }
 _NAMES = {
-    "grid": "grid in random order", "random": "random", "tpe": "tpe, multivariate",
+    "grid": "grid in random order",
+    "random": "random",
+    "tpe": "tpe, multivariate",
     "paper": "tpe, univariate (paper)",
-}  # fmt: skip
+}
 
 
 def collect(folder: Path, surfaces: list[Surface], repeats: int, startup_trials: int) -> Row:
@@ -38,10 +33,8 @@ def collect(folder: Path, surfaces: list[Surface], repeats: int, startup_trials:
     ``surfaces`` are those of the folder, each replayed ``repeats`` times by every strategy.
     """
     settings = read_json(folder / "settings.json")
-    environments: list[Row] = []
-    for file in sorted(folder.glob("points/*.json")):
-        if (environment := read_json(file)["environment"]) not in environments:
-            environments.append(environment)
+    points_of = [read_json(file) for file in sorted(folder.glob("points/*.json"))]
+    environments = resume.environments(points_of)
     points = surfaces[0].space.points()
     case = {
         **{name: value for name, value in settings.items() if name != "format"},
@@ -85,19 +78,20 @@ def _surface(surface: Surface) -> Row:
         "worst": float(loss.max()),
         "median_error": float(np.median(surface.error)),
         "seconds": float(surface.seconds.sum()),
-        "good": {name: sorted(map(list, found)) for name, found in surface.good().items()},
+        "good": {name: sorted(map(list, good)) for name, good in surface.good().items()},
         "points": [
-            {"rank": rank, "experts": experts, "loss": one, "seconds": seconds}
-            for (rank, experts), one, seconds in zip(
+            {"rank": rank, "experts": experts, "loss": value, "seconds": seconds}
+            for (rank, experts), value, seconds in zip(
                 points, loss.tolist(), surface.seconds.tolist(), strict=True
             )
         ],
     }
 
 
-def tables(found: Row) -> str:
-    """What :func:`collect` found, as text."""
-    case = found["rows"][0]["case"]
+def tables(records: Row) -> str:
+    """What :func:`collect` returns, as text."""
+    rows = records["rows"]
+    case = rows[0]["case"]
     layers = "all layers" if case["layers"] is None else f"{case['layers']} layers"
     title = (
         f"{case['model']}, {case['mix']}, {case['steps']} steps of {case['batch_size']} rows, "
@@ -105,12 +99,12 @@ def tables(found: Row) -> str:
         f"{case['clock']} time; scale: {case['scale']}, {case['points']} points (the paper's space "
         f"has {len(PAPER_SPACE.points())})"
     )
-    parts = [title, *(_surface_table(surface) for surface in found["surfaces"])]
-    parts.append(_noise_text(found["noise"]))
-    parts += [_found_table(found["rows"], name) for name in GOOD]
+    parts = [title, *(_surface_table(surface) for surface in records["surfaces"])]
+    parts.append(_noise_text(records["noise"]))
+    parts += [_trials_table(rows, name) for name in GOOD]
     marks = [trials for trials in CHECKPOINTS if trials < case["points"]]
     if marks:
-        parts.append(_regret_table(found["rows"], marks))
+        parts.append(harness.show(rows, _regrets(marks)))
     return "\n\n".join(parts)
 
 
@@ -140,29 +134,41 @@ def _noise_text(noise: Row | None) -> str:
     )
 
 
-def _found_table(rows: list[Row], name: str) -> str:
-    count = rows[0]["case"]["points"]
-    lines = [("grid, all points", *(f"{count}",) * 4, "-", "-", "100 %", "100 %")]
-    for row in rows:
-        one, strategy = row["found"][name], row["case"]["implementation"]
-        in_order = strategy in ("grid", "random")
-        lines.append((
-            _NAMES[strategy], f"{one['median']:g}", f"{one['p20']}", f"{one['p80']}",
-            f"{one['mean']:.2f}", f"[{one['low']:.2f}, {one['high']:.2f}]",
-            f"{one['expected_in_random_order']:.2f}" if in_order else "-",
-            f"{one['share_of_trials']:.0%}".replace("%", " %"),
-            f"{one['share_of_seconds']:.0%}".replace("%", " %"),
-        ))  # fmt: skip
-    header = (f"trials until: {name}", "median", "p20", "p80", "mean", "95 %", "exact mean",
-              "of all trials", "of all seconds")  # fmt: skip
-    return f"{harness.table(header, lines)}\n({name}: {_MEANING[name]})"
+def _strategy(row: Row) -> str:
+    return _NAMES[row["case"]["implementation"]]
 
 
-def _regret_table(rows: list[Row], marks: list[int]) -> str:
-    lines = [
-        (_NAMES[row["case"]["implementation"]],
-         *(f"{row['regret']['mean'][trials - 1]:.5f}" for trials in marks))
-        for row in rows
-    ]  # fmt: skip
-    header = ("mean regret, nats per token, after", *(f"{trials} trials" for trials in marks))
-    return harness.table(header, lines)
+def _trials_table(rows: list[Row], name: str) -> str:
+    count = f"{rows[0]['case']['points']}"
+    columns: list[Column] = [
+        (f"trials until: {name}", _strategy),
+        *((key, f"found.{name}.{key}:g") for key in ("median", "p20", "p80")),
+        ("mean", f"found.{name}.mean:.2f"),
+        ("95 %", lambda row: "[{low:.2f}, {high:.2f}]".format(**row["found"][name])),
+        ("exact mean", _exact(name)),
+        ("of all trials", _share(name, "share_of_trials")),
+        ("of all seconds", _share(name, "share_of_seconds")),
+    ]
+    grid = ("grid, all points", *(count,) * 4, "-", "-", "100 %", "100 %")
+    table = harness.show(rows, columns, grid)
+    return f"{table}\n({name}: {_MEANING[name]})"
+
+
+def _exact(name: str) -> Callable[[Row], str]:
+    def cell(row: Row) -> str:
+        in_order = row["case"]["implementation"] in ("grid", "random")
+        return f"{row['found'][name]['expected_in_random_order']:.2f}" if in_order else "-"
+
+    return cell
+
+
+def _share(name: str, key: str) -> Callable[[Row], str]:
+    return lambda row: f"{100 * row['found'][name][key]:.0f} %"
+
+
+def _regrets(marks: list[int]) -> list[Column]:
+    def after(trials: int) -> Callable[[Row], str]:
+        return lambda row: f"{row['regret']['mean'][trials - 1]:.5f}"
+
+    columns: list[Column] = [("mean regret, nats per token, after", _strategy)]
+    return [*columns, *((f"{trials} trials", after(trials)) for trials in marks)]

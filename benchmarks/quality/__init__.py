@@ -1,0 +1,1 @@
+"""Which layers' adapters learn best: ``python -m benchmarks.quality --help``."""

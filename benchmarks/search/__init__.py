@@ -1,0 +1,1 @@
+"""How many trials a search needs: ``python -m benchmarks.search --help``."""
