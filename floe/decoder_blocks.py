@@ -102,9 +102,9 @@ def find_blocks(model: nn.Module) -> list[Block]:
             continue
         if path != names.blocks and (names.blocks or expected not in (None, len(module))):
             continue
-        found = [_describe(path, index, block, names) for index, block in enumerate(module)]
-        if all(found):
-            fitting[path] = [block for block in found if block is not None]
+        described = [_describe(path, index, block, names) for index, block in enumerate(module)]
+        if all(described):
+            fitting[path] = [block for block in described if block is not None]
     if len(fitting) == 1 and (names.blocks or not two_stacks):
         return fitting.popitem()[1]
     if fitting:

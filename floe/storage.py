@@ -198,10 +198,10 @@ def _flaw(value: Any, depth: int = 0) -> tuple[str, str] | None:
     if isinstance(value, dict | list):
         items = value.items() if isinstance(value, dict) else enumerate(value)
         for key, part in items:
-            found = _flaw(part, depth + 1)
-            if found is not None:
+            flaw = _flaw(part, depth + 1)
+            if flaw is not None:
                 place = f".{key}" if isinstance(value, dict) else f"[{key}]"
-                return place + found[0], found[1]
+                return place + flaw[0], flaw[1]
     elif isinstance(value, str):
         return ("", "text of at most 100,000 characters") if len(value) > 100_000 else None
     elif isinstance(value, int):
@@ -277,15 +277,15 @@ def load_arrays(
         raise FileError(path, f"must hold the entry {HEADER!r} of a {what} file, got none")
     try:
         header = dict(json.loads(arrays.pop(HEADER).tobytes().decode()))
-        found = header["format"]
+        written = header["format"]
         header["meta"] = dict(header["meta"])
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise FileError(
             path, f"its entry {HEADER!r} is not that of a {what} file ({error})"
         ) from error
     check_values(path, header)
-    if found != version:
-        raise FileError(path, f"format must be {version}, got {found!r}; measure the model again")
+    if written != version:
+        raise FileError(path, f"format must be {version}, got {written!r}; measure the model again")
     return header, arrays
 
 

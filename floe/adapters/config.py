@@ -196,9 +196,11 @@ class FloeConfig(peft.PeftConfig):
         super().save_pretrained(save_directory, **options)
         seal(Path(save_directory))
 
-    def scale(self, rank: int) -> float:
-        """Factor of the adapter's output at this rank."""
-        return float(self.alpha) / (rank if self.scaling == "alpha/r" else rank**0.5)
+    def sizes(self, path: str) -> tuple[int, int, float]:
+        """Rank, number of experts and factor of the output of the adapter at a module's path."""
+        rank = self.rank_pattern.get(path, self.r)
+        experts = self.expert_pattern.get(path, self.num_experts)
+        return rank, experts, float(self.alpha) / (rank if self.scaling == "alpha/r" else rank**0.5)
 
 
 def _are_names(value: Any) -> bool:

@@ -70,12 +70,12 @@ def foreign_adapters(model: nn.Module) -> list[Any]:
     ]
 
 
-def same_base(one: str, other: str) -> bool:
+def same_base(first: str, second: str) -> bool:
     """Whether two fingerprints can be of the same weights.
 
     What was not read cannot differ, nor can float16 and another dtype be compared: it rounds twice.
     """
-    (dtype, *parts), (other_dtype, *other_parts) = one.split(":"), other.split(":")
+    (dtype, *parts), (other_dtype, *other_parts) = first.split(":"), second.split(":")
     if dtype != other_dtype and "float16" in (dtype, other_dtype):
         return True
     pairs = zip(parts, other_parts, strict=True)
@@ -84,12 +84,13 @@ def same_base(one: str, other: str) -> bool:
 
 def check_base(config: Any, model: nn.Module) -> None:
     """ValueError where the configuration belongs to a base model of other weights."""
-    own, here = config.base_fingerprint, getattr(model, "_floe_fingerprint", None)
-    if own is not None and here is not None and not same_base(own, here):
+    base, here = config.base_fingerprint, getattr(model, "_floe_fingerprint", None)
+    if base is not None and here is not None and not same_base(base, here):
+        name = config.base_model_name_or_path
         raise ValueError(
-            f"base model must have the weights that the adapter was trained on (fingerprint {own}, "
-            f"base_model_name_or_path {config.base_model_name_or_path!r}), got {here}; for an "
-            "adapter on another base set base_fingerprint to None (load_adapter: other_base=True)"
+            "base model must have the weights that the adapter was trained on (fingerprint "
+            f"{base}, base_model_name_or_path {name!r}), got {here}; for an adapter on another "
+            "base set base_fingerprint to None (load_adapter: other_base=True)"
         )
 
 

@@ -86,19 +86,19 @@ def current_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return renamed
 
 
-def check_tensors(found: dict[str, Tensor], shapes: dict[str, tuple[int, ...]]) -> None:
+def check_tensors(tensors: dict[str, Tensor], shapes: dict[str, tuple[int, ...]]) -> None:
     """Exactly the expected names and shapes, and finite floating-point values.
 
     Raises:
         ValueError: naming the first that is not.
     """
-    missing, extra = sorted(shapes.keys() - found.keys()), sorted(found.keys() - shapes.keys())
+    missing, extra = sorted(shapes.keys() - tensors.keys()), sorted(tensors.keys() - shapes.keys())
     if missing or extra:
         raise ValueError(
             f"an adapter file must hold exactly this adapter's tensors, got {len(missing)} missing "
             f"(first: {missing[:1]}) and {len(extra)} that are none of its own (first: {extra[:1]})"
         )
-    for name, tensor in found.items():
+    for name, tensor in tensors.items():
         if tuple(tensor.shape) != shapes[name]:
             raise ValueError(f"{name} must be {shapes[name]}, got {tuple(tensor.shape)}")
         if not tensor.is_floating_point():

@@ -130,32 +130,32 @@ def _settings(folder: Path) -> dict[str, Any]:
 
 def _layers(folder: Path) -> dict[str, _Layer]:
     """Module path -> its tensors. Pickled files are read as tensors alone: no code runs."""
-    found = [folder / name for name in (TENSORS, PICKLE) if (folder / name).is_file()]
-    if not found:
+    files = [folder / name for name in (TENSORS, PICKLE) if (folder / name).is_file()]
+    if not files:
         raise FileError(folder, f"must hold {TENSORS} or {PICKLE}, got neither")
-    raw = read_bytes(folder, found[0].name)
+    raw = read_bytes(folder, files[0].name)
     try:
-        if found[0].name == TENSORS:
+        if files[0].name == TENSORS:
             tensors = safetensors.torch.load(raw)
         else:
             tensors = torch.load(io.BytesIO(raw), map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a damaged pickle makes of torch's reader
-        raise FileError(found[0], f"cannot be read as tensors: {error}") from error
+        raise FileError(files[0], f"cannot be read as tensors: {error}") from error
     if not isinstance(tensors, dict):
-        raise FileError(found[0], f"must hold named tensors, got {type(tensors).__name__}")
+        raise FileError(files[0], f"must hold named tensors, got {type(tensors).__name__}")
     layers: dict[str, _Layer] = {}
     for name, tensor in tensors.items():
         match = _KEY.fullmatch(name) if isinstance(name, str) else None
         if match is None or not isinstance(tensor, Tensor):
             raise FileError(
-                found[0], f"tensors must be lora_A, lora_B<i> or lora_route, got {name}"
+                files[0], f"tensors must be lora_A, lora_B<i> or lora_route, got {name}"
             )
-        _check_dense(tensor, found[0], name)
+        _check_dense(tensor, files[0], name)
         path, part = match.groups()
         if layers.setdefault(path, {}).setdefault(part, tensor) is not tensor:
-            raise FileError(found[0], f"{path}.lora_{part} must be given once, got {name}, too")
+            raise FileError(files[0], f"{path}.lora_{part} must be given once, got {name}, too")
     if not layers:
-        raise FileError(found[0], "must hold at least one adapted layer, got none")
+        raise FileError(files[0], "must hold at least one adapted layer, got none")
     return layers
 
 
@@ -163,8 +163,8 @@ def _check_dense(tensor: Tensor, file: Path, name: str) -> None:
     """FileError unless the tensor is a plain matrix of its own values, in a type of floe's."""
     plain = tensor.layout == torch.strided and tensor.device.type == "cpu"
     if not plain or tensor.dtype not in DTYPES.values() or tensor.dim() != 2:
-        came = f"{tensor.layout} {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}"
-        raise FileError(file, f"{name} must be a dense matrix of {sorted(DTYPES)}, got {came}")
+        given = f"{tensor.layout} {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}"
+        raise FileError(file, f"{name} must be a dense matrix of {sorted(DTYPES)}, got {given}")
     if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
         raise FileError(file, f"{name} must hold all its values, got one that repeats them")
 

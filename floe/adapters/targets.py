@@ -29,7 +29,7 @@ def adapted_layers(model: nn.Module) -> dict[int, dict[str, MoELoRALinear]]:
         }
         for block in find_blocks(model)
     }
-    return {index: found for index, found in layers.items() if found}
+    return {index: adapted for index, adapted in layers.items() if adapted}
 
 
 def link_shared_inputs(model: nn.Module) -> None:
@@ -66,16 +66,14 @@ def parameter_counts(model: nn.Module, config: FloeConfig) -> list[int]:
 
 def projection_shapes(model: nn.Module, config: FloeConfig) -> list[dict[str, tuple[int, int]]]:
     """(in, out) features of each block's projections that ``config`` adapts, by name."""
-    base, found = base_of(model), []
+    base, shapes = base_of(model), []
     for block in find_blocks(base):
-        wanted = set(_block_targets(block, config.target_modules))
-        linears = {
-            name: linear_of(base.get_submodule(path), path)
-            for name, path in block.linears.items()
-            if path in wanted
-        }
-        found.append({name: (one.in_features, one.out_features) for name, one in linears.items()})
-    return found
+        paths = _block_targets(block, config.target_modules)
+        linears = {path: linear_of(base.get_submodule(path), path) for path in paths}
+        shapes.append(
+            {p.rpartition(".")[2]: (m.in_features, m.out_features) for p, m in linears.items()}
+        )
+    return shapes
 
 
 def input_widths(model: nn.Module, config: FloeConfig) -> list[list[int]]:

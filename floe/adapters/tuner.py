@@ -55,6 +55,7 @@ from floe.adapters.targets import (
     target_paths,
 )
 from floe.decoder_blocks import base_of, find_blocks
+from floe.errors import require
 
 _WRAPPERS = (MoELoRALinear, AuxiliaryTrainingWrapper)
 # Base model -> its tuner: whether somebody still holds the adapted model.
@@ -94,16 +95,13 @@ class FloeModel(BaseTuner):
     def inject_adapter(
         self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
     ) -> None:
-        """Check the adapter's name, later a folder's, then add the adapter.
-
-        Every way to add one comes through here.
-        """
+        """Check the name, later a folder's, and add the adapter; every way to add comes here."""
         check_adapter_name(adapter_name)
         config = self.peft_config[adapter_name]
         if _READ in vars(config):  # nothing large is made, or wrapped, for a file that does not fit
             tensors = current_names(vars(config)[_READ])
-            own = {name: tensor for name, tensor in tensors.items() if f".{self.prefix}" in name}
-            check_tensors(own, adapter_shapes(model, config))
+            tensors = {name: t for name, t in tensors.items() if f".{self.prefix}" in name}
+            check_tensors(tensors, adapter_shapes(model, config))
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         link_shared_inputs(model)
         for module in foreign_adapters(model):
@@ -141,8 +139,7 @@ class FloeModel(BaseTuner):
         parent: nn.Module,
         current_key: str,
     ) -> None:
-        rank = peft_config.rank_pattern.get(current_key, peft_config.r)
-        experts = peft_config.expert_pattern.get(current_key, peft_config.num_experts)
+        rank, experts, scaling = peft_config.sizes(current_key)
         layer: Any = target
         if not isinstance(target, MoELoRALinear):
             layer = MoELoRALinear(linear_of(target, current_key))
@@ -150,7 +147,7 @@ class FloeModel(BaseTuner):
             adapter_name,
             rank,
             experts,
-            peft_config.scale(rank),
+            scaling,
             float(peft_config.dropout),
             module_generator(peft_config.seed, current_key),
             DTYPES[peft_config.adapter_dtype],
@@ -186,11 +183,8 @@ class FloeModel(BaseTuner):
         if self.training:
             raise ValueError("adapter_names must be None in training mode, got names")
         unknown = sorted(set(names) - {"__base__"} - set(self.peft_config))
-        if unknown:
-            raise ValueError(
-                f"adapter_names must be among {sorted(self.peft_config)} or '__base__', "
-                f"got {unknown}"
-            )
+        known = f"among {sorted(self.peft_config)} or '__base__'"
+        require(not unknown, f"adapter_names must be {known}", unknown)
         beams = kwargs.get("num_beams") or 1
         repeated = {"adapter_names": [name for name in names for _ in range(beams)]}
         with ExitStack() as hooks:
@@ -258,11 +252,11 @@ class FloeModel(BaseTuner):
         Raises:
             ValueError: for missing, foreign or damaged tensors, which PEFT would let pass.
         """
-        came = vars(config).pop(_READ, None)
-        if came is not None:
+        read = vars(config).pop(_READ, None)
+        if read is not None:
             try:
-                came = with_adapter_name(model, adapter_name, came)
-                return cls._remap_adapter_state_dict_for_load(model, config, adapter_name, came)
+                read = with_adapter_name(model, adapter_name, read)
+                return cls._remap_adapter_state_dict_for_load(model, config, adapter_name, read)
             except BaseException:
                 adapted: Any = model
                 if list(adapted.peft_config) == [adapter_name]:
@@ -270,12 +264,15 @@ class FloeModel(BaseTuner):
                 else:
                     adapted.delete_adapter(adapter_name)
                 raise
-        _check_resumed(model, adapter_name, state_dict)
+        try:
+            _check_resumed(model, adapter_name, state_dict)
+        finally:
+            _just_read.clear()
         expected = {
             n.removeprefix(PREFIX): s for n, s in adapter_tensors(model, adapter_name).items()
         }
-        own = {name.replace(f".{adapter_name}.weight", ".weight"): name for name in expected}
-        tensors = {own.get(name, name): t for name, t in current_names(state_dict).items()}
+        full = {name.replace(f".{adapter_name}.weight", ".weight"): name for name in expected}
+        tensors = {full.get(name, name): t for name, t in current_names(state_dict).items()}
         state, beside = model.state_dict(), saved_whole(model)
         places = {name.removeprefix(PREFIX): name for name in state}
         expected |= {n: tuple(state[places[n]].shape) for n in tensors if places.get(n) in beside}
@@ -285,13 +282,9 @@ class FloeModel(BaseTuner):
 
 def _check_config(model: nn.Module, config: FloeConfig, adapter_name: str) -> None:
     """ValueError where the configuration is no longer what the adapter was made by."""
-    for path, module in adapted_modules(model).items():
-        if adapter_name not in module.r:
-            continue
-        path = path.replace("_fsdp_wrapped_module.", "")
-        rank = config.rank_pattern.get(path, config.r)
-        experts = config.expert_pattern.get(path, config.num_experts)
-        says = (rank, experts, config.scale(rank))
+    modules = {p: m for p, m in adapted_modules(model).items() if adapter_name in m.r}
+    for path, module in modules.items():
+        says = config.sizes(path.replace("_fsdp_wrapped_module.", ""))
         made = tuple(of[adapter_name] for of in (module.r, module.num_experts, module.scaling))
         if says != made:
             raise ValueError(
@@ -306,11 +299,10 @@ _just_read: list[tuple[FloeConfig, dict[str, Tensor]]] = []  # the last folder's
 def _check_resumed(model: nn.Module, adapter_name: str, tensors: dict[str, Tensor]) -> None:
     """ValueError where a folder is loaded into an adapter that is there, of another function."""
     ids = {*map(id, tensors.values())}
-    read = [config for config, own in _just_read if ids & {*map(id, own.values())}]
-    _just_read.clear()
-    for config in read:
-        check_base(config, base_of(model))
-        _check_config(model, config, adapter_name)
+    for config, read in _just_read:
+        if ids & {*map(id, read.values())}:
+            check_base(config, base_of(model))
+            _check_config(model, config, adapter_name)
 
 
 def _check_bare(model: nn.Module, adapter_name: str) -> None:
@@ -365,9 +357,9 @@ def wrap(
     base_model: nn.Module, config: FloeConfig, adapter_name: str = "default"
 ) -> peft.PeftModel:
     """The adapted model, of PEFT's class for the task; the base as it was where that fails."""
-    if not isinstance(base_model, nn.Module) or not isinstance(config, FloeConfig):
-        came = type(base_model).__name__, type(config).__name__
-        raise TypeError(f"base_model and config must be a module and a FloeConfig, got {came}")
+    fits = isinstance(base_model, nn.Module) and isinstance(config, FloeConfig)
+    kinds = type(base_model).__name__, type(config).__name__
+    require(fits, "base_model and config must be a module and a FloeConfig", kinds, TypeError)
     kind = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, peft.PeftModel)
     try:
         with warnings.catch_warnings():  # PEFT asks by a name that transformers has deprecated
@@ -383,11 +375,7 @@ def wrap(
 
 
 def take_off_unheld(base_model: nn.Module) -> None:
-    """Remove floe's adapters where the adapted model is gone, and its base is used again.
-
-    Raises:
-        ValueError: the adapted model is still held.
-    """
+    """Remove floe's adapters where nobody holds the adapted model any more; else ValueError."""
     adapted = bool(adapted_modules(base_model))
     if adapted:
         gc.collect()  # of a cycle through the adapted model
@@ -405,15 +393,18 @@ def take_off_unheld(base_model: nn.Module) -> None:
 _READ = "_read_tensors"  # attribute of a configuration whose tensors are yet to be loaded
 
 
-def read_adapter(folder: Path) -> tuple[FloeConfig, dict[str, Tensor]]:
-    """Configuration and tensors of the adapter in ``folder``; FileError: not what was saved."""
+def _read_adapter(folder: Path) -> tuple[FloeConfig, dict[str, Tensor]]:
     settings, raw = read_settings(folder)
     return FloeConfig.from_settings(settings, folder), read_tensors(folder, settings, raw)
 
 
 def loaded_config(folder: Path) -> tuple[FloeConfig, dict[str, Tensor]]:
-    """:func:`read_adapter`, the configuration carrying its tensors until they are loaded."""
-    config, tensors = read_adapter(folder)
+    """The adapter in ``folder``, its configuration carrying its tensors until they are loaded.
+
+    Raises:
+        FileError: they are not what was saved.
+    """
+    config, tensors = _read_adapter(folder)
     setattr(config, _READ, tensors)
     return config, tensors
 
@@ -444,7 +435,7 @@ def _strictly(load: Callable[..., Any]) -> Callable[..., Any]:
         folder = Path(model_id, options.get("subfolder") or "")
         if not holds_adapter(folder):
             return load(model_id, *args, **options)
-        _just_read[:] = [read_adapter(folder)]
+        _just_read[:] = [_read_adapter(folder)]
         return _just_read[0][1]
 
     return load_strictly

@@ -165,10 +165,10 @@ def _unpadded(batch: Batch, number: int, first: int) -> list[TokenRow]:
     inputs = {k: v for k, v in batch.items() if k not in _NOT_PER_TOKEN and v is not None}
     for name, value in inputs.items():
         if not isinstance(value, Tensor) or value.shape != ids.shape:
-            came = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            given = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
             raise ValueError(
                 f"{name} of a calibration batch must be one value a token, a tensor of shape "
-                f"{tuple(ids.shape)}, got {came}"
+                f"{tuple(ids.shape)}, got {given}"
             )
     labels = _whole_labels(batch, ids)
     rows = []

@@ -180,6 +180,6 @@ def losses(model: nn.Module, batch: Batch, rows: int | Sequence[int]) -> tuple[T
         if bool(problem.any()):
             row = int(problem.nonzero()[0, 0])
             number = rows + row if isinstance(rows, int) else rows[row]
-            came = f"{nll[row].item()} nats over {tokens[row].item()} tokens"
-            raise ValueError(f"row {number} must have {rule}, got {came}")
+            value = f"{nll[row].item()} nats over {tokens[row].item()} tokens"
+            raise ValueError(f"row {number} must have {rule}, got {value}")
     return nll / tokens, tokens

@@ -13,7 +13,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from floe.errors import DataError, FileError
+from floe.errors import DataError, FileError, require
 from floe.storage import unique_keys
 
 FIELDS = ("prompt", "completion", "choices", "answer", "task")
@@ -54,9 +54,10 @@ def load_rows(
             empty set; it names the source and the 0-based row.
         ValueError: for an unknown field or a limit below 1.
     """
-    columns = _check_columns(columns)
-    if limit is not None and limit < 1:
-        raise ValueError(f"limit must be at least 1, got {limit}")
+    unknown = sorted(set(columns or {}) - set(FIELDS))
+    if unknown:
+        raise ValueError(f"columns must map fields among {', '.join(FIELDS)}, got {unknown[0]!r}")
+    require(limit is None or limit >= 1, "limit must be at least 1", limit)
     source = os.fspath(path_or_hub)
     path = Path(source)
     if path.suffix.lower() in _SUFFIXES or path.exists():
@@ -64,24 +65,17 @@ def load_rows(
             raise ValueError(
                 f"split, revision and subset are for hub data sets, got the file {source}"
             )
-        found = _read_file(path)
+        raws = _read_file(path)
     else:
-        found = iter(_read_hub(source, split, revision, subset))
-    read = (_row(source, i, raw, columns) for i, raw in enumerate(found))
+        raws = iter(_read_hub(source, split, revision, subset))
+    read = (_row(source, i, raw, columns) for i, raw in enumerate(raws))
     rows = list(islice(read, limit))
     if not rows:
         raise DataError(source, "must hold at least one row, got none")
-    if _unclear(rows):
+    if _unclear(_readings(rows)):
         rows += read  # the whole column decides, whatever the limit
     _answers(source, rows)
     return rows[:limit]
-
-
-def _check_columns(columns: Mapping[str, str] | None) -> Mapping[str, str] | None:
-    unknown = sorted(set(columns or {}) - set(FIELDS))
-    if unknown:
-        raise ValueError(f"columns must map fields among {', '.join(FIELDS)}, got {unknown[0]!r}")
-    return columns
 
 
 def _read_file(path: Path) -> Iterator[Row]:
@@ -225,8 +219,8 @@ def _row(source: str, index: int, raw: Row, columns: Mapping[str, str] | None) -
 def _missing(source: str, index: int, field: str, name: str, raw: Row) -> DataError:
     if name in raw:
         return DataError(source, f"{field} must not be null (column {name!r})", index)
-    found = ", ".join(map(str, raw)) or "none"
-    message = f"{field} needs the column {name!r}, found {found}; map it in columns"
+    listed = ", ".join(map(str, raw)) or "none"
+    message = f"{field} needs the column {name!r}, found {listed}; map it in columns"
     return DataError(source, message, index)
 
 
@@ -259,48 +253,47 @@ def _answers(source: str, rows: list[Row]) -> None:
     all is text, and elsewhere: where it could be either, the column decides, if all of its texts
     are the one and not all the other.
     """
-    named, counted = _named(rows), _counted(rows)
+    readings = _readings(rows)
     texts = sum(isinstance(row.get("answer"), str) for row in rows)
-    unclear = _unclear(rows)
-    if unclear and (len(named) == texts) == (len(counted) == texts):
+    named, counted = (
+        sum(reading[kind] is not None for reading in readings) == texts for kind in (0, 1)
+    )  # whether all texts can be read so
+    unclear = _unclear(readings)
+    if unclear and named == counted:
         i = unclear[0]
+        row, (choice, index) = rows[i], readings[i]
         message = (
-            f"answer {rows[i]['answer']!r} must be either a choice or the index of one, got both: "
-            f"choice {named[i]} and the index of {rows[i]['choices'][counted[i]]!r}; give the "
+            f"answer {row['answer']!r} must be either a choice or the index of one, got both: "
+            f"choice {choice} and the index of {row['choices'][index]!r}; give the "
             "index as a number (JSONL, parquet) or the choice's text"
         )
         raise DataError(source, message, i)
-    first, second = (named, counted) if len(named) == texts else (counted, named)
-    for i, row in enumerate(rows):
+    for i, (row, reading) in enumerate(zip(rows, readings, strict=True)):
         if "answer" not in row:
             continue
-        answer, count = first.get(i, second.get(i, row["answer"])), len(row["choices"])
-        if isinstance(answer, bool) or not isinstance(answer, int) or not 0 <= answer < count:
-            message = f"answer must be a choice or its index below {count}, got "
+        order, most = reading if named else reading[::-1], len(row["choices"])
+        answer = next((place for place in order if place is not None), row["answer"])
+        if isinstance(answer, bool) or not isinstance(answer, int) or not 0 <= answer < most:
+            message = f"answer must be a choice or its index below {most}, got "
             raise DataError(source, message + reprlib.repr(row["answer"]), i)
         row["answer"] = answer
         row.setdefault("completion", row["choices"][answer])
 
 
-def _named(rows: list[Row]) -> dict[int, int]:
-    """Of the rows whose answer is the text of a choice, which choice it is."""
-    return {
-        i: row["choices"].index(row["answer"])
-        for i, row in enumerate(rows)
-        if row.get("answer", 0) in row.get("choices", ())
-    }
+_Reading = tuple[int | None, int | None]
 
 
-def _counted(rows: list[Row]) -> dict[int, int]:
-    """Of the rows whose answer is text that says an index of their choices, which index."""
-    found = {}
-    for i, row in enumerate(rows):
-        text = row["answer"].strip() if isinstance(row.get("answer"), str) else ""
-        if text.isdecimal() and len(text) < 10 and int(text) < len(row["choices"]):
-            found[i] = int(text)
-    return found
+def _readings(rows: list[Row]) -> list[_Reading]:
+    """Of each row whose answer is text: which choice it is, and which choice's index it says."""
+    readings: list[_Reading] = []
+    for row in rows:
+        answer, choices = row.get("answer"), row.get("choices", [])
+        text = answer.strip() if isinstance(answer, str) else ""
+        says = text.isdecimal() and len(text) < 10 and int(text) < len(choices)
+        choice = choices.index(answer) if isinstance(answer, str) and answer in choices else None
+        readings.append((choice, int(text) if says else None))
+    return readings
 
 
-def _unclear(rows: list[Row]) -> list[int]:
-    named, counted = _named(rows), _counted(rows)
-    return [i for i in named if i in counted and named[i] != counted[i]]
+def _unclear(readings: list[_Reading]) -> list[int]:
+    return [i for i, (a, b) in enumerate(readings) if a is not None and b is not None and a != b]

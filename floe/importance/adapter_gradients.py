@@ -78,9 +78,9 @@ def adapter_gradients(
             values, grads = (v[rows].to(dtype, copy=True) for v in (x, grad_y))
             for v in (values, grads):
                 v[padding] = 0  # set, not multiplied: padding may hold NaN
-            found = _gradients_of_one(module, name, values, grads)
-            squared[rows] += found.squared_norm
-            gate[rows] += found.gate
+            part = _gradients_of_one(module, name, values, grads)
+            squared[rows] += part.squared_norm
+            gate[rows] += part.gate
     return AdapterGradients(squared, gate)
 
 

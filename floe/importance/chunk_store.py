@@ -35,14 +35,14 @@ def chunks(rows: Sequence[TokenRow], whole_batches: bool = False) -> list[range]
     With ``whole_batches`` a chunk ends with the batch that fills it, for estimators that mean the
     batches they were given.
     """
-    found, start = [], 0
+    parts, start = [], 0
     while start < len(rows):
         end = min(start + CHUNK_ROWS, len(rows))
         while whole_batches and end < len(rows) and rows[end].batch == rows[end - 1].batch:
             end += 1
-        found.append(range(start, end))
+        parts.append(range(start, end))
         start = end
-    return found
+    return parts
 
 
 def passes(

@@ -17,11 +17,11 @@ FORMAT = 1
 
 # Dimensions of every field: L layers, H heads, I neurons, P adapted projections, S samples.
 FIELDS = {
-    "head_fisher": "LH", "neuron_fisher": "LI", "head_taylor": "LH", "neuron_taylor": "LI",
-    "adapter_fisher": "L", "probe_fisher": "L", "module_fisher": "LP", "adapter_samples": "SL",
-    "gate_gradient": "SLP", "head_mean": "LH", "neuron_mean": "LI", "head_gradient": "SLH",
-    "neuron_gradient": "SLI",
-}  # fmt: skip
+    **{"head_fisher": "LH", "neuron_fisher": "LI", "head_taylor": "LH", "neuron_taylor": "LI"},
+    **{"adapter_fisher": "L", "probe_fisher": "L", "module_fisher": "LP", "adapter_samples": "SL"},
+    **{"gate_gradient": "SLP", "head_mean": "LH", "neuron_mean": "LI", "head_gradient": "SLH"},
+    **{"neuron_gradient": "SLI"},
+}
 _REQUIRED = ("head_fisher", "neuron_fisher", "head_taylor", "neuron_taylor", "adapter_fisher")
 _GRADIENTS = ("gate_gradient", "head_mean", "neuron_mean", "head_gradient", "neuron_gradient")
 _SINGLE = ("gate_gradient", "head_gradient", "neuron_gradient")  # float32: one value a sample
@@ -144,8 +144,8 @@ class Scores:
 def _check_type(name: str, array: Any) -> None:
     dtype = np.float32 if name in _SINGLE else np.float64
     if not isinstance(array, np.ndarray) or array.dtype != dtype:
-        came = f"numpy {array.dtype}" if isinstance(array, np.ndarray) else type(array).__name__
-        raise TypeError(f"{name} must be a numpy array of {np.dtype(dtype).name}, got {came}")
+        given = f"numpy {array.dtype}" if isinstance(array, np.ndarray) else type(array).__name__
+        raise TypeError(f"{name} must be a numpy array of {np.dtype(dtype).name}, got {given}")
 
 
 def _check_values(name: str, array: Array) -> None:

@@ -103,8 +103,8 @@ class TaylorPlan:
 
     def result(self, book: Workbook) -> Taylor:
         """The finished measurement."""
-        found, quantised = book.take("taylor"), is_quantised(self.model)
-        head, neuron, tokens = found["head"], found["neuron"], int(found["tokens"])
+        arrays, quantised = book.take("taylor"), is_quantised(self.model)
+        head, neuron, tokens = arrays["head"], arrays["neuron"], int(arrays["tokens"])
         return Taylor(head, neuron, len(self.rows), tokens, self._kind(), quantised)
 
     def _kind(self) -> str:

@@ -161,9 +161,9 @@ class _Search:
             raise ValueError("validation_rows must not be empty")
         if adapted_modules(self.base):
             raise ValueError("base_model must not be adapted already")
-        own = sorted({"r", "num_experts", "seed"} & self.adapter.keys())
-        if own:
-            raise ValueError(f"adapter must not set {own[0]}, the search does")
+        fixed = sorted({"r", "num_experts", "seed"} & self.adapter.keys())
+        if fixed:
+            raise ValueError(f"adapter must not set {fixed[0]}, the search does")
         FloeConfig(**self.adapter)
         self.owner = Owner.current()
         self.fingerprint = model_fingerprint(self.base)
@@ -295,11 +295,11 @@ class _Search:
 
     def result(self, exhausted: bool) -> SearchResult:
         """Publish the best adapter as ``best/`` and attach it to the base model."""
-        best, found = best_trial(self.study), finished(self.study)
+        best, trials = best_trial(self.study), finished(self.study)
         if best is None or best.value is None:
-            reasons = sorted({t.reason for t in found})
+            reasons = sorted({t.reason for t in trials})
             raise SearchError(
-                f"at least one trial must succeed, none of {len(found)}: {reasons[0]}; "
+                f"at least one trial must succeed, none of {len(trials)}: {reasons[0]}; "
                 f"they are kept in {mask(self.place)}"
             )
         path = self.directory / "best"
@@ -309,12 +309,12 @@ class _Search:
             num_experts=best.num_experts,
             best_trial=best.number,
             objective=best.value,
-            trials=found,
+            trials=trials,
             model=load_adapter(self.base, path),
             adapter_path=path,
             sampler={**self.sampler, "seed": self.seed, "storage": mask(self.place)},
-            seconds=sum(t.seconds for t in found),
-            distinct=len({(t.rank, t.num_experts) for t in found}),
+            seconds=sum(t.seconds for t in trials),
+            distinct=len({(t.rank, t.num_experts) for t in trials}),
             exhausted=exhausted,
         )
 

@@ -80,7 +80,7 @@ def propose(
     Raises:
         ValueError: if no point is left.
     """
-    points, tried, own = space.points(), tried_points(study), own_study(study)
+    points, tried, past = space.points(), tried_points(study), own_study(study)
     left = [point for point in points if point not in tried]
     if not left:
         raise ValueError(f"the space must have an untried point, all {len(points)} are tried")
@@ -89,7 +89,7 @@ def propose(
         return next(points[i] for i in order if points[i] not in tried), 0
     suggestion: Point = left[0]
     for draw in range(REDRAWS + 1):
-        suggestion = _suggest(own, space, settings, (seed, index, draw))
+        suggestion = _suggest(past, space, settings, (seed, index, draw))
         if suggestion not in tried:
             return suggestion, draw
     return min(left, key=lambda point: (_distance(space, point, suggestion), point)), REDRAWS + 1

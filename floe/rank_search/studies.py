@@ -223,9 +223,9 @@ def adapter_digest(study: optuna.Study, number: int) -> str:
 
 def own_study(study: optuna.Study) -> optuna.Study:
     """The search's ended trials alone, in order and in memory: what draws and stops trials sees."""
-    own = optuna.create_study(direction="minimize")
-    own.add_trials(_ended(study))
-    return own
+    past = optuna.create_study(direction="minimize")
+    past.add_trials(_ended(study))
+    return past
 
 
 def tried_points(study: optuna.Study) -> set[Point]:
@@ -237,14 +237,14 @@ def tried_points(study: optuna.Study) -> set[Point]:
 
 def _ended(study: optuna.Study) -> list[FrozenTrial]:
     """Those that ran out of memory under other settings of memory count as never begun."""
-    found: dict[int, FrozenTrial] = {}
+    first: dict[int, FrozenTrial] = {}
     memory = study.user_attrs.get(MEMORY)
     trials = study.get_trials(deepcopy=False, states=_ENDED)
     for trial in sorted(trials, key=_ran_out_of_memory):
         other = trial.user_attrs.get(MEMORY) != memory and _ran_out_of_memory(trial)
         if _is_own(trial) and _is_recorded(trial) and not other:
-            found.setdefault(trial.user_attrs["index"], trial)
-    return [found[index] for index in sorted(found)]
+            first.setdefault(trial.user_attrs["index"], trial)
+    return [first[index] for index in sorted(first)]
 
 
 def _is_own(trial: FrozenTrial) -> bool:

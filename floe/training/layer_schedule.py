@@ -75,7 +75,7 @@ class LayerSchedule(TrainerCallback, abc.ABC):  # type: ignore[misc]
         """The layers of interval 0, 1, ..., ascending."""
 
     def __enter__(self) -> LayerSchedule:
-        self._flags = [(p, p.requires_grad) for own in self.parameters.values() for p in own]
+        self._flags = [(p, p.requires_grad) for each in self.parameters.values() for p in each]
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -96,9 +96,9 @@ class LayerSchedule(TrainerCallback, abc.ABC):  # type: ignore[misc]
             raise ValueError(f"a layer schedule needs one process, got {args.world_size}")
         record = next((e[RECORD] for e in state.log_history if RECORD in e), None)
         if state.global_step and (record or {}).get("settings") != self.settings():
-            came = None if record is None else record.get("settings")
+            given = None if record is None else record.get("settings")
             raise ValueError(
-                f"the checkpoint must be of the layer schedule {self.settings()}, got {came}"
+                f"the checkpoint must be of the layer schedule {self.settings()}, got {given}"
             )
         if record is not None:
             self.restore(record)

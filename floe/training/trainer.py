@@ -151,8 +151,8 @@ def training_arguments(
     renamed: dict[str, Any] = {}
     if settings.gradient_checkpointing:  # transformers renamed it in 5.2x
         name = "activation" if "activation_checkpointing" in known else "gradient"
-        renamed = {f"{name}_checkpointing": True,
-                   f"{name}_checkpointing_kwargs": {"use_reentrant": False}}  # fmt: skip
+        renamed = {f"{name}_checkpointing": True}
+        renamed[f"{name}_checkpointing_kwargs"] = {"use_reentrant": False}
     arguments = TrainingArguments(
         output_dir=str(output_dir),
         per_device_train_batch_size=settings.batch_size,
