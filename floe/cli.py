@@ -161,6 +161,7 @@ def _run_until(last: str) -> Callable[..., None]:
         dry_run: DryRun = False,
         redo: Redo = False,
     ) -> None:
+        from floe.artifacts.schema import document
         from floe.config import load_config
         from floe.pipeline.inputs import calm_libraries
         from floe.pipeline.run import run
@@ -175,7 +176,7 @@ def _run_until(last: str) -> Callable[..., None]:
             return
         if dry_run and result.account is not None:
             account = result.account
-            print(json.dumps(vars(account), sort_keys=True) if as_json else account.text())
+            print(json.dumps(document(account), sort_keys=True) if as_json else account.text())
             if account.refused:
                 raise typer.Exit(BAD_INPUT)
             return

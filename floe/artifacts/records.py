@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from floe.artifacts.schema import Number, Text, Whole
+from floe.artifacts.schema import IF_SET, Flag, Number, Text, Whole
 
 Environment = dict[str, Any]  # env.json: machine and versions, by name
 
@@ -42,6 +43,25 @@ class DataAccount:
     parts: dict[Text, DataPart]
 
 
+FORMAT = 2
+"""Of records of work. 2: the inputs by the names of their settings."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkRecord:
+    """STAGE.work/.inputs.json: what begun work is made from.
+
+    ``inputs`` decide the result, ``notes`` are settings behind them; a record of another format
+    may hold anything in their place. ``copying``: the finished result is being copied, to go on
+    from it.
+    """
+
+    format: Whole = 1
+    inputs: Mapping[str, Any] = field(default_factory=dict)
+    notes: Mapping[str, Any] = field(default_factory=dict)
+    copying: Flag | None = field(default=None, metadata=IF_SET)
+
+
 @dataclass(frozen=True)
 class StageFile:
     """What tells whether a file of a stage's result is whole."""
@@ -51,18 +71,11 @@ class StageFile:
 
 
 @dataclass(frozen=True, kw_only=True)
-class StageRecord:
-    """DONE.json: what a finished stage was made from and what it made, with its time.
+class StageRecord(WorkRecord):
+    """STAGE/DONE.json: what a finished stage was made from, its files, its time."""
 
-    ``inputs`` decide the result, ``notes`` are settings behind them. Of other formats the number
-    alone is known.
-    """
-
-    format: Whole = 1
     stage: Text = ""
     inputs_hash: Text = ""
-    inputs: Any = field(default_factory=dict)
-    notes: Any = field(default_factory=dict)
     outputs: dict[Text, StageFile] = field(default_factory=dict)
     seconds: Number | None = None
     finished: Text = ""

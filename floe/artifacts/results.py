@@ -66,7 +66,7 @@ class TrainResult:
     trainable_parameters: Whole
     seconds: Number
     seconds_per_step: Number
-    peak_memory_bytes: Number | None = None
+    peak_memory_bytes: Whole | None = None
     memory_kind: Text = ""
     train_loss: Curve = ()
     validation_loss: Curve = ()
@@ -218,7 +218,7 @@ class Point:
     seconds_per_step: Number
     low: Number | None = None
     high: Number | None = None
-    peak_memory_bytes: Number | None = None
+    peak_memory_bytes: Whole | None = None
     memory_kind: Text = ""
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from floe.artifacts.results import Interval
 from floe.data.batches import Collator, TokenRow, make_batches, row_order
 from floe.data.loss import batch_losses, evaluating, on_device
 from floe.data.rows import encode_choices, encode_questions, stop_tokens
@@ -77,7 +78,7 @@ class Answers(_ByRow):
     def __post_init__(self) -> None:
         self._number(len(self.given), len(self.correct))
 
-    def accuracy(self, numbers: Sequence[int] | None = None) -> Accuracy:
+    def accuracy(self, numbers: Sequence[int] | None = None) -> Interval:
         """Accuracy over all rows, or over those of these numbers."""
         correct = self.correct if numbers is None else self.correct[self.places(numbers)]
         return wilson(int(correct.sum()), len(correct))
@@ -162,7 +163,7 @@ def validation_loss(model: nn.Module, batches: Sequence[Batch]) -> float:
     return mean_loss(evaluate_loss(model, batches))
 
 
-def summarise_loss(losses: Losses, *, resamples: int = RESAMPLES, seed: int = 41) -> LossSummary:
+def summarise_loss(losses: Losses, *, resamples: int = RESAMPLES, seed: int = 41) -> Interval:
     """Token-weighted mean and its percentile bootstrap interval over rows.
 
     Raises:
@@ -170,12 +171,12 @@ def summarise_loss(losses: Losses, *, resamples: int = RESAMPLES, seed: int = 41
     """
     value = mean_loss(losses)
     low, high = _interval(losses, losses.nll, resamples, seed)
-    return LossSummary(value, low, high, len(losses.nll), int(losses.tokens.sum()))
+    return Interval(value, low, high, len(losses.nll), tokens=int(losses.tokens.sum()))
 
 
 def paired_difference(
     a: Losses, b: Losses, *, resamples: int = RESAMPLES, seed: int = 41
-) -> Difference:
+) -> Interval:
     """Mean loss of ``a`` minus that of ``b`` on the same rows; both arms share every resample.
 
     Raises:
@@ -184,7 +185,7 @@ def paired_difference(
     if not (np.array_equal(a.tokens, b.tokens) and np.array_equal(a.rows, b.rows)):
         raise ValueError("a and b must be losses of the same rows, got other numbers or tokens")
     low, high = _interval(a, a.nll - b.nll, resamples, seed)
-    return Difference(mean_loss(a) - mean_loss(b), low, high, len(a.nll))
+    return Interval(mean_loss(a) - mean_loss(b), low, high, len(a.nll))
 
 
 def mean_loss(losses: Losses) -> float:
@@ -208,7 +209,7 @@ def _interval(losses: Losses, sums: Floats, resamples: int, seed: int) -> tuple[
     return float(low), float(high)
 
 
-def wilson(correct: int, rows: int) -> Accuracy:
+def wilson(correct: int, rows: int) -> Interval:
     """Share ``correct / rows`` with its 95 % Wilson score interval.
 
     Raises:
@@ -219,7 +220,8 @@ def wilson(correct: int, rows: int) -> Accuracy:
     share, spread = correct / rows, _Z * _Z / rows
     middle = (share + spread / 2) / (1 + spread)
     half = _Z * math.sqrt(share * (1 - share) / rows + spread / (4 * rows)) / (1 + spread)
-    return Accuracy(share, max(0.0, middle - half), min(1.0, middle + half), correct, rows)
+    low, high = max(0.0, middle - half), min(1.0, middle + half)
+    return Interval(share, low, high, rows, correct=correct)
 
 
 def group_by_task(rows: Sequence[TokenRow]) -> dict[str, list[int]]:

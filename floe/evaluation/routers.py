@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from floe.adapters import MoELoRALinear, adapted_layers
+from floe.artifacts.results import Router
 from floe.data.loss import evaluating, on_device
 from floe.types import Batch
 
 
-def router_statistics(model: nn.Module, batches: Sequence[Batch]) -> list[dict[str, Any]]:
+def router_statistics(model: nn.Module, batches: Sequence[Batch]) -> list[Router]:
     """Use of the experts by each adapted module over all tokens that are not padding.
 
     With gates w[t, i] of token t and expert i: usage = mean_t w[t]; load entropy = H(usage) / ln M;
@@ -29,8 +30,7 @@ def router_statistics(model: nn.Module, batches: Sequence[Batch]) -> list[dict[s
         batches: as :func:`floe.data.batches.make_batches` makes them.
 
     Returns:
-        One dict per module, by layer then module name: layer (0-based), module, usage [M],
-        load_entropy, token_entropy, mutual_information.
+        One per module, by layer then module name.
 
     Raises:
         ValueError: if nothing is adapted or there is no batch.
@@ -55,16 +55,13 @@ def router_statistics(model: nn.Module, batches: Sequence[Batch]) -> list[dict[s
             inputs.pop("labels", None)
             mask[:] = [inputs["attention_mask"].bool()]
             model(**inputs, use_cache=False)
-    return [
-        {"layer": w.layer, "module": w.name, **_summary(w.usage, w.entropy, w.tokens)}
-        for w in watched
-    ]
+    return [_router(w.layer, w.name, w.usage, w.entropy, w.tokens) for w in watched]
 
 
-def gate_statistics(gates: Tensor) -> dict[str, Any]:
+def gate_statistics(gates: Tensor, layer: int = 0, module: str = "") -> Router:
     """The statistics of :func:`router_statistics` for gates [T, M], any floating dtype."""
     gates = gates.double()
-    return _summary(gates.sum(0), float(_entropy(gates).sum()), len(gates))
+    return _router(layer, module, gates.sum(0), float(_entropy(gates).sum()), len(gates))
 
 
 @dataclass
@@ -92,14 +89,9 @@ def _entropy(p: Tensor) -> Tensor:
     return -torch.xlogy(p, p).sum(-1)
 
 
-def _summary(usage: Tensor, entropy: float, tokens: int) -> dict[str, Any]:
+def _router(layer: int, module: str, usage: Tensor, entropy: float, tokens: int) -> Router:
     usage = usage / tokens
     scale = math.log(len(usage))
     load = float(_entropy(usage)) / scale if scale else 1.0
     token = entropy / tokens / scale if scale else 1.0
-    return {
-        "usage": usage.tolist(),
-        "load_entropy": load,
-        "token_entropy": token,
-        "mutual_information": load - token,
-    }
+    return Router(layer, module, tuple(usage.tolist()), load, token, load - token)

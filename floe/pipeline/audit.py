@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from floe.artifacts.results import Router, Routers
-from floe.artifacts.schema import read
+from floe.artifacts.records import FORMAT, StageRecord
+from floe.artifacts.results import Router, Routers, RowLosses, Training
+from floe.artifacts.schema import read, write
 from floe.artifacts.selection import Selection
 from floe.config import RunConfig
 from floe.data.rows import sample
@@ -22,12 +23,11 @@ from floe.importance.layer_statistics import measure_statistics
 from floe.importance.scores import Scores
 from floe.importance.statistics import LayerStatistics
 from floe.pipeline import identity
-from floe.pipeline.inputs import RunInputs, plain
-from floe.pipeline.run_folder import FORMAT, Stage
+from floe.pipeline.inputs import RunInputs
+from floe.pipeline.run_folder import Stage
 from floe.progress import Progress
 from floe.selection.audit import Audit, audit
 from floe.selection.policies import POLICIES
-from floe.storage import read_json, write_json
 from floe.types import Batch
 
 ROWS = 32
@@ -93,9 +93,9 @@ def audit_run(
         router = _routers(run, rows) if names else []
         run.progress.stage("audit", "started")
         result = _audit(run, selection, measured, router, bootstrap)
-        done = read_json(run.path / "select/DONE.json")
+        done = read(StageRecord, run.path / "select/DONE.json")
         lacking = result.lacking | failed
-        result = replace(result, selection=done["inputs_hash"], lacking=lacking)
+        result = replace(result, selection=done.inputs_hash, lacking=lacking)
         (run.path / "audit").mkdir(exist_ok=True)
         result.save(run.path / "audit/audit.json")
         run.progress.stage("audit", "finished")
@@ -131,10 +131,10 @@ def _check_stages(run: RunInputs) -> None:
             raise FileError(run.path / stage, f"the {stage} stage is not finished; {command}")
         if stage == "search":
             continue
-        made_with = done.get("inputs", {}) | done.get("notes", {})
+        made_with = {**done.inputs, **done.notes}
         wanted = identity.values(run.config, stage) | identity.notes(run.config, stage)
         names = {n for n in wanted.keys() & made_with.keys() if n.startswith(f"{stage}.")}
-        if done.get("format") != FORMAT or any(made_with[n] != wanted[n] for n in names):
+        if done.format != FORMAT or any(made_with[n] != wanted[n] for n in names):
             raise FileError(
                 run.path / stage, f"was made with other settings than the config's; {command}"
             )
@@ -179,15 +179,15 @@ def arm_losses(run: Path) -> dict[int, Any] | None:
     file = run / "eval/losses.json"
     if not file.is_file():
         return None
-    losses = read_json(file)
-    arms = {path.parent.name: read_json(path) for path in run.glob("train/*/metrics.json")}
-    own = arms.get("main", {}).get("policy")
-    tokens = np.asarray(losses["tokens"], dtype=np.float64)
+    losses = read(RowLosses, file)
+    arms = {path.parent.name: read(Training, path) for path in run.glob("train/*/metrics.json")}
+    policies = ("all", arms["main"].policy) if "main" in arms else ("all",)
+    tokens = np.asarray(losses.tokens, dtype=np.float64)
     found = {
-        len(metrics["layers"]): np.asarray(losses["nll"][arm]) / tokens.mean()
-        for arm, metrics in sorted(arms.items(), key=lambda item: item[0] == "main")
-        if metrics["policy"] in (own, "all") and arm in losses["nll"]
-        if not {"modules", "sizes"} & metrics.keys()
+        len(trained.layers): np.asarray(losses.nll[arm]) / tokens.mean()
+        for arm, trained in sorted(arms.items(), key=lambda item: item[0] == "main")
+        if trained.policy in policies and arm in losses.nll
+        if not trained.modules and not trained.sizes
     }
     return found if len(found) > 1 else None
 
@@ -241,7 +241,7 @@ def _routers(run: RunInputs, rows: int) -> list[Router]:
     def build(folder: Path) -> None:
         with _warm_up(run, rows) as (model, batches):
             modules = router_statistics(model, batches)
-        write_json(folder / "routers.json", {"modules": plain(modules)})
+        write(folder / "routers.json", Routers(modules))
 
     _make(run, "audit/routers", inputs(run, "audit/routers", rows), build)
     return read(Routers, run.path / "audit/routers/routers.json").modules
@@ -253,7 +253,7 @@ def inputs(run: RunInputs, part: str, rows: int) -> dict[str, Any]:
         "adapter": identity.of_adapter(run, "search"),
         "rows": rows,
         "seed": run.config.select.seed,
-        "calibration": read_json(run.path / "score/DONE.json")["inputs"]["rows"],
+        "calibration": read(StageRecord, run.path / "score/DONE.json").inputs["rows"],
         "name": part,
     }
 

@@ -19,6 +19,9 @@ from floe.adapters.targets import (
     parameter_counts,
     projection_shapes,
 )
+from floe.artifacts.records import DataAccount, DataPart, LostRows
+from floe.artifacts.results import Search, Trial
+from floe.artifacts.schema import write
 from floe.data.batches import TokenRow
 from floe.data.rows import Encoded
 from floe.decoder_blocks import find_blocks, geometry
@@ -39,7 +42,6 @@ from floe.rank_search.space import SearchSpace
 from floe.selection.layer_count import ADAM_BYTES, saved_bytes_per_token
 from floe.selection.placement import Placement
 from floe.selection.policies.registry import POLICIES, known_statistics
-from floe.storage import write_json
 from floe.training.train import check_rows
 
 _FIRST = 20  # so many of the rows that lost something are named
@@ -60,7 +62,7 @@ class Account:
         stages: by command: "done", or what is to be done; of a dry run alone.
     """
 
-    data: dict[str, dict[str, Any]] = field(default_factory=dict)
+    data: dict[str, DataPart] = field(default_factory=dict)
     adapters: dict[str, dict[str, Any]] = field(default_factory=dict)
     memory: dict[str, int] = field(default_factory=dict)
     disk: dict[str, int] = field(default_factory=dict)
@@ -69,7 +71,7 @@ class Account:
 
     def write(self, file: Path) -> None:
         """``data.json`` of a run: which rows it uses, and which lost something."""
-        write_json(file, {"parts": {PARTS[part]: facts for part, facts in self.data.items()}})
+        write(file, DataAccount({PARTS[part]: facts for part, facts in self.data.items()}))
 
     @property
     def refused(self) -> bool:
@@ -78,14 +80,12 @@ class Account:
 
     def remarks(self) -> list[str]:
         """A line for each part of the data that lost something, and the notes."""
-        lost = {part: facts for part, facts in self.data.items() if facts["lost"]}
-        return [f"{PARTS[part]}: {facts['summary']}" for part, facts in lost.items()] + self.notes
+        lost = {part: facts for part, facts in self.data.items() if facts.lost}
+        return [f"{PARTS[part]}: {facts.summary}" for part, facts in lost.items()] + self.notes
 
     def text(self) -> str:
         """The account in some lines for a terminal."""
-        lines = [
-            ("rows", f"{PARTS[part]}: {facts['summary']}") for part, facts in self.data.items()
-        ]
+        lines = [("rows", f"{PARTS[part]}: {facts.summary}") for part, facts in self.data.items()]
         lines += [("stage", f"{name}: {what}") for name, what in self.stages.items()]
         for arm, facts in self.adapters.items():
             low, high = facts["parameters"]
@@ -173,7 +173,7 @@ def _notes(run: RunInputs, account: Account) -> Iterator[str]:
     if both:
         yield f"{both} of {len(run.test_rows)} test rows are training rows, too"
     window = getattr(run.structure.config.get_text_config(), "max_position_embeddings", None)
-    longest = max(facts["longest"] for facts in account.data.values())
+    longest = max(facts.longest for facts in account.data.values())
     if window is not None and longest > window:
         yield f"the longest row has {longest} tokens, the model's window {window}"
     if run.unused_weights:
@@ -188,7 +188,7 @@ def _bytes(size: int) -> str:
     return f"{size / 2**power:,.1f} {unit}"
 
 
-def _check_part(run: RunInputs, part: str) -> dict[str, Any]:
+def _check_part(run: RunInputs, part: str) -> DataPart:
     """Encode a part of the data; what it holds, and what it lost."""
     encoded, limit = run.encoded(part), run.config.data.max_dropped
     rows, lost = encoded.rows, _losses(encoded)
@@ -206,16 +206,16 @@ def _check_part(run: RunInputs, part: str) -> dict[str, Any]:
     summary = (
         f"{len(rows):,} of {encoded.given:,} rows kept, {tokens:,} tokens, longest {longest:,}"
     )
-    return {
-        "rows": encoded.given,
-        "kept": len(rows),
-        "tokens": tokens,
-        "longest": longest,
-        "lost": lost,
-        "dropped": {reason: _named(gone) for reason, gone in encoded.dropped.items() if gone},
-        "cut": _named(encoded.cut),
-        "summary": f"{summary}; {lost}" if lost else summary,
-    }
+    return DataPart(
+        summary=f"{summary}; {lost}" if lost else summary,
+        lost=lost,
+        rows=encoded.given,
+        kept=len(rows),
+        tokens=tokens,
+        longest=longest,
+        dropped={reason: _lost_rows(gone) for reason, gone in encoded.dropped.items() if gone},
+        cut=_lost_rows(encoded.cut),
+    )
 
 
 def _losses(encoded: Encoded) -> str:
@@ -226,8 +226,8 @@ def _losses(encoded: Encoded) -> str:
     return ", ".join(parts)
 
 
-def _named(rows: list[int]) -> dict[str, Any]:
-    return {"rows": len(rows), "first": rows[:_FIRST]}
+def _lost_rows(rows: list[int]) -> LostRows:
+    return LostRows(len(rows), rows[:_FIRST])
 
 
 def _check_tokens(run: RunInputs, rows: list[TokenRow], part: str) -> None:
@@ -359,17 +359,9 @@ def _made_up(run: RunInputs, size: tuple[int, int]) -> Evidence:
     statistics = LayerStatistics(layers, measured)
     pairs = size_options(run.config.search)
     knee = float(np.median([rank * math.sqrt(experts) for rank, experts in pairs]))
-    trials = [
-        {
-            "rank": rank,
-            "num_experts": experts,
-            "state": "complete",
-            "value": math.exp(-rank * math.sqrt(experts) / knee),
-        }
-        for rank, experts in pairs
-    ]
-    search = {"rank": size[0], "num_experts": size[1], "trials": trials}
-    return Evidence(scores, statistics, search)
+    values = [math.exp(-rank * math.sqrt(experts) / knee) for rank, experts in pairs]
+    trials = [Trial(n, *pairs[n], "complete", value, 0.0) for n, value in enumerate(values)]
+    return Evidence(scores, statistics, Search(*size, trials=trials))
 
 
 def _parameters(run: RunInputs, size: tuple[int, int], place: Placement | None = None) -> int:

@@ -10,6 +10,16 @@ from typing import Any
 
 import numpy as np
 
+from floe.artifacts.results import (
+    ArmRows,
+    Evaluation,
+    Interval,
+    Outcome,
+    Routers,
+    RowLosses,
+    TaskOutcome,
+)
+from floe.artifacts.schema import read, write
 from floe.data.batches import fingerprint, row_order
 from floe.evaluation.evaluate import (
     Answers,
@@ -24,9 +34,9 @@ from floe.evaluation.evaluate import (
 )
 from floe.evaluation.routers import router_statistics
 from floe.pipeline import identity, train
-from floe.pipeline.inputs import RunInputs, plain
+from floe.pipeline.inputs import RunInputs
 from floe.pipeline.run_folder import Stage
-from floe.storage import hash_of, read_json, write_json
+from floe.storage import hash_of
 
 INTERVALS = "95 %: bootstrap over rows for loss, Wilson for accuracy"
 
@@ -66,20 +76,15 @@ def build(run: RunInputs, adapters: dict[str, str], folder: Path) -> None:
         on_rows = _rows_told(run, arm, place * each, len(digests) * each)
         measured[arm] = _measured(run, arm, digest, folder, on_rows)
     tasks, seed = group_by_task(run.test_rows), run.config.eval.seed
-    results = {arm: _results(*values, tasks, seed) for arm, values in measured.items()}
-    for arm, (losses, _) in measured.items():
-        gap = paired_difference(losses, measured["main"][0], seed=seed)
-        results[arm]["loss_minus_main"] = plain(gap)
-    document = {"arms": results, "intervals": INTERVALS, "seed": seed}
-    write_json(folder / "results.json", document)
-    write_json(
-        folder / "losses.json",
-        {
-            "nll": {arm: losses.nll.tolist() for arm, (losses, _) in measured.items()},
-            "tokens": measured["main"][0].tokens.tolist(),
-            "rows": [row.index for row in run.test_rows],
-        },
-    )
+    main = measured["main"][0]
+    outcomes = {
+        arm: _outcome(losses, answers, main, tasks, seed)
+        for arm, (losses, answers) in measured.items()
+    }
+    write(folder / "results.json", Evaluation(outcomes, INTERVALS, seed))
+    nll = {arm: losses.nll.tolist() for arm, (losses, _) in measured.items()}
+    numbers = [row.index for row in run.test_rows]
+    write(folder / "losses.json", RowLosses(nll, main.tokens.tolist(), numbers))
 
 
 def _rows_told(run: RunInputs, arm: str, done: int, total: int) -> OnRows:
@@ -101,22 +106,26 @@ def _measured(
 ) -> tuple[Losses, Answers | None]:
     """Losses and answers of the test rows, which both speak of by the same numbers."""
     file = folder / f"arms/{arm}.json"
-    if not file.is_file() or read_json(file)["adapter"] != digest:
+    if not file.is_file() or read(ArmRows, file).adapter != digest:
         adapter = run.path / f"train/{arm}/adapter"
         with nullcontext(run.base_model) if digest is None else run.adapted(adapter) as model:
             losses, answers = _losses(run, model, on_rows), _answers(run, model, on_rows)
             if arm == "main":
                 _write_routers(run, model, folder)
-        packed = {"nll": losses.nll.tolist(), "tokens": losses.tokens.tolist(), "adapter": digest}
-        if answers is not None:
-            packed |= {"given": answers.given, "correct": answers.correct.tolist()}
-        write_json(file, packed)
-    packed = read_json(file)
+        kept = ArmRows(
+            nll=losses.nll.tolist(),
+            tokens=losses.tokens.tolist(),
+            given=None if answers is None else answers.given,
+            correct=None if answers is None else answers.correct.tolist(),
+            adapter=digest,
+        )
+        write(file, kept)
+    kept = read(ArmRows, file)
     rows = np.array([row.index for row in run.test_rows], dtype=np.int64)
-    losses = Losses(np.array(packed["nll"]), np.array(packed["tokens"], dtype=np.int64), rows)
-    if "given" not in packed:
+    losses = Losses(np.array(kept.nll), np.array(kept.tokens, dtype=np.int64), rows)
+    if kept.given is None or kept.correct is None:
         return losses, None
-    return losses, Answers(packed["given"], np.array(packed["correct"], dtype=bool), rows)
+    return losses, Answers(kept.given, np.array(kept.correct, dtype=bool), rows)
 
 
 def _losses(run: RunInputs, model: Any, on_rows: OnRows) -> Losses:
@@ -142,17 +151,26 @@ def _answers(run: RunInputs, model: Any, on_rows: OnRows) -> Answers | None:
 def _write_routers(run: RunInputs, model: Any, folder: Path) -> None:
     rows = [run.validation_rows[i] for i in row_order(run.validation_rows, False)]
     batches = run.batches(rows, run.config.eval.batch_size)
-    write_json(folder / "router.json", {"modules": plain(router_statistics(model, batches))})
+    write(folder / "router.json", Routers(router_statistics(model, batches)))
 
 
-def _results(
-    losses: Losses, answers: Answers | None, tasks: dict[str, list[int]], seed: int
-) -> dict[str, Any]:
-    """Over all rows, and by task."""
+def _outcome(
+    losses: Losses, answers: Answers | None, main: Losses, tasks: dict[str, list[int]], seed: int
+) -> Outcome:
+    """Over all rows against the main arm's losses, and by task."""
 
-    def figures(losses: Losses, rows: list[int] | None = None) -> dict[str, Any]:
-        part = {"loss": plain(summarise_loss(losses, seed=seed))}
-        return part if answers is None else part | {"accuracy": plain(answers.accuracy(rows))}
+    def accuracy(rows: list[int] | None = None) -> Interval | None:
+        return None if answers is None else answers.accuracy(rows)
 
-    by_task = {task: figures(losses.take(rows), rows) for task, rows in tasks.items()}
-    return figures(losses) | {"by_task": by_task}
+    by_task = {
+        task: TaskOutcome(
+            loss=summarise_loss(losses.take(rows), seed=seed), accuracy=accuracy(rows)
+        )
+        for task, rows in tasks.items()
+    }
+    return Outcome(
+        loss=summarise_loss(losses, seed=seed),
+        accuracy=accuracy(),
+        loss_minus_main=paired_difference(losses, main, seed=seed),
+        by_task=by_task,
+    )

@@ -5,8 +5,6 @@ Each is opened when first needed.
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +12,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -22,6 +19,8 @@ from transformers.utils import cached_file, find_adapter_config_file, logging
 
 from floe.adapters import FloeConfig, get_model, remove_adapters
 from floe.adapters.files import load_adapter
+from floe.artifacts.results import Search
+from floe.artifacts.schema import read
 from floe.config import DataSource, RunConfig
 from floe.data.batches import Collator, TokenRow, make_batches
 from floe.data.rows import (
@@ -67,8 +66,8 @@ class RunInputs:
     @property
     def size(self) -> tuple[int, int]:
         """Rank and number of experts that the search stage decided on."""
-        result = read_json(self.path / "search/result.json")
-        return result["rank"], result["num_experts"]
+        result = read(Search, self.path / "search/result.json")
+        return result.rank, result.num_experts
 
     @property
     def policies(self) -> set[str]:
@@ -436,17 +435,6 @@ def _reading(path: str, problem: str) -> Iterator[None]:
         if "trust_remote_code" in reason:
             reason = "it needs Python code of its own, and floe runs no code of a model"
         raise FileError(path, f"{problem}: {reason}") from error
-
-
-def plain(value: Any) -> Any:
-    """Dataclasses and arrays as plain JSON values, wherever they stand; what else is, as text."""
-    return json.loads(json.dumps(value, default=_plain))
-
-
-def _plain(value: Any) -> Any:
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return dataclasses.asdict(value)
-    return value.tolist() if isinstance(value, np.ndarray) else str(value)
 
 
 def calm_libraries() -> None:

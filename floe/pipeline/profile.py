@@ -12,6 +12,8 @@ from typing import Any
 import torch
 
 from floe.adapters import remove_adapters
+from floe.artifacts.results import Point, Profile
+from floe.artifacts.schema import write
 from floe.data.batches import TokenRow, fingerprint
 from floe.data.loss import on_device
 from floe.decoder_blocks import find_blocks
@@ -19,7 +21,6 @@ from floe.pipeline import identity
 from floe.pipeline.inputs import RunInputs
 from floe.pipeline.run_folder import Stage
 from floe.selection.placement import Placement
-from floe.storage import write_json
 from floe.training.memory import PeakMemory
 from floe.types import Batch
 
@@ -54,15 +55,14 @@ def build(run: RunInputs, folder: Path) -> None:
         layers = [round((i + 0.5) * total / count - 0.5) for i in range(count)]
         timed.append(_point(run, layers, batches))
     tokens = int(sum(batch["attention_mask"].sum() for batch in batches))
-    about = {"steps": run.config.profile.steps, "batch_size": len(rows), "tokens_per_step": tokens}
-    write_json(folder / "profile.json", {"points": timed, **about})
+    write(folder / "profile.json", Profile(timed, run.config.profile.steps, len(rows), tokens))
 
 
 def _rows_of_a_step(run: RunInputs) -> list[TokenRow]:
     return run.train_rows[: run.config.train.batch_size * run.config.train.grad_accum]
 
 
-def _point(run: RunInputs, layers: list[int], batches: list[Batch]) -> dict[str, Any]:
+def _point(run: RunInputs, layers: list[int], batches: list[Batch]) -> Point:
     model = run.fresh(*run.size, Placement(tuple(layers)))
     try:
         model.train()
@@ -73,14 +73,14 @@ def _point(run: RunInputs, layers: list[int], batches: list[Batch]) -> dict[str,
     finally:
         remove_adapters(model)
     seconds = seconds[1:]  # the first step allocates
-    return {
-        "layers": len(layers),
-        "seconds_per_step": statistics.median(seconds),
-        "low": min(seconds),
-        "high": max(seconds),
-        "peak_memory_bytes": memory.bytes,
-        "memory_kind": memory.kind,
-    }
+    return Point(
+        layers=len(layers),
+        seconds_per_step=statistics.median(seconds),
+        low=min(seconds),
+        high=max(seconds),
+        peak_memory_bytes=memory.bytes,
+        memory_kind=memory.kind,
+    )
 
 
 def _step(model: Any, optimizer: Any, batches: list[Batch], device: torch.device) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -11,6 +11,8 @@ from typing import Any
 
 from floe.adapters.folder import check_new
 from floe.adapters.plain_lora import export_lora
+from floe.artifacts.results import Evaluation, Interval, Placements, Training
+from floe.artifacts.schema import document, read, write
 from floe.config import RunConfig, dump_config, load_config
 from floe.data.rows import sample
 from floe.pipeline import eval, identity, profile, score, search, select, train
@@ -19,7 +21,7 @@ from floe.pipeline.inputs import RunInputs
 from floe.pipeline.run_folder import RunFolder, Stage, environment
 from floe.progress import Progress
 from floe.report import build_report
-from floe.storage import read_json, write_json, write_text
+from floe.storage import read_json, write_text
 
 VERBS: dict[str, tuple[Any, ...]] = {
     "search": (search,),
@@ -95,7 +97,7 @@ def _make(run: RunInputs, verbs: Sequence[str], account: Account, redo: bool) ->
         write_text(run.path / "config.yaml", dump_config(run.config))
         account.write(run.path / "data.json")
         model = {"device": str(run.device), "dtype": str(run.dtype)}
-        write_json(run.path / "env.json", environment() | model)
+        write(run.path / "env.json", environment() | model)
 
     def announce(stage: str, what: str) -> None:
         if what == "started":  # nothing is refused any more
@@ -148,22 +150,24 @@ class RunResult:
         for key, verb in (("search", "search"), ("selection", "select"), ("evaluation", "eval")):
             if (self.folder / RESULTS[verb]).is_file():
                 found[key] = read_json(self.folder / RESULTS[verb])
-        found["training"] = self.training()
+        found["training"] = document(self.training())
         if (self.folder / RESULTS["report"]).is_file():
             found["report"] = str(self.folder / RESULTS["report"])
         return found
 
-    def training(self) -> dict[str, Any]:
+    def training(self) -> dict[str, Training]:
         """Metrics of every trained arm of the configuration."""
         placed = self.folder / train.PLACEMENTS
-        arms = sorted(read_json(placed)) if placed.is_file() else []
+        arms = sorted(read(Placements, placed)) if placed.is_file() else []
         files = {arm: self.folder / "train" / arm / "metrics.json" for arm in arms}
-        return {arm: read_json(file) for arm, file in files.items() if file.is_file()}
+        return {arm: read(Training, file) for arm, file in files.items() if file.is_file()}
 
     def table(self) -> str:
         """One line an arm: layers, loss and accuracy with intervals, size, speed, memory."""
         results = self.folder / RESULTS["eval"]
-        return _arms_table(read_json(results), self.training()) if results.is_file() else ""
+        if not results.is_file():
+            return ""
+        return _arms_table(read(Evaluation, results), self.training())
 
     def outcome(self) -> str:
         """The last line: where the result is."""
@@ -181,34 +185,34 @@ RESULTS = {
 """What each command leaves for its user."""
 
 
-def _arms_table(evaluation: dict[str, Any], training: dict[str, dict[str, Any]]) -> str:
+def _arms_table(evaluation: Evaluation, training: Mapping[str, Training]) -> str:
     """One line an arm; intervals are 95 %."""
-    lines = [("arm", "layers", "loss", "[95 %]", "accuracy", "[95 %]", "trainable", "s/step",
-              "peak memory")]  # fmt: skip
-    for arm in sorted(evaluation["arms"], key=lambda arm: (arm != "base", arm != "main", arm)):
-        results, metrics = evaluation["arms"][arm], training.get(arm)
-        loss, accuracy = results["loss"], results.get("accuracy")
-        shares = ("-", "-")
-        if accuracy:
-            shares = (
-                f"{accuracy['value']:.1%}",
-                f"{accuracy['low']:.1%}-{accuracy['high']:.1%}",
-            )
+    costs = ("trainable", "s/step", "peak memory")
+    lines = [("arm", "layers", "loss", "[95 %]", "accuracy", "[95 %]", *costs)]
+    for arm in sorted(evaluation.arms, key=lambda arm: (arm != "base", arm != "main", arm)):
+        outcome, trained = evaluation.arms[arm], training.get(arm)
         label, layers, cost = arm, "-", ("0", "-", "-")
-        if metrics:
-            policy, layers = metrics["policy"], str(len(metrics["layers"]))
-            label = arm if policy == arm else f"{arm} ({policy})"
-            memory = f"{metrics['peak_memory_bytes'] / 2**30:.2f} GiB"
-            size = f"{metrics['trainable_parameters']:,}"
-            cost = (size, f"{metrics['seconds_per_step']:.2f}", memory)
-        interval = f"{loss['low']:.3f}-{loss['high']:.3f}"
-        lines.append((label, layers, f"{loss['value']:.4f}", interval, *shares, *cost))
+        if trained:
+            label = arm if trained.policy == arm else f"{arm} ({trained.policy})"
+            memory = f"{(trained.peak_memory_bytes or 0) / 2**30:.2f} GiB"
+            size, layers = f"{trained.trainable_parameters:,}", str(len(trained.layers))
+            cost = (size, f"{trained.seconds_per_step:.2f}", memory)
+        loss = _figures(outcome.loss, ".4f", ".3f")
+        lines.append((label, layers, *loss, *_figures(outcome.accuracy, ".1%", ".1%"), *cost))
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     lines.insert(1, tuple("-" * width for width in widths))  # type: ignore[arg-type]
     return "\n".join(
         "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])])
         for line in lines
     )
+
+
+def _figures(interval: Interval | None, form: str, form_of_ends: str) -> tuple[str, str]:
+    """A value and its interval, or what stands for none."""
+    if interval is None:
+        return "-", "-"
+    ends = [format(end, form_of_ends) for end in interval.ends or ()]
+    return format(interval.value, form), "-".join(ends) or "-"
 
 
 def export_run(config: RunConfig, output: Path, rows: int) -> Any:

@@ -18,25 +18,25 @@ import subprocess
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from importlib import metadata
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, TypeVar
 
 from filelock import FileLock, Timeout
 
+from floe.artifacts.records import FORMAT, Environment, StageFile, StageRecord, WorkRecord
+from floe.artifacts.schema import read, write
 from floe.errors import FileError
 from floe.storage import CARD, STAGING, flush, hash_of, read_json, sha256, write_json
 
-FORMAT = 2
-"""Of ``DONE.json``. 2: the inputs by the names of their settings."""
 REFUSED = "refused without --redo"
 _ANEW, _RESUME, _GROW = "to do", "to do, from where it stopped", "to do, from what is done"
 _DONE, _MARKER = "DONE.json", ".inputs.json"
 _SETTLED = 2 * 10**9  # ns: a file changed more recently may change again in the same clock tick
 
-Record = dict[str, Any]  # DONE.json, or the marker of begun work
+Record = TypeVar("Record", bound=WorkRecord)
 MayDiscard = Callable[[set[str]], bool]
 
 
@@ -95,9 +95,9 @@ class RunFolder:
         finally:
             lock.release()
 
-    def done(self, stage: str) -> Record | None:
+    def done(self, stage: str) -> StageRecord | None:
         """``DONE.json`` of a finished stage, or None."""
-        return _record(self.path / stage / _DONE)
+        return _record(StageRecord, self.path / stage / _DONE)
 
     def make(
         self,
@@ -175,14 +175,14 @@ class RunFolder:
             return False
         for name, facts in _outputs(final, done).items():
             file = final / name
-            whole = file.is_file() and file.stat().st_size == facts["size"]
+            whole = file.is_file() and file.stat().st_size == facts.size
             if file.name == CARD:  # the user's to edit
                 continue
-            if not whole or self.digest(file) != facts["sha256"]:
+            if not whole or self.digest(file) != facts.sha256:
                 say(f"made again: {name} is damaged or missing")
                 return False
-        if done["notes"] != stage.notes and not self.read_only:  # other settings, the same result
-            write_json(final / _DONE, done | {"notes": stage.notes})
+        if done.notes != stage.notes and not self.read_only:  # other settings, the same result
+            write(final / _DONE, replace(done, notes=stage.notes))
         return True
 
 
@@ -193,11 +193,13 @@ class _Work:
         self.stage, self.final = stage, root / stage.name
         self.folder = self.final.with_name(f"{self.final.name}.work")
 
-    def plan(self) -> tuple[str, list[tuple[Path, str, Record]]]:
+    def plan(self) -> tuple[str, list[tuple[Path, str, WorkRecord]]]:
         """How the work would start; and finished or begun work that it would discard."""
-        begun, done = _record(self.folder / _MARKER), _record(self.final / _DONE)
-        growing, start, lost = set(self.stage.growing), _ANEW, []
-        if begun is not None and not begun.get("copying"):
+        begun = _record(WorkRecord, self.folder / _MARKER)
+        done = _record(StageRecord, self.final / _DONE)
+        growing, start = set(self.stage.growing), _ANEW
+        lost: list[tuple[Path, str, WorkRecord]] = []
+        if begun is not None and not begun.copying:
             if not _changed(begun, self.stage) - growing:
                 return _RESUME, []
             if self._holds_work():
@@ -243,13 +245,13 @@ class _Work:
             self._begin_with_result()
         self._mark()
 
-    def _may_go(self, record: Record, may_discard: MayDiscard) -> bool:
+    def _may_go(self, record: WorkRecord, may_discard: MayDiscard) -> bool:
         return self.stage.disposable or may_discard(_changed(record, self.stage, with_notes=True))
 
     def is_sealed(self) -> bool:
         """Whether the folder holds a finished result."""
-        done = _record(self.folder / _DONE)
-        return done is not None and done.get("format") == FORMAT
+        done = _record(StageRecord, self.folder / _DONE)
+        return done is not None and done.format == FORMAT
 
     def seal(self, seconds: float) -> None:
         """Write ``DONE.json`` beside the results: from here on they only have to be moved."""
@@ -257,20 +259,18 @@ class _Work:
         for name in filter(self._is_result, self._files()):
             flush(self.folder / name)
             size = (self.folder / name).stat().st_size
-            outputs[name] = {"size": size, "sha256": sha256(self.folder / name)}
-        write_json(
-            self.folder / _DONE,
-            {
-                "format": FORMAT,
-                "stage": self.stage.name,
-                "inputs_hash": hash_of(self.stage.inputs),
-                "inputs": self.stage.inputs,
-                "notes": self.stage.notes,
-                "outputs": outputs,
-                "seconds": round(seconds, 3),
-                "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-            },
+            outputs[name] = StageFile(size, sha256(self.folder / name))
+        done = StageRecord(
+            format=FORMAT,
+            stage=self.stage.name,
+            inputs_hash=hash_of(self.stage.inputs),
+            inputs=self.stage.inputs,
+            notes=self.stage.notes,
+            outputs=outputs,
+            seconds=round(seconds, 3),
+            finished=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         )
+        write(self.folder / _DONE, done)
 
     def publish(self) -> None:
         """Move the sealed result to its place; an older one's files go, by name."""
@@ -278,7 +278,7 @@ class _Work:
         for left in self.folder.rglob(f"{STAGING}*"):  # of a writer that was killed
             shutil.rmtree(left, ignore_errors=True)
         (self.folder / _MARKER).unlink(missing_ok=True)
-        old = _record(self.final / _DONE)
+        old = _record(StageRecord, self.final / _DONE)
         if old is not None:
             _remove(self.final, [*_outputs(self.final, old), _DONE])
         if self.final.is_symlink() or self.final.exists():  # it holds files of others
@@ -300,7 +300,7 @@ class _Work:
     def _begin_with_result(self) -> None:
         """Copy the finished result; a copy that was cut short is known by its marker."""
         self._mark(copying=True)
-        for name in _outputs(self.final, read_json(self.final / _DONE)):
+        for name in _outputs(self.final, read(StageRecord, self.final / _DONE)):
             source, target = self.final / name, self.folder / name
             if source.name != CARD and source.is_file():
                 target.parent.mkdir(parents=True, exist_ok=True)
@@ -308,8 +308,13 @@ class _Work:
 
     def _mark(self, copying: bool = False) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        marker = {"format": FORMAT, "inputs": self.stage.inputs, "notes": self.stage.notes}
-        write_json(self.folder / _MARKER, marker | ({"copying": True} if copying else {}))
+        marker = WorkRecord(
+            format=FORMAT,
+            inputs=self.stage.inputs,
+            notes=self.stage.notes,
+            copying=copying or None,
+        )
+        write(self.folder / _MARKER, marker)
 
     def _discard(self) -> None:
         """Empty the folder of what the stage makes."""
@@ -336,24 +341,23 @@ class _Work:
         return mine and name != _DONE and not _is_hidden(name)
 
 
-def _record(file: Path) -> Record | None:
-    return read_json(file) if file.is_file() else None
+def _record(kind: type[Record], file: Path) -> Record | None:
+    return read(kind, file) if file.is_file() else None
 
 
-def _changed(record: Record, stage: Stage, with_notes: bool = False) -> set[str]:
+def _changed(record: WorkRecord, stage: Stage, with_notes: bool = False) -> set[str]:
     """Names of the inputs in which a record of finished or begun work differs from the stage."""
-    if record.get("format") != FORMAT:
+    if record.format != FORMAT:
         return {"floe"}
-    pairs = [(record["inputs"], stage.inputs)]
-    pairs += [(record.get("notes", {}), stage.notes)] if with_notes else []
+    pairs = [(record.inputs, stage.inputs)]
+    pairs += [(record.notes, stage.notes)] if with_notes else []
     return {k for old, new in pairs for k in old.keys() | new.keys() if old.get(k) != new.get(k)}
 
 
-def _difference(record: Record, stage: Stage) -> str:
-    if record.get("format") != FORMAT:
+def _difference(record: WorkRecord, stage: Stage) -> str:
+    if record.format != FORMAT:
         return "the inputs of another version of floe, which cannot be compared"
-    inputs = _changes(record["inputs"], stage.inputs)
-    notes = _changes(record.get("notes", {}), stage.notes)
+    inputs, notes = _changes(record.inputs, stage.inputs), _changes(record.notes, stage.notes)
     return f"{inputs} ({notes})" if notes else inputs
 
 
@@ -383,13 +387,12 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def _outputs(folder: Path, record: Record) -> dict[str, dict[str, Any]]:
+def _outputs(folder: Path, record: StageRecord) -> dict[str, StageFile]:
     """The files a record lists; none may be outside its folder, for they are deleted by name."""
-    outputs: dict[str, dict[str, Any]] = record.get("outputs", {})
-    for name in outputs:
+    for name in record.outputs:
         if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
             raise FileError(folder / _DONE, f"must list files inside its folder, got {name!r}")
-    return outputs
+    return record.outputs
 
 
 def _remove(root: Path, names: list[str]) -> None:
@@ -422,7 +425,7 @@ def _stamp(path: Path) -> str:
     return f"{facts.st_size} {facts.st_mtime_ns} {facts.st_ctime_ns} {facts.st_ino}"
 
 
-def environment() -> dict[str, Any]:
+def environment() -> Environment:
     """Machine and versions, for ``env.json``; loads nothing heavy."""
     names = ("torch", "triton", "transformers", "peft", "optuna", "datasets", "numpy", "floe-lora")
     versions: dict[str, Any] = {}

@@ -80,8 +80,8 @@ def _measure(run: RunInputs, folder: Path) -> Scores:
 
 def _wants_probe(run: RunInputs) -> bool:
     """Whether a policy looks at fresh adapters; what was measured of them stays."""
-    done = run.folder.done("score") or {}
-    return "probe" in run.policies or bool(done.get("inputs", {}).get("probe"))
+    done = run.folder.done("score")
+    return "probe" in run.policies or (done is not None and bool(done.inputs.get("probe")))
 
 
 def statistics_of(policies: Set[str]) -> dict[str, str]:

@@ -14,17 +14,19 @@ from typing import Any
 
 from floe.adapters import remove_adapters
 from floe.adapters.files import save_adapter
+from floe.artifacts.results import Search
+from floe.artifacts.schema import write
 from floe.config import storage_url
 from floe.data.batches import fingerprint
 from floe.pipeline import identity
-from floe.pipeline.inputs import RunInputs, plain
+from floe.pipeline.inputs import RunInputs
 from floe.pipeline.run_folder import Stage
 from floe.pipeline.score import worker_count
 from floe.pipeline.train import losses_to
 from floe.rank_search.search import remove_trials, search
 from floe.rank_search.space import SearchSpace
 from floe.selection.masks.tuning import NotTunable, check_tunable
-from floe.storage import copy_folder, write_json
+from floe.storage import copy_folder
 from floe.training.checkpoints import remove_checkpoints
 from floe.training.train import train
 
@@ -108,19 +110,15 @@ def _warm_up(run: RunInputs, folder: Path) -> None:
         save_adapter(model, folder / "adapter")
     finally:
         remove_adapters(model)
-    write_json(
-        folder / "result.json",
-        {
-            "rank": adapter.r,
-            "num_experts": adapter.num_experts,
-            "best_trial": None,
-            "objective": result.validation_loss[-1][1] if result.validation_loss else None,
-            "trials": [],
-            "distinct": 0,
-            "sampler": {"name": "none"},
-            "seconds": round(time.monotonic() - began, 3),
-        },
+    found = Search(
+        rank=adapter.r,
+        num_experts=adapter.num_experts,
+        objective=result.validation_loss[-1][1] if result.validation_loss else None,
+        sampler={"name": "none"},
+        seconds=round(time.monotonic() - began, 3),
+        distinct=0,
     )
+    write(folder / "result.json", found)
 
 
 def _search(run: RunInputs, folder: Path) -> None:
@@ -145,6 +143,4 @@ def _search(run: RunInputs, folder: Path) -> None:
     )
     remove_adapters(result.model)
     copy_folder(result.adapter_path, folder / "adapter")
-    names = ("rank", "num_experts", "best_trial", "objective", "sampler", "seconds", "distinct",
-             "trials", "exhausted")  # fmt: skip
-    write_json(folder / "result.json", {name: plain(getattr(result, name)) for name in names})
+    write(folder / "result.json", result)

@@ -15,7 +15,8 @@ from typing import Any, get_args
 import numpy as np
 
 from floe.adapters.targets import input_widths, parameter_counts, projection_shapes
-from floe.artifacts.schema import write
+from floe.artifacts.results import Search, ValidationLosses
+from floe.artifacts.schema import read, write
 from floe.config import Baseline, Schedule, SearchConfig
 from floe.data.batches import fingerprint
 from floe.decoder_blocks import find_blocks
@@ -23,7 +24,7 @@ from floe.evaluation.evaluate import evaluate_rows
 from floe.importance.scores import Scores
 from floe.importance.statistics import LayerStatistics
 from floe.pipeline import identity, train
-from floe.pipeline.inputs import RunInputs, plain
+from floe.pipeline.inputs import RunInputs
 from floe.pipeline.run_folder import Stage
 from floe.pipeline.score import load_statistics, statistics_of
 from floe.selection.allocate import Options, Saturating, fit_gain, option_costs
@@ -31,7 +32,6 @@ from floe.selection.layer_count import choose_count, layer_memory, saved_bytes_p
 from floe.selection.masks.presets import PRESETS
 from floe.selection.placement import Placement, module_scores
 from floe.selection.select import Selection, SelectOptions, select_by
-from floe.storage import read_json, write_json
 
 LOSSES = "losses.json"
 
@@ -91,9 +91,9 @@ def build(run: RunInputs, counts: list[int], folder: Path) -> None:
     """Write ``selection.json`` and ``masks.npz``; of a sweep ``sweep.json``, too."""
     count = None
     if counts:
-        losses = {n: read_json(run.path / f"sweep/{n}" / LOSSES)["rows"] for n in counts}
-        swept = choose_count(losses)
-        write_json(folder / "sweep.json", plain(swept))
+        files = {n: run.path / f"sweep/{n}" / LOSSES for n in counts}
+        swept = choose_count({n: read(ValidationLosses, file).rows for n, file in files.items()})
+        write(folder / "sweep.json", swept)
         count = swept.count
     choose(run, Evidence.load(run, {run.config.select.policy}), count).save(folder)
 
@@ -142,7 +142,7 @@ def _build_swept(run: RunInputs, count: int, placement: Placement, folder: Path)
         losses = evaluate_rows(
             model, run.validation_rows, run.config.eval.batch_size, run.tokenizer.pad_token_id or 0
         )
-    write_json(folder / LOSSES, {"rows": (losses.nll / losses.tokens).tolist()})
+    write(folder / LOSSES, ValidationLosses((losses.nll / losses.tokens).tolist()))
 
 
 @dataclass(frozen=True)
@@ -151,19 +151,19 @@ class Evidence:
 
     scores: Scores
     statistics: LayerStatistics | None
-    search: dict[str, Any]
+    search: Search
 
     @classmethod
     def load(cls, run: RunInputs, policies: Set[str]) -> Evidence:
         """What the run's stages have left, as far as these policies look at it."""
         scores = Scores.load(run.path / "score/scores.npz")
         statistics = load_statistics(run, policies)
-        return cls(scores, statistics, read_json(run.path / "search/result.json"))
+        return cls(scores, statistics, read(Search, run.path / "search/result.json"))
 
     @property
     def size(self) -> tuple[int, int]:
         """Rank and number of experts that the search decided on."""
-        return self.search["rank"], self.search["num_experts"]
+        return self.search.rank, self.search.num_experts
 
 
 def choose(run: RunInputs, evidence: Evidence, count: int | None = None) -> Selection:
@@ -225,7 +225,7 @@ def placed(run: RunInputs, evidence: Evidence, choice: Selection, kind: str) -> 
     if kind == "sizes" and settings.select.r0 is not None:
         gain = Saturating(settings.select.r0)
     elif kind == "sizes":
-        trials = [trial for trial in evidence.search["trials"] if trial["state"] == "complete"]
+        trials = [vars(trial) for trial in evidence.search.trials if trial.state == "complete"]
         try:
             gain = fit_gain(trials)
         except ValueError as error:

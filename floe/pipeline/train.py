@@ -9,15 +9,16 @@ from typing import Any, get_args
 
 from floe.adapters import remove_adapters
 from floe.adapters.files import save_adapter
-from floe.artifacts.results import Placements
-from floe.artifacts.schema import document, read
+from floe.artifacts.results import Placements, Training
+from floe.artifacts.schema import document, read, write
+from floe.artifacts.selection import Selection
 from floe.config import Schedule
 from floe.data.batches import fingerprint
 from floe.pipeline import identity
-from floe.pipeline.inputs import RunInputs, plain
+from floe.pipeline.inputs import RunInputs
 from floe.pipeline.run_folder import Stage
 from floe.selection.placement import Placement
-from floe.storage import copy_folder, read_json, write_json
+from floe.storage import copy_folder
 from floe.training.checkpoints import remove_checkpoints
 from floe.training.layer_schedule import SCHEDULES
 from floe.training.train import train
@@ -69,9 +70,16 @@ def build(run: RunInputs, arm: str, policy: str, placement: Placement, folder: P
         save_adapter(model, folder / "adapter")
     finally:
         remove_adapters(model)
-    about = {"arm": arm, "policy": policy, **document(placement), "rank": rank}
-    about |= {"num_experts": experts, "seed": run.config.train.seed}
-    write_json(folder / "metrics.json", plain(result) | about)
+    metrics = Training(
+        **vars(result),
+        **vars(placement),
+        arm=arm,
+        policy=policy,
+        rank=rank,
+        num_experts=experts,
+        seed=run.config.train.seed,
+    )
+    write(folder / "metrics.json", metrics)
 
 
 def tidy(folder: Path) -> None:
@@ -102,7 +110,7 @@ def _movement(run: RunInputs, arm: str) -> dict[str, Any] | None:
     """How the trained layers move in this arm; None where they stay."""
     for settings in run.config.baselines:
         if settings.name == arm and settings.policy in get_args(Schedule):
-            count = len(read_json(run.path / "select/selection.json")["layers"])
+            count = len(Selection.load(run.path / "select").layers)
             moving = {"count": count, "interval": settings.interval, "seed": settings.seed}
             return {"kind": settings.policy, **moving}
     return None

@@ -9,7 +9,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +20,8 @@ from torch import nn
 from floe.adapters import FloeConfig, adapted_modules, get_model, remove_adapters
 from floe.adapters.files import load_adapter, save_adapter
 from floe.adapters.fingerprint import model_fingerprint
+from floe.artifacts.results import Search, Trial
+from floe.artifacts.schema import NEVER
 from floe.data.batches import TokenRow, fingerprint
 from floe.errors import SearchError, require_whole
 from floe.evaluation.evaluate import evaluate_rows, mean_loss
@@ -31,7 +33,6 @@ from floe.rank_search.studies import (
     Outcome,
     Owner,
     Point,
-    Trial,
     adapter_digest,
     begin_trial,
     best_trial,
@@ -54,26 +55,12 @@ _ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "README.md")
 Sampler = Literal["tpe", "paper", "random", "grid"]
 
 
-@dataclass(frozen=True)
-class SearchResult:
-    """The best point, its model (the warm-up model of the later stages) and every trial.
+@dataclass(frozen=True, kw_only=True)
+class SearchResult(Search):
+    """The best point, its model (the warm-up model of the later stages) and every trial."""
 
-    ``exhausted``: the space has fewer points than were asked for, and all are trained. ``distinct``
-    is the number of different points trained, ``seconds`` the sum over the trials. ``sampler`` says
-    in full how points were drawn.
-    """
-
-    rank: int
-    num_experts: int
-    best_trial: int
-    objective: float
-    trials: list[Trial]
-    model: Any
-    adapter_path: Path
-    sampler: dict[str, Any]
-    seconds: float
-    distinct: int
-    exhausted: bool
+    model: Any = field(metadata=NEVER)
+    adapter_path: Path = field(metadata=NEVER)
 
 
 def search(

@@ -22,6 +22,7 @@ from optuna.distributions import IntDistribution
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
+from floe.artifacts.results import Trial
 from floe.errors import SearchError
 from floe.rank_search.storage import Say, mask, open_storage
 from floe.storage import differing
@@ -186,24 +187,6 @@ def _add(study: optuna.Study, **facts: Any) -> None:
         ) from None
 
 
-@dataclass(frozen=True)
-class Trial:
-    """One trained point: complete, pruned (stopped early) or failed (not finite, out of memory).
-
-    ``value`` is the validation loss in nats per token (None unless complete), ``seconds`` the time
-    of training and validation, ``redraws`` how many suggestions before it were already trained.
-    """
-
-    number: int
-    rank: int
-    num_experts: int
-    state: str
-    value: float | None
-    seconds: float
-    redraws: int
-    reason: str = ""
-
-
 def finished(study: optuna.Study) -> list[Trial]:
     """The search's trials that ended, in order; not those a dead process left."""
     return [_trial(trial) for trial in _ended(study)]
@@ -273,16 +256,13 @@ def _is_recorded(trial: FrozenTrial) -> bool:
 
 def _trial(trial: FrozenTrial) -> Trial:
     reason = trial.user_attrs.get("reason", "")
-    if trial.state == TrialState.COMPLETE:
-        state = "complete"
-    else:
-        state = "failed" if reason.startswith("failed") else "pruned"
+    complete = trial.state == TrialState.COMPLETE
     return Trial(
         number=trial.user_attrs["index"],
         rank=trial.params["rank"],
         num_experts=trial.params["num_experts"],
-        state=state,
-        value=trial.value if state == "complete" else None,
+        state="complete" if complete else "failed" if reason.startswith("failed") else "pruned",
+        value=trial.value if complete else None,
         seconds=trial.user_attrs["seconds"],
         redraws=trial.user_attrs["redraws"],
         reason=reason,

@@ -9,7 +9,7 @@ from matplotlib.ticker import MaxNLocator
 
 from floe.report.arms import arm_names, looks
 from floe.report.run import Run
-from floe.report.tables import Cell, Picture, Table
+from floe.report.tables import Cell, Picture, Table, decimal
 from floe.report.theme import Theme, new_figure
 
 
@@ -24,7 +24,7 @@ def cost(run: Run) -> Picture | None:
                 p.seconds_per_step,
                 p.low,
                 p.high,
-                p.peak_memory_bytes,
+                decimal(p.peak_memory_bytes),
                 p.memory_kind,
             )
             for p in run.profile.points
@@ -39,7 +39,7 @@ def cost(run: Run) -> Picture | None:
                     one.seconds_per_step,
                     None,
                     None,
-                    one.peak_memory_bytes,
+                    decimal(one.peak_memory_bytes),
                     one.memory_kind,
                 )
             )

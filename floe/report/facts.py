@@ -12,6 +12,7 @@ from floe.report.tables import (
     Table,
     compact,
     count,
+    decimal,
     decimals,
     duration,
     label,
@@ -138,7 +139,7 @@ def arm_table(run: Run) -> Table:
                 *_flat(outcome.loss_minus_main if outcome else None)[:3],
                 *_flat(outcome.accuracy if outcome else None),
                 one.seconds_per_step if one else None,
-                one.peak_memory_bytes if one else None,
+                decimal(one.peak_memory_bytes if one else None),
                 one.seed if one else None,
             )
         )

@@ -110,6 +110,11 @@ def duration(seconds: float | None) -> str:
     return f"{minutes // 60} h {minutes % 60:02d} min"
 
 
+def decimal(value: float | None) -> float | None:
+    """A number as tables write it, also where it is whole."""
+    return None if value is None else float(value)
+
+
 def spread(interval: Interval | None, number: Callable[[float], str]) -> str:
     """The interval behind a value as [low, high], or a word where there is none."""
     if interval is None:

@@ -7,7 +7,6 @@ import math
 import statistics
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers.trainer_callback import PrinterCallback
 
+from floe.artifacts.results import TrainResult
 from floe.data.batches import Collator, TokenRow, fingerprint
 from floe.training import checkpoints
 from floe.training.layer_schedule import LayerSchedule
@@ -39,26 +39,6 @@ __all__ = [
     "train",
     "training_order",
 ]
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """What a training did. Losses are ``(step, nats per token)``; ``seconds`` is the steps' sum.
-
-    ``seconds_per_step`` is their median; ``memory_kind`` says what ``peak_memory_bytes`` is (see
-    :class:`PeakMemory`) and covers this process alone; ``resumed_from`` is the step the run
-    continued from, or None.
-    """
-
-    steps: int
-    trainable_parameters: int
-    seconds: float
-    seconds_per_step: float
-    peak_memory_bytes: int
-    memory_kind: str
-    train_loss: list[tuple[int, float]]
-    validation_loss: list[tuple[int, float]]
-    resumed_from: int | None
 
 
 def train(

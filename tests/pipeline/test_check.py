@@ -238,7 +238,7 @@ def test_a_run_that_loses_most_of_its_rows_stops(config, tmp_path):
     message = r"data.train: 11 rows dropped \(11 without a completion\) of 20, more than data.max_d"
     with pytest.raises(DataError, match=message):
         looked_at(given)
-    assert looked_at(given, data__max_dropped=0.55).data["train"]["kept"] == 9
+    assert looked_at(given, data__max_dropped=0.55).data["train"].kept == 9
     with pytest.raises(DataError, match=r"data.max_dropped = 0.0"):
         looked_at(given, data__max_dropped=0)
 
@@ -249,7 +249,7 @@ def test_a_token_without_an_embedding_is_found(config, tmp_path):
     model = tiny_model(vocabulary=len(tokenizer) - 1)
     path = str(saved_model(tmp_path / "m", model, tokenizer))
     plain = looked_at(config, model__path=path, select__layers=1)
-    assert plain.data["test"]["kept"] == 12  # no row holds the token
+    assert plain.data["test"].kept == 12  # no row holds the token
     for row in (ROW, ROW | {"prompt": "what", "choices": ["right", "ask"]}):
         test = rows_file(tmp_path / "test.jsonl", [row])
         with pytest.raises(FileError, match=r"token 2\d\d \('ask', data.test, row 0\), but the"):

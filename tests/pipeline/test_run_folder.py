@@ -11,6 +11,7 @@ import time
 import pytest
 
 from floe import FileError
+from floe.artifacts.schema import document
 from floe.pipeline.run_folder import RunFolder, Stage, environment
 from floe.storage import hash_of, read_json, sha256
 
@@ -52,11 +53,11 @@ def test_a_stage_is_built_once_and_recorded(run):
     assert build.found == [[]]
     assert heard == [("score", "started"), ("score", "finished"), ("score", "unchanged")]
     done = run.done("score")
-    assert (done["inputs"], done["inputs_hash"]) == ({"a": 1}, hash_of({"a": 1}))
-    assert done["outputs"] == {
+    assert (done.inputs, done.inputs_hash) == ({"a": 1}, hash_of({"a": 1}))
+    assert document(done.outputs) == {
         "sub/out.txt": {"size": 6, "sha256": sha256(run.path / "score/sub/out.txt")}
     }
-    assert (done["format"], done["stage"]) == (2, "score")
+    assert (done.format, done.stage) == (2, "score")
     events = [json.loads(line) for line in (run.path / "events.jsonl").read_text().splitlines()]
     assert [(e["stage"], e["what"]) for e in events] == [
         ("score", "started"),
@@ -250,7 +251,7 @@ def test_an_interrupted_stage_resumes_where_it_was(run):
     build = Build()
     run.stage("train/main", {"a": 1}, build)
     assert build.found == [["checkpoint"]]
-    assert set(run.done("train/main")["outputs"]) == {"checkpoint", "sub/out.txt"}
+    assert set(run.done("train/main").outputs) == {"checkpoint", "sub/out.txt"}
     assert sorted(p.name for p in (run.path / "train").iterdir()) == ["main"]
 
 
@@ -340,7 +341,7 @@ def test_kill_9_in_the_middle_of_a_stage_leaves_no_result_and_no_lock(tmp_path):
         assert run.done("train") is None
         run.stage("train", {"a": 1}, build)
     assert build.found == [["checkpoint"]]
-    assert set(run.done("train")["outputs"]) == {"checkpoint", "sub/out.txt"}
+    assert set(run.done("train").outputs) == {"checkpoint", "sub/out.txt"}
 
 
 class Stop:
@@ -382,10 +383,10 @@ def test_a_stop_anywhere_shows_no_partial_result_and_loses_no_work(
             stop = Stop(patch, owner, name, calls)
             run.stage(stage, {"a": 2}, build, may_discard=yes)
         done = run.done(stage)
-        if done is not None and done["inputs"] == {"a": 2}:
+        if done is not None and done.inputs == {"a": 2}:
             assert (run.path / stage / "sub/out.txt").read_text() == "new"
         sealed = (run.path / f"{stage}.work/DONE.json").exists()
-        done_already = sealed or (done is not None and done["inputs"] == {"a": 2})
+        done_already = sealed or (done is not None and done.inputs == {"a": 2})
         before = len(finished)
         run.stage(stage, {"a": 2}, build, may_discard=yes)
         assert len(finished) == before + (not done_already)
@@ -415,7 +416,7 @@ def test_files_of_others_survive_a_replacement(run):
     assert (final / "notes/thesis.txt").read_text() == "years of work"
     assert (final / ".DS_Store").exists()
     assert (final / "link").is_symlink()
-    assert set(run.done("train")["outputs"]) == {"sub/out.txt"}
+    assert set(run.done("train").outputs) == {"sub/out.txt"}
 
 
 def test_a_folder_in_a_stages_place_keeps_its_files(run):
@@ -449,7 +450,7 @@ def test_a_work_folder_that_floe_did_not_begin_is_refused(run):
     assert (work / "mine.txt").read_text() == "mine"
     (work / "mine.txt").unlink()
     run.stage("train", {"a": 1}, Build())
-    assert set(run.done("train")["outputs"]) == {"sub/out.txt"}
+    assert set(run.done("train").outputs) == {"sub/out.txt"}
 
 
 def test_files_of_others_in_a_work_folder_survive_and_are_no_result(run):
@@ -467,7 +468,7 @@ def test_files_of_others_in_a_work_folder_survive_and_are_no_result(run):
     run.stage("train", {"a": 2}, build, may_discard=yes, **ways)
     assert build.found == [["notes.txt"]]
     assert (run.path / "train/notes.txt").read_text() == "mine"
-    assert set(run.done("train")["outputs"]) == {"sub/out.txt"}
+    assert set(run.done("train").outputs) == {"sub/out.txt"}
 
 
 @pytest.mark.parametrize(

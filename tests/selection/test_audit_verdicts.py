@@ -8,8 +8,8 @@ import pytest
 from helpers.audit_cases import light, make, run
 
 from floe.artifacts.audit import Audit
-from floe.artifacts.results import Router
-from floe.artifacts.schema import document
+from floe.artifacts.results import Router, Training
+from floe.artifacts.schema import document, write
 from floe.pipeline.audit import arm_losses
 from floe.selection.audit.verdicts import judge
 from floe.storage import read_json, write_json
@@ -106,13 +106,15 @@ def test_an_audit_never_claims_merit(found):
 def test_losses_by_row_weigh_rows_by_their_tokens(tmp_path):
     """Their mean over rows is the loss per token; arms of other policies are left out."""
     nll = {"main": [2.0, 6.0], "all": [1.0, 5.0], "random": [9.0, 9.0], "base": [8.0, 8.0]}
-    arms = {"main": ("x", [0, 3]), "all": ("all", [0, 1, 2, 3]), "random": ("random", [1])}
+    arms = {"main": ("x", (0, 3)), "all": ("all", (0, 1, 2, 3)), "random": ("random", (1,))}
     assert arm_losses(tmp_path) is None
     (tmp_path / "eval").mkdir()
     write_json(tmp_path / "eval/losses.json", {"nll": nll, "tokens": [1, 3]})
     for arm, (policy, layers) in arms.items():
         (tmp_path / "train" / arm).mkdir(parents=True)
-        write_json(tmp_path / f"train/{arm}/metrics.json", {"policy": policy, "layers": layers})
+        facts = {"arm": arm, "policy": policy, "rank": 2, "num_experts": 2, "steps": 1}
+        facts |= {"trainable_parameters": 1, "seconds": 1.0, "seconds_per_step": 1.0}
+        write(tmp_path / f"train/{arm}/metrics.json", Training(layers=layers, **facts))
     found = arm_losses(tmp_path)
     assert {number: list(rows) for number, rows in found.items()} == {2: [1, 3], 4: [0.5, 2.5]}
     (tmp_path / "train/all/metrics.json").unlink()
