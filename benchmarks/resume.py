@@ -21,7 +21,7 @@ from benchmarks.harness import Row
 from benchmarks.questions import SPLITS, mix_rows, shorter_than, write_split
 from benchmarks.settings import count, option
 from floe.adapters import remove_adapters
-from floe.config import parse_config
+from floe.config_file import parse_config
 from floe.data.batches import TokenRow
 from floe.errors import FileError
 from floe.evaluation.evaluate import evaluate_rows, mean_loss

@@ -24,7 +24,7 @@ from benchmarks.harness import Bench, Candidate, Check, Column
 from benchmarks.settings import Command, option
 from floe.adapters import FloeConfig, adapted_modules, get_model
 from floe.adapters.linear import separate_base
-from floe.config import load_config
+from floe.config_file import load_config
 from floe.data.batches import Collator, TokenRow, in_batches
 from floe.data.loss import evaluating, for_loss, losses
 from floe.decoder_blocks import find_blocks, linear_at

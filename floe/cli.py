@@ -162,7 +162,7 @@ def _run_until(last: str) -> Callable[..., None]:
         redo: Redo = False,
     ) -> None:
         from floe.artifacts.schema import document
-        from floe.config import load_config
+        from floe.config_file import load_config
         from floe.pipeline.inputs import calm_libraries
         from floe.pipeline.run import run
         from floe.progress import open_progress
@@ -215,7 +215,7 @@ def audit_command(
     quiet: Quiet = False,
 ) -> None:
     """What the chosen layers rest on: policies, rows, budgets. Needs a finished select stage."""
-    from floe.config import load_config
+    from floe.config_file import load_config
     from floe.pipeline.audit import audit_run
     from floe.pipeline.inputs import calm_libraries
     from floe.progress import open_progress
@@ -264,7 +264,7 @@ def export(
     override: Overrides = None,
 ) -> None:
     """Write the run's adapter as one plain LoRA for other servers, with its measured error."""
-    from floe.config import load_config
+    from floe.config_file import load_config
     from floe.pipeline.run import export_run
 
     report = export_run(load_config(config, override), output, rows)
@@ -305,12 +305,12 @@ def schema() -> None:
 @app.command()
 def init(path: Annotated[Path, typer.Argument(help="File to write.")] = Path("floe.yaml")) -> None:
     """Write a commented configuration to start from."""
-    from floe.config import TEMPLATE
+    from floe.config_file import TEMPLATE
     from floe.errors import FileError
 
     try:
         with path.open("x", encoding="utf-8") as file:
-            file.write(TEMPLATE)
+            file.write(TEMPLATE.read_text(encoding="utf-8"))
     except FileExistsError:
         raise FileError(path, "exists; not overwritten") from None
     except (OSError, ValueError) as error:

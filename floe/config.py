@@ -1,43 +1,40 @@
-"""A run, described: the YAML file of ``floe run`` as typed models. Unknown keys are errors.
+"""A run, described: every setting of ``floe run`` as typed models. Unknown keys are errors.
 
 Defaults are those of the FLoE paper (Table 6) and of the launch scripts it builds on; where the
 paper is silent the choice is the module's named default. ``floe schema`` prints all of it as JSON
-schema.
+schema. How the models are read from YAML is in ``config_file``.
 """
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
 from functools import partial
-from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, Self, get_args
 from urllib.parse import quote
 
-import yaml
 from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
     PlainValidator,
-    ValidationError,
     WithJsonSchema,
     model_validator,
 )
 from pydantic_core import PydanticCustomError
 
-from floe.errors import FileError, hide_secrets, one_line, shown
+from floe.errors import shown
 from floe.selection.policies import POLICIES
-from floe.strict_yaml import read_yaml
 
+Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(gt=0.0, le=1.0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1, lt=2**63)]
+CountOrNone = Annotated[int, Field(ge=0, lt=2**31)]  # 0 = without
+Range = tuple[Count, Count, Count]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]  # what numpy, torch and transformers all take
-_LARGEST, _LISTED = 1 << 20, 1500  # bytes of a file, characters of all problems in a message
-_VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
 Sweep = Annotated[list[Count], Field(min_length=2)]
 Schedule = Literal["lisa", "alast"]
+_VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
 
 
 def _policy_name(name: Any, others: tuple[str, ...] = ()) -> str:
@@ -59,20 +56,6 @@ PolicyOrSchedule = Annotated[
     PlainValidator(partial(_policy_name, others=get_args(Schedule))),
     WithJsonSchema({"enum": [*POLICIES, *get_args(Schedule)], "type": "string"}),
 ]
-Preset = Literal["global", "exact", "paper_layer", "alg1_literal"]
-
-
-Choose = Literal["layers", "modules", "sizes"]
-
-
-def _check_choose(choose: str, policy: str) -> None:
-    known = tuple(name for name, policy in POLICIES.items() if policy.modules is not None)
-    if choose == "modules" and policy not in known:
-        raise ValueError(
-            f"choose: modules needs a policy that scores projections, {known}, got {policy!r}"
-        )
-    if choose != "layers" and policy in ("all", *get_args(Schedule)):
-        raise ValueError(f"policy {policy!r} adapts all layers: choose must be layers")
 
 
 class _Section(BaseModel):
@@ -168,7 +151,7 @@ class AdapterConfig(_Section):
 
     r: Count = 8
     num_experts: Count = 4
-    alpha: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] = 32.0
+    alpha: Positive = 32.0
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.05
     target_modules: list[str] | None = Field(
         None, description="Projections of a block; none named: its feed-forward (Table 6)."
@@ -184,20 +167,18 @@ class AdapterConfig(_Section):
 class TrainConfig(_Section):
     """One training: Table 6, with its ancestors' cosine schedule and accumulation of 8."""
 
-    learning_rate: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] = 2e-4
+    learning_rate: Positive = 2e-4
     batch_size: Count = 1
     grad_accum: Count = 8
-    epochs: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] = 1.0
+    epochs: Positive = 1.0
     max_steps: Count | None = None
     warmup_ratio: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.03
     schedule: Literal["cosine", "linear", "constant_with_warmup"] = "cosine"
     weight_decay: Annotated[float, Field(ge=0.0, allow_inf_nan=False)] = 0.0
-    max_grad_norm: Annotated[float, Field(gt=0.0)] = 1.0
+    max_grad_norm: Positive = 1.0
     group_by_length: bool = False
     gradient_checkpointing: bool = False
-    validations: Annotated[int, Field(ge=0, lt=2**31)] = Field(
-        4, description="How often to measure validation loss."
-    )
+    validations: CountOrNone = Field(4, description="How often to measure validation loss.")
     save_steps: Count = 50
     seed: Seed = 41
 
@@ -213,9 +194,9 @@ class WarmupConfig(_Section):
 class SearchConfig(_Section):
     """Rank and expert search on validation loss; `trials: 0` skips it: warm-up uses `adapter`."""
 
-    trials: Annotated[int, Field(ge=0, lt=2**31)] = 30
-    rank: tuple[Count, Count, Count] = Field((2, 32, 2), description="low, high, step")
-    num_experts: tuple[Count, Count, Count] = Field((2, 4, 1), description="low, high, step")
+    trials: CountOrNone = 30
+    rank: Range = Field((2, 32, 2), description="low, high, step")
+    num_experts: Range = Field((2, 4, 1), description="low, high, step")
     sampler: Literal["tpe", "paper", "random", "grid"] = "tpe"
     startup_trials: Count = 10
     prune: bool = False
@@ -250,11 +231,13 @@ class ScoreConfig(_Section):
     )
     first_order: bool = Field(False, description="Also keep the first-order term of Eq. 6.")
     reduction: Literal["sample", "batch"] = "sample"
-    mask_scope: Literal["base", "full"] = "base"
+    mask_scope: Literal["base", "full"] = Field(
+        "base", description="Mask the frozen path alone (Eq. 2), or the adapter's, too."
+    )
     taylor_rows: Count = 32
     taylor_kind: Literal["element", "vector"] = "element"
     taylor_aggregate: Literal["abs_of_mean", "mean_of_abs"] = "abs_of_mean"
-    taylor_tokens: Literal["all", "response"] = "all"
+    taylor_tokens: Literal["all", "response"] = Field("all", description="Those with a loss.")
     taylor_data: DataSource | None = Field(
         None, description="General text; None: the first warm-up rows."
     )
@@ -264,11 +247,39 @@ class ScoreConfig(_Section):
     seed: Seed = 41
 
 
-class SelectConfig(_Section):
+class _Choice(_Section):
+    """How an arm comes to its layers, and what their parameters are spent on."""
+
+    policy: str
+    preset: Literal["global", "exact", "paper_layer", "alg1_literal"] = "global"
+    pick: Literal["top", "bottom"] = Field(
+        "top", description="bottom: the reversed ranking, an ablation."
+    )
+    choose: Literal["layers", "modules", "sizes"] = Field(
+        "layers",
+        description="What the chosen layers' parameters are spent on: whole `layers`; single "
+        "`modules` (projections); or `sizes`, rank and experts of every layer from the search's "
+        "ranges.",
+    )
+    seed: Seed = 42
+
+    @model_validator(mode="after")
+    def _projections_have_scores(self) -> Self:
+        known = tuple(name for name, rule in POLICIES.items() if rule.modules is not None)
+        if self.choose == "modules" and self.policy not in known:
+            raise ValueError(
+                f"choose: modules needs a policy that scores projections, {known}, got "
+                f"{self.policy!r}"
+            )
+        if self.choose != "layers" and self.policy in ("all", *get_args(Schedule)):
+            raise ValueError(f"policy {self.policy!r} adapts all layers: choose must be layers")
+        return self
+
+
+class SelectConfig(_Choice):
     """Which layers get adapters. The paper's masks are computed and stored whatever decides."""
 
     policy: Policy = "adapter_fisher"
-    preset: Preset = "global"
     first_order: bool = Field(
         False, description="Value units with the first-order term; needs score.first_order."
     )
@@ -281,23 +292,18 @@ class SelectConfig(_Section):
         "that training the adapters may take beyond the frozen model}, or {sweep: [8, 12, 16]}: "
         "counts that are trained and compared on the validation rows.",
     )
-    choose: Choose = Field(
-        "layers",
-        description="What the chosen layers' parameters are spent on: whole `layers`; single "
-        "`modules` (projections); or `sizes`, rank and experts of every layer from the search's "
-        "ranges.",
-    )
-    r0: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] | None = Field(
+    r0: Positive | None = Field(
         None,
         description="Of choose: sizes: the rank of one expert that reaches 63 % of a layer's gain; "
         "None: fitted to the search's trials.",
     )
-    pick: Literal["top", "bottom"] = Field(
-        "top", description="bottom: the reversed ranking, an ablation."
+    score: Literal["soft", "sparsity", "path"] = Field(
+        "soft",
+        description="Of a layer's masks: what they take away, the share of masked units, or that "
+        "share over budget_path.",
     )
-    score: Literal["soft", "sparsity", "path"] = "soft"
     budget_path: list[Fraction] = Field(
-        [0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9], description="Budgets that score: path averages over."
+        [0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9], description="Budgets that `score: path` averages over."
     )
     tune: bool | None = Field(
         None,
@@ -305,31 +311,16 @@ class SelectConfig(_Section):
         "weights, nor with a residual multiplier); true: they must be; false: never.",
     )
     tune_tokens: Count = 2048
-    seed: Seed = 42
-
-    @model_validator(mode="after")
-    def _projections_have_scores(self) -> SelectConfig:
-        _check_choose(self.choose, self.policy)
-        return self
 
 
-class Baseline(_Section):
+class Baseline(_Choice):
     """One more arm trained like the main one, on other layers."""
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
     policy: PolicyOrSchedule = Field(
         description="A rule for layers, or a schedule that moves them during the training."
     )
-    preset: Preset = "global"
-    pick: Literal["top", "bottom"] = "top"
-    choose: Choose = "layers"
     interval: Count = Field(20, description="Steps between the choices of a schedule.")
-    seed: Seed = 42
-
-    @model_validator(mode="after")
-    def _projections_have_scores(self) -> Baseline:
-        _check_choose(self.choose, self.policy)
-        return self
 
 
 class EvalConfig(_Section):
@@ -348,7 +339,7 @@ class EvalConfig(_Section):
 class ProfileConfig(_Section):
     """Step time and memory against the number of adapted layers (Fig. 1b); `steps: 0` skips it."""
 
-    steps: Annotated[int, Field(ge=0, lt=2**31)] = 3
+    steps: CountOrNone = 3
     points: Annotated[int, Field(ge=2, lt=2**31)] = 4
 
 
@@ -388,50 +379,6 @@ class RunConfig(_Section):
         return self
 
 
-def load_config(path: str | os.PathLike[str], overrides: list[str] | None = None) -> RunConfig:
-    """Read a YAML file, apply ``a.b=c`` overrides, validate.
-
-    Relative data and model paths are the file's.
-
-    Raises:
-        FileError: missing or unreadable file, or text that is not a mapping, or says a thing twice.
-        ValueError: an unknown key (with the nearest known one) or a value out of range, every one
-            listed (as far as 1,500 characters go), none with a password.
-    """
-    try:
-        with open(os.fspath(path), "rb") as file:
-            data = read_yaml(file.read(_LARGEST + 1).decode("utf-8"))
-    except OSError as error:
-        raise FileError(path, f"cannot be read as YAML: {error.strerror}") from error
-    except ValueError as error:
-        raise FileError(path, f"cannot be read as YAML: {error}") from None
-    if not isinstance(data, dict):
-        raise FileError(path, f"must hold a mapping of settings, got {type(data).__name__}")
-    for override in overrides or []:
-        _apply(data, override)
-    _resolve_paths(data, Path(path).resolve().parent)
-    return parse_config(data)
-
-
-def parse_config(data: dict[str, Any]) -> RunConfig:
-    """Validate a mapping; ValueError lists the problems with their places, as load_config does."""
-    try:
-        return RunConfig.model_validate(data)
-    except ValidationError as error:
-        found = error.errors(include_url=False)
-    # raised out here: the text of pydantic's error would hold the values, passwords among them
-    lines: list[str] = []
-    for line in map(_explain, found):
-        if sum(map(len, lines)) + len(line) > _LISTED:
-            break
-        lines.append(line)
-    if len(lines) < len(found):
-        lines.append(f"and {len(found) - len(lines)} more")
-    problems = f"{len(found)} problem{'s' if len(found) > 1 else ''}"
-    listed = "\n".join(f"  {line}" for line in lines)
-    raise ValueError(f"the configuration has {problems}:\n{listed}")
-
-
 def storage_url(search: SearchConfig) -> str | None:
     """The storage with ``${NAME}`` taken from the environment: for the one who opens it alone.
 
@@ -454,116 +401,3 @@ def storage_url(search: SearchConfig) -> str | None:
         return text if found[0] == url else quote(text, safe="")
 
     return _VARIABLE.sub(value, url)
-
-
-def dump_config(config: RunConfig) -> str:
-    """The whole resolved configuration as YAML, passwords in URLs masked."""
-    return yaml.safe_dump(
-        _masked(config.model_dump(mode="json")), sort_keys=False, allow_unicode=True
-    )
-
-
-def _masked(values: dict[str, Any]) -> dict[str, Any]:
-    places = ("storage", "path", "hub")
-    return {
-        key: _masked(value) if isinstance(value, dict)
-        else hide_secrets(value, url=True) if key in places and isinstance(value, str)
-        else value
-        for key, value in values.items()
-    }  # fmt: skip
-
-
-def _apply(data: dict[str, Any], override: str) -> None:
-    key, equals, value = override.partition("=")
-    if not equals or not key:
-        raise ValueError(f"an override must read a.b=value, got {shown(override)}")
-    *parents, last = key.strip().split(".")
-    for name in parents:
-        node = data.setdefault(name, {})
-        if not isinstance(node, dict):
-            raise ValueError(f"override {shown(override)}: {shown(name)} is not a section")
-        data = node
-    try:
-        data[last] = read_yaml(value)
-    except ValueError as error:
-        problem = f"override {shown(override)}: the value cannot be read as YAML: {error}"
-        raise ValueError(problem) from None
-
-
-def _resolve_paths(data: dict[str, Any], folder: Path) -> None:
-    """Relative files are found beside the configuration, wherever the command runs."""
-    sections, score = _mapping(data.get("data")), _mapping(data.get("score"))
-    sources = [sections.get(name) for name in ("train", "validation", "test")] + [
-        score.get("taylor_data")
-    ]
-    sources += [data.get("model")]
-    for source in sources:
-        if isinstance(source, dict) and isinstance(source.get("path"), str):
-            beside = str(folder / source["path"])
-            if not Path(source["path"]).is_absolute() and os.path.exists(beside):  # never raises
-                source["path"] = beside
-
-
-def _mapping(value: Any) -> dict[str, Any]:
-    return value if isinstance(value, dict) else {}
-
-
-def _explain(item: Any) -> str:
-    parts = [str(part)[:60] for part in item["loc"]]
-    place = one_line(".".join(parts), 120) or "(top level)"
-    if item["type"] == "extra_forbidden":
-        known = _fields_at(item["loc"][:-1])
-        near = difflib.get_close_matches(parts[-1], known, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
-        return f"{place}: unknown setting; {hint}"
-    # our own rules say themselves what came, and a storage is nobody's to see
-    quiet = item["type"] == "value_error" or "storage" in parts
-    came = "" if quiet else f", got {shown(item.get('input'))}"
-    return f"{place}: {one_line(item['msg'], 600)}{came}"
-
-
-def _fields_at(location: tuple[Any, ...]) -> list[str]:
-    model: Any = RunConfig
-    for part in location:
-        field = getattr(model, "model_fields", {}).get(part)
-        if field is None:
-            break
-        options = [field.annotation, *getattr(field.annotation, "__args__", ())]
-        model = next(
-            (o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), model
-        )
-    return sorted(model.model_fields)
-
-
-TEMPLATE = """\
-# A floe run. `floe schema` prints every setting; what is not here has its default.
-name: my-run                      # results go to runs/my-run
-
-model:
-  path: meta-llama/Llama-3.2-3B   # hub name or folder
-  dtype: auto                     # bfloat16 where the machine is fast at it, else float32
-
-data:
-  train: {path: train.jsonl}      # JSONL, CSV, parquet, or {hub: name, split: train}
-  test: {path: test.jsonl}
-  columns: {prompt: prompt, completion: completion}   # add choices and answer for multiple choice
-  template: chat                  # the tokenizer's chat template; leave out for prompt + completion
-  max_length: 1024
-
-warmup: {fraction: 0.5}           # share of the training rows for search and warm-up
-search:
-  trials: 30                      # 0: no search, the warm-up uses adapter.r and adapter.num_experts
-  rank: [2, 32, 2]                # low, high, step
-  num_experts: [2, 4, 1]
-
-select:
-  policy: adapter_fisher          # or masks (the paper's method), probe, random, even, first, last
-  layers: 0.25                    # a fraction, a count, or {params: 10000000}
-  choose: layers                  # or modules (single projections), sizes (rank and experts each)
-
-train: {learning_rate: 2.0e-4, batch_size: 1, grad_accum: 8, epochs: 1}
-
-baselines:                        # the same steps on other layers, to see what the choice bought
-  - {name: all, policy: all}
-  - {name: random, policy: random}
-"""

@@ -241,7 +241,7 @@ def test_json_is_one_object_on_stdout(config, tmp_path, floe):
 
 
 def test_init_writes_a_configuration_that_loads(tmp_path, floe):
-    from floe.config import load_config
+    from floe.config_file import load_config
 
     path = tmp_path / "new.yaml"
     assert floe("init", path)[0] == 0
@@ -280,7 +280,7 @@ def test_help_is_quick_and_loads_no_torch():
 @pytest.fixture(scope="module")
 def audited(config, tmp_path_factory):
     """A run selected with its rows' gradients kept, for audits."""
-    from floe.config import parse_config
+    from floe.config_file import parse_config
     from floe.pipeline.run import run
 
     settings = changed(config, "score", keep_samples=True) | {"name": "audited", "baselines": []}

@@ -8,7 +8,8 @@ import pytest
 import yaml
 
 from floe import FileError, RunConfig, load_config
-from floe.config import TEMPLATE, SearchConfig, dump_config, parse_config, storage_url
+from floe.config import SearchConfig, storage_url
+from floe.config_file import TEMPLATE, dump_config, parse_config
 from floe.errors import hide_secrets
 
 MINIMAL = {"model": {"path": "some/model"}, "data": {"train": {"hub": "some/data"}}}
@@ -59,7 +60,7 @@ def test_a_config_survives_writing_and_reading(layers, tmp_path):
 
 
 def test_the_template_of_init_is_valid(tmp_path):
-    config = load_config(write(tmp_path, TEMPLATE))
+    config = load_config(TEMPLATE)
     assert [b.name for b in config.baselines] == ["all", "random"]
     assert config.train.learning_rate == 2e-4
 
@@ -292,7 +293,7 @@ def test_settings_cannot_be_changed_after_reading():
 def test_the_configuration_knows_every_policy_and_score():
     from typing import get_args
 
-    from floe.config import Preset, Schedule, SelectConfig
+    from floe.config import Schedule, SelectConfig
     from floe.selection.masks.presets import PRESETS
     from floe.selection.policies import POLICIES
     from floe.selection.ranking import How
@@ -303,7 +304,7 @@ def test_the_configuration_knows_every_policy_and_score():
         listed = schema[section]["properties"]["policy"]["enum"]
         assert set(listed) == {*POLICIES, *others}
     assert get_args(SelectConfig.model_fields["score"].annotation) == (*get_args(How), "path")
-    assert set(get_args(Preset)) == set(PRESETS)
+    assert set(get_args(SelectConfig.model_fields["preset"].annotation)) == set(PRESETS)
     assert set(get_args(Schedule)) == set(SCHEDULES)
 
 

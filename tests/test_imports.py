@@ -31,7 +31,7 @@ def test_floe_itself_loads_next_to_nothing():
 
 
 def test_the_command_line_and_a_run_s_files_load_no_torch():
-    names = ("floe.config", "floe.pipeline.run_folder", "floe.errors", "floe.cli")
+    names = ("floe.config_file", "floe.pipeline.run_folder", "floe.errors", "floe.cli")
     assert not loaded_by(*names) & HEAVY
 
 

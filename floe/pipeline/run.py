@@ -13,7 +13,8 @@ from floe.adapters.folder import check_new
 from floe.adapters.plain_lora import export_lora
 from floe.artifacts.results import Evaluation, Interval, Placements, Training
 from floe.artifacts.schema import document, read, write
-from floe.config import RunConfig, dump_config, load_config
+from floe.config import RunConfig
+from floe.config_file import dump_config, load_config
 from floe.data.rows import sample
 from floe.pipeline import eval, identity, profile, score, search, select, train
 from floe.pipeline.check import Account, check

@@ -12,7 +12,8 @@ from helpers.attack import trials
 from helpers.report_fixture import write_run
 
 from floe import FileError, RunConfig, load_config
-from floe.config import TEMPLATE, dump_config, parse_config, storage_url
+from floe.config import storage_url
+from floe.config_file import TEMPLATE, dump_config, parse_config
 from floe.report.facts import arm_rows, arm_table, facts, verdicts
 from floe.report.page import sections
 from floe.report.provenance import certificate_rows, environment_rows, stage_table
@@ -87,7 +88,7 @@ def check_config(config):
 
 def base(draw):
     """A full configuration with a password in it, sometimes the short one of ``floe init``."""
-    data = yaml.safe_load(TEMPLATE)
+    data = yaml.safe_load(TEMPLATE.read_text())
     if draw.random() < 0.7:
         data = parse_config(data).model_dump(mode="json")
     data.setdefault("search", {})["storage"] = URL

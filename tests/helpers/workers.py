@@ -111,7 +111,7 @@ def running(folder, config, fatal=None):
 
     The number of changes is written to ``folder/changes`` at the end.
     """
-    from floe.config import parse_config
+    from floe.config_file import parse_config
     from floe.pipeline.run import run
 
     gc.freeze()

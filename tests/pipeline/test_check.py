@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM
 
 import floe
 from floe import cli
-from floe.config import Schedule, parse_config
+from floe.config import Schedule
+from floe.config_file import parse_config
 from floe.errors import CheckError, DataError, FileError
 from floe.pipeline.check import check
 from floe.pipeline.inputs import RunInputs, structure

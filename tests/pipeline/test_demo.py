@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from helpers.tiny_run import write_config
 
-from floe.config import load_config
+from floe.config_file import load_config
 from floe.data.rows import encode
 from floe.data.sources import load_rows
 from floe.importance.scores import Scores

@@ -7,7 +7,7 @@ from helpers.tiny_run import write_inputs
 
 from floe.adapters import remove_adapters
 from floe.adapters.files import save_adapter
-from floe.config import parse_config
+from floe.config_file import parse_config
 from floe.errors import DataError
 from floe.pipeline import eval
 from floe.pipeline.inputs import RunInputs

@@ -7,7 +7,7 @@ from helpers.tiny_run import write_inputs
 from safetensors.torch import load_file, save_file
 
 from floe import FileError
-from floe.config import parse_config
+from floe.config_file import parse_config
 from floe.pipeline.inputs import RunInputs, structure
 
 

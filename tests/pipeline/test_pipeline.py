@@ -18,7 +18,7 @@ from transformers import GraniteConfig, GraniteForCausalLM
 
 from floe.adapters import adapted_layers
 from floe.adapters.files import load_adapter
-from floe.config import parse_config
+from floe.config_file import parse_config
 from floe.errors import FileError
 from floe.importance.scores import Scores
 from floe.importance.statistics import LayerStatistics

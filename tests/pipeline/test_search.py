@@ -7,7 +7,7 @@ import pytest
 from helpers.tiny_run import write_inputs
 
 import floe.rank_search.search
-from floe.config import parse_config
+from floe.config_file import parse_config
 from floe.pipeline import search
 from floe.pipeline.inputs import RunInputs
 

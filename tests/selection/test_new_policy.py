@@ -7,7 +7,7 @@ import pytest
 from helpers.tiny_run import write_inputs
 
 import floe
-from floe.config import parse_config
+from floe.config_file import parse_config
 from floe.decoder_blocks import find_blocks, linear_at
 from floe.selection.policies import POLICIES
 from floe.selection.policies.__main__ import with_tables

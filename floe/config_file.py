@@ -1,17 +1,28 @@
-"""YAML without its traps: nothing is said twice, nothing grows, and only plain values come out.
+"""The YAML of a run: read strictly, changed by ``--set``, validated, and written again.
 
 PyYAML's safe loader takes the last of two equal keys, lets a kilobyte of aliases stand for
 gigabytes, reads 010 as 8, and fails in many ways on a tag that does not fit. So the values are made
-from the parser's events here. Messages give the line, and nothing of the text: it may be secret.
+from the parser's events here: nothing is said twice, nothing grows, and only plain values come out.
+Messages give the line, and nothing of the text: it may be secret.
 """
 
 from __future__ import annotations
 
+import difflib
+import os
 import re
+from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import BaseModel, ValidationError
 
+from floe.config import RunConfig
+from floe.errors import FileError, hide_secrets, one_line, shown
+
+TEMPLATE = Path(__file__).with_name("template.yaml")
+"""A commented configuration to start from."""
+_LISTED = 1500  # characters of all problems in a message
 _TEXT, _VALUES, _DEPTH, _NUMBER = 1 << 20, 20_000, 32, 64
 _Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _TAG = "tag:yaml.org,2002:"
@@ -25,6 +36,121 @@ _OTHERWISE = {  # by YAML 1.1: octal and sexagesimal numbers, and any text that 
     "null": re.compile(r"(?!(?:~|null|Null|NULL)?\Z)"),
 }
 _UNFIT = (ValueError, LookupError, AttributeError, OverflowError)  # of PyYAML's constructors
+
+
+def load_config(path: str | os.PathLike[str], overrides: list[str] | None = None) -> RunConfig:
+    """Read a YAML file, apply ``a.b=c`` overrides, validate.
+
+    Relative data and model paths are the file's.
+
+    Raises:
+        FileError: missing or unreadable file, or text that is not a mapping, or says a thing twice.
+        ValueError: an unknown key (with the nearest known one) or a value out of range, every one
+            listed (as far as 1,500 characters go), none with a password.
+    """
+    try:
+        with open(os.fspath(path), "rb") as file:
+            data = read_yaml(file.read(_TEXT + 1).decode("utf-8"))
+    except OSError as error:
+        raise FileError(path, f"cannot be read as YAML: {error.strerror}") from error
+    except ValueError as error:
+        raise FileError(path, f"cannot be read as YAML: {error}") from None
+    if not isinstance(data, dict):
+        raise FileError(path, f"must hold a mapping of settings, got {type(data).__name__}")
+    for override in overrides or []:
+        _apply(data, override)
+    _resolve_paths(data, Path(path).resolve().parent)
+    return parse_config(data)
+
+
+def parse_config(data: dict[str, Any]) -> RunConfig:
+    """Validate a mapping; ValueError lists the problems with their places, as load_config does."""
+    try:
+        return RunConfig.model_validate(data)
+    except ValidationError as error:
+        problems = error.errors(include_url=False)
+    # raised out here: the text of pydantic's error would hold the values, passwords among them
+    lines: list[str] = []
+    for line in map(_explain, problems):
+        if sum(map(len, lines)) + len(line) > _LISTED:
+            lines.append(f"and {len(problems) - len(lines)} more")
+            break
+        lines.append(line)
+    count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
+    raise ValueError("\n  ".join([f"the configuration has {count}:", *lines]))
+
+
+def dump_config(config: RunConfig) -> str:
+    """The whole resolved configuration as YAML, passwords in URLs masked."""
+    return yaml.safe_dump(
+        _masked(config.model_dump(mode="json")), sort_keys=False, allow_unicode=True
+    )
+
+
+def _masked(values: dict[str, Any]) -> dict[str, Any]:
+    places = ("storage", "path", "hub")
+    return {
+        key: _masked(value) if isinstance(value, dict)
+        else hide_secrets(value, url=True) if key in places and isinstance(value, str)
+        else value
+        for key, value in values.items()
+    }  # fmt: skip
+
+
+def _apply(data: dict[str, Any], override: str) -> None:
+    key, equals, value = override.partition("=")
+    if not equals or not key:
+        raise ValueError(f"an override must read a.b=value, got {shown(override)}")
+    *parents, last = key.strip().split(".")
+    for name in parents:
+        node = data.setdefault(name, {})
+        if not isinstance(node, dict):
+            raise ValueError(f"override {shown(override)}: {shown(name)} is not a section")
+        data = node
+    try:
+        data[last] = read_yaml(value)
+    except ValueError as error:
+        problem = f"override {shown(override)}: the value cannot be read as YAML: {error}"
+        raise ValueError(problem) from None
+
+
+def _resolve_paths(data: dict[str, Any], folder: Path) -> None:
+    """Relative files are found beside the configuration, wherever the command runs."""
+    for place in ("model", "data.train", "data.validation", "data.test", "score.taylor_data"):
+        source: Any = data
+        for name in place.split("."):
+            source = source.get(name) if isinstance(source, dict) else None
+        if isinstance(source, dict) and isinstance(source.get("path"), str):
+            beside = str(folder / source["path"])
+            if not Path(source["path"]).is_absolute() and os.path.exists(beside):  # never raises
+                source["path"] = beside
+
+
+def _explain(item: Any) -> str:
+    parts = [str(part)[:60] for part in item["loc"]]
+    place = one_line(".".join(parts), 120) or "(top level)"
+    if item["type"] == "extra_forbidden":
+        known = _fields_at(item["loc"][:-1])
+        near = difflib.get_close_matches(parts[-1], known, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
+        return f"{place}: unknown setting; {hint}"
+    # our own rules say themselves what came, and a storage is nobody's to see
+    quiet = item["type"] == "value_error" or "storage" in parts
+    came = "" if quiet else f", got {shown(item.get('input'))}"
+    return f"{place}: {one_line(item['msg'], 600)}{came}"
+
+
+def _fields_at(location: tuple[Any, ...]) -> list[str]:
+    model: Any = RunConfig
+    for part in location:
+        field = getattr(model, "model_fields", {}).get(part)
+        if field is None:
+            break
+        options = [field.annotation, *getattr(field.annotation, "__args__", ())]
+        model = next(
+            (o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), model
+        )
+    return sorted(model.model_fields)
 
 
 def read_yaml(text: str) -> Any:
