@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -19,11 +19,8 @@ from floe.numerics import Result, error_budget, relative_error
 from floe.selection.masks.solvers import solve_mask, solve_two_class
 from floe.types import Flags, Floats
 
-Found = tuple[str, float, float]  # output, error, budget
-Compared = tuple[str, Tensor, Tensor, Tensor]  # output, ours, in float64, plain torch's
-Arguments = tuple[
-    Tensor, Tensor, int, Tensor | None
-]  # activation, gradient, group size, token mask
+Compared = tuple[str, Tensor, Tensor, Tensor | float]
+"""Output, ours, exact; and what plain torch makes of it, or the relative error allowed."""
 
 _TOKENS = (0, 1, 17, 513)  # none, decoding, a ragged block, several blocks
 # (K, N, r, M): odd sizes, one expert, ranks below and above a vector's width
@@ -38,16 +35,18 @@ _SEED = 0x5EED_0F_F10E  # both words of the dropout's key are in use
 class Case:
     """One check; ``run`` never raises for a fault of the operator.
 
-    ``check(draw)`` gives (output, error, budget) on inputs drawn from the seed ``draw``. Of every
-    output the largest error meets the largest budget: one draw says little about an error's size.
+    ``check(draw)`` compares outputs on inputs drawn from the seed ``draw``. The numbers of several
+    draws are compared together: of a few alone, an error would be luck.
     """
 
     op: str
     device: torch.device
     dtype: str
     shape: str
-    check: Callable[[int], list[Found]]
+    check: Callable[[int], list[Compared]]
     draws: int = 3
+    rounded_to: torch.dtype | None = None
+    factor: float = 2.0
 
     def run(self) -> list[Result]:
         """Carry it out."""
@@ -57,12 +56,19 @@ class Case:
         except Exception as error:  # whatever an operator raises is this test's finding
             note = f"{type(error).__name__}: {error}"
             return [Result(self.op, "raised", *where, float("inf"), 0.0, note)]
-        return [
-            Result(
-                self.op, found[0][0], *where, max(e for _, e, _ in found), max(b for *_, b in found)
-            )
-            for found in zip(*drawn, strict=True)
-        ]
+        results = []
+        for each in zip(*drawn, strict=True):
+            output, _, _, allowed = each[0]
+            actual, exact = (_together(draw[i] for draw in each) for i in (1, 2))
+            if isinstance(allowed, Tensor):
+                plain = _together(draw[3] for draw in each)
+                allowed = error_budget(plain, exact, self.rounded_to, self.factor)
+            results.append(Result(self.op, output, *where, relative_error(actual, exact), allowed))
+        return results
+
+
+def _together(draws: Iterable[Any]) -> Tensor:
+    return torch.cat([draw.flatten() for draw in draws])
 
 
 def cases(device: torch.device) -> Iterator[Case]:
@@ -71,14 +77,15 @@ def cases(device: torch.device) -> Iterator[Case]:
     yield from _dropout_cases(device)
     yield from _fisher_cases(device)
     if device.type == "cpu":
-        yield from _solver_cases(device)
+        yield Case("solve_mask", device, "float64", "n=12", _check_knapsack)
+        yield Case("solve_two_class", device, "float64", "heads=4 neurons=8", _check_two_class)
 
 
 def _dtypes(device: torch.device) -> list[torch.dtype]:
-    found = [torch.float32, torch.float16]
+    dtypes = [torch.float32, torch.float16]
     if device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False):
-        found.append(torch.bfloat16)
-    return found
+        dtypes.append(torch.bfloat16)
+    return dtypes
 
 
 def _backends(device: torch.device) -> tuple[str, ...]:
@@ -92,24 +99,24 @@ def _moe_lora_cases(device: torch.device) -> Iterator[Case]:
     for backend, dtype, shape in itertools.product(_backends(device), _dtypes(device), _SHAPES):
         columns, features, rank, experts = shape
         sizes = f"K={columns} N={features} r={rank} M={experts}"
-        for tokens, dropout, add in itertools.product(_TOKENS, (0.0, _DROPOUT), (False, True)):
+        calls = ("moe_lora", "moe_lora_add", "moe_lora_group")
+        for op, tokens, dropout in itertools.product(calls, _TOKENS, (0.0, _DROPOUT)):
+            if op == "moe_lora_group" and not tokens:
+                continue
             # where only the adapter is added, its parameters stay float32 as in training
-            adapter = torch.float32 if add else dtype
+            adapter = dtype if op == "moe_lora" else torch.float32
             site = _Linear(shape, tokens, dtype, adapter, dropout, device, backend)
             yield Case(
-                "moe_lora_add" if add else "moe_lora",
+                op,
                 device,
                 str(dtype) if adapter == dtype else f"{dtype} with {adapter} adapter",
-                f"{backend} T={tokens} {sizes} dropout={dropout}",
-                partial(site.pooled, site.compare_add if add else site.compare_linear),
-                draws=1,
+                f"{backend} T={tokens} {sizes} dropout={dropout}"
+                + " of 3 linears" * (op == "moe_lora_group"),
+                getattr(site, op),
+                draws=4 if tokens < 64 else 2,
+                rounded_to=dtype,
+                factor=_ONE_TOKEN if tokens == 1 else 2.0,
             )
-        for tokens, dropout in itertools.product(_TOKENS[1:], (0.0, _DROPOUT)):
-            site = _Linear(shape, tokens, dtype, torch.float32, dropout, device, backend)
-            text = f"{backend} T={tokens} {sizes} dropout={dropout} of 3 linears"
-            name = f"{dtype} with float32 adapter"
-            check = partial(site.pooled, site.compare_group)
-            yield Case("moe_lora_group", device, name, text, check, draws=1)
 
 
 @dataclass(frozen=True)
@@ -124,48 +131,55 @@ class _Linear:
     device: torch.device
     backend: str
 
-    def compare_linear(self, draw: int) -> list[Compared]:
-        """`moe_lora`, forward and backward."""
+    def moe_lora(self, draw: int) -> list[Compared]:
+        """The adapted linear, forward and backward."""
         x, shrink, expand, weight, bias, _, grad = self._inputs(draw)
 
-        def run(op: Callable[..., Tensor], x: Tensor, shrink: Tensor, expand: Tensor) -> Tensor:
-            frozen = weight.to(x.dtype), bias.to(x.dtype)
-            return op(x, *frozen, shrink, expand, **self._settings())
+        def call(op: Any, x: Tensor, *adapter: Tensor) -> Tensor:
+            y: Tensor = op(x, weight.to(x.dtype), bias.to(x.dtype), *adapter, **self._settings())
+            return y
 
-        own = partial(ops.moe_lora, backend=self.backend)
-        return self._compare(run, own, reference.moe_lora, (x, shrink, expand), grad)
+        leaves = {"x": [x], "shrink": [shrink], "expand": [expand]}
+        return self._compare(ops.moe_lora, reference.moe_lora, call, leaves, grad)
 
-    def compare_add(self, draw: int) -> list[Compared]:
-        """`moe_lora_add`, forward and backward."""
+    def moe_lora_add(self, draw: int) -> list[Compared]:
+        """The adapter added to a base output, forward and backward."""
         x, shrink, expand, _, _, base, grad = self._inputs(draw)
 
-        def run(op: Callable[..., Tensor], x: Tensor, *rest: Tensor) -> Tensor:
-            shrink, expand, base = rest
-            return op(base, x, shrink, expand, **self._settings())
+        def call(op: Any, x: Tensor, shrink: Tensor, expand: Tensor, base: Tensor) -> Tensor:
+            y: Tensor = op(base, x, shrink, expand, **self._settings())
+            return y
 
-        own = partial(ops.moe_lora_add, backend=self.backend)
-        return self._compare(run, own, _added, (x, shrink, expand, base), grad)
+        def definition(base: Tensor, *rest: Tensor, **settings: Any) -> Tensor:
+            return base + reference.moe_lora_delta(*rest, **settings)
 
-    def compare_group(self, draw: int) -> list[Compared]:
-        """`moe_lora_group` of three linears with router biases and a temperature."""
+        leaves = {"x": [x], "shrink": [shrink], "expand": [expand], "base": [base]}
+        return self._compare(ops.moe_lora_add, definition, call, leaves, grad)
+
+    def moe_lora_group(self, draw: int) -> list[Compared]:
+        """Three linears with router biases and a temperature, forward and backward."""
         x, shrink, expand, weight, bias, base, grad = self._inputs(draw)
-        experts = self.shape[3]
-        router = torch.linspace(-1.0, 1.0, experts, device=self.device, dtype=self.adapter)
+        router = torch.linspace(-1.0, 1.0, self.shape[3], device=self.device, dtype=self.adapter)
         # the same numbers in another order are other weights
         shrinks, expands = ([t, t.flip(0), t.roll(1, 0)] for t in (shrink, expand))
         frozen = [weight, weight.flip(0), weight.roll(1, 0)]
 
-        def run(op: Callable[..., list[Tensor]], x: Tensor, *rest: Tensor) -> Tensor:
-            found = op(
-                x, [w.to(x.dtype) for w in frozen], [None, bias.to(x.dtype), None], rest[:3],
-                rest[3:6], router_biases=rest[6:], temperature=0.5, **self._settings(),
-            )  # fmt: skip
-            return torch.cat(found, dim=-1)
+        def call(op: Any, x: Tensor, *rest: Tensor) -> Tensor:
+            weights = [w.to(x.dtype) for w in frozen]
+            biases = [None, bias.to(x.dtype), None]
+            settings = {**self._settings(), "temperature": 0.5, "router_biases": rest[6:]}
+            return torch.cat(op(x, weights, biases, rest[:3], rest[3:6], **settings), dim=-1)
 
-        own = partial(ops.moe_lora_group, backend=self.backend)
-        leaves = (x, *shrinks, *expands, router, router.flip(0), 2 * router)
+        def definition(x: Tensor, *each: Any, router_biases: Any, **settings: Any) -> list[Tensor]:
+            return [
+                reference.moe_lora(x, *linear, router_bias=router_bias, **settings)
+                for *linear, router_bias in zip(*each, router_biases, strict=True)
+            ]
+
+        leaves = {"x": [x], "shrink": shrinks, "expand": expands}
+        leaves["router_bias"] = [router, router.flip(0), 2 * router]
         grads = torch.cat([grad, grad.flip(0), base], dim=-1)
-        return self._compare(run, own, _group, leaves, grads)
+        return self._compare(ops.moe_lora_group, definition, call, leaves, grads)
 
     def _inputs(self, draw: int) -> list[Tensor]:
         """x, shrink, expand, weight, bias, base output and the gradient of y."""
@@ -186,65 +200,34 @@ class _Linear:
             for size, scale, dtype in sizes
         ]
 
-    def _settings(self) -> dict[str, object]:
+    def _settings(self) -> dict[str, Any]:
         seed = torch.tensor(_SEED, device=self.device)
         return {"scaling": _SCALING, "dropout_p": self.dropout, "seed": seed}
 
     def _compare(
         self,
-        run: Callable[..., Tensor],
         op: Callable[..., Any],
         definition: Callable[..., Any],
-        leaves: tuple[Tensor, ...],
+        call: Callable[..., Tensor],
+        leaves: dict[str, list[Tensor]],
         grad: Tensor,
     ) -> list[Compared]:
-        def outcome(function: Callable[..., Any], dtype: torch.dtype | None) -> list[Tensor]:
-            own = [leaf.to(dtype or leaf.dtype).detach().requires_grad_() for leaf in leaves]
-            y = run(function, *own)
-            return [y.detach(), *torch.autograd.grad(y, own, grad.to(y.dtype))]
+        """y and the gradients of the leaves, those of one name together."""
 
+        def outcome(function: Callable[..., Any], dtype: torch.dtype | None) -> dict[str, Tensor]:
+            inputs = [t.to(dtype or t.dtype).detach().requires_grad_() for t in each]
+            y = call(function, *inputs)
+            gradients = iter(torch.autograd.grad(y, inputs, grad.to(y.dtype)))
+            outputs = {"y": y.detach()}
+            for name, tensors in leaves.items():
+                parts = [next(gradients).flatten() for _ in tensors]
+                outputs[f"grad_{name}"] = torch.cat(parts)
+            return outputs
+
+        each = [tensor for tensors in leaves.values() for tensor in tensors]
+        actual = outcome(partial(op, backend=self.backend), None)
         exact, plain = outcome(definition, torch.float64), outcome(definition, None)
-        actual, names = outcome(op, None), ("y", "grad_x", "grad_shrink", "grad_expand")
-        if len(leaves) > 4:  # of a group: the linears' gradients together
-            exact, plain, actual = (_joined(found) for found in (exact, plain, actual))
-        last = "grad_router_bias" if len(leaves) > 4 else "grad_base"
-        return list(zip((*names, last), actual, exact, plain, strict=False))
-
-    def pooled(self, compare: Callable[[int], list[Compared]], draw: int) -> list[Found]:
-        """The error over several draws at once: of a few numbers alone it would be luck."""
-        several = range(4 * draw, 4 * draw + (4 if self.tokens < 64 else 2))
-        found = []
-        for each in zip(*(compare(one) for one in several), strict=True):
-            actual, exact, plain = (torch.cat([c[i].flatten() for c in each]) for i in (1, 2, 3))
-            budget = error_budget(plain, exact, self.dtype, _ONE_TOKEN if self.tokens == 1 else 2.0)
-            found.append((each[0][0], relative_error(actual, exact), budget))
-        return found
-
-
-def _joined(found: list[Tensor]) -> list[Tensor]:
-    kinds = [found[2 + 3 * kind : 5 + 3 * kind] for kind in range(3)]
-    return [*found[:2], *(torch.cat([t.flatten() for t in kind]) for kind in kinds)]
-
-
-def _group(
-    x: Tensor,
-    weights: list[Tensor],
-    biases: list[Tensor | None],
-    shrinks: tuple[Tensor, ...],
-    expands: tuple[Tensor, ...],
-    *,
-    router_biases: tuple[Tensor, ...],
-    **settings: object,
-) -> list[Tensor]:
-    each = zip(weights, biases, shrinks, expands, router_biases, strict=True)
-    return [
-        reference.moe_lora(x, *linear, router_bias=router_bias, **settings)  # type: ignore[arg-type]
-        for *linear, router_bias in each
-    ]
-
-
-def _added(base: Tensor, x: Tensor, shrink: Tensor, expand: Tensor, **settings: object) -> Tensor:
-    return base + reference.moe_lora_delta(x, shrink, expand, **settings)  # type: ignore[arg-type]
+        return [(name, actual[name], exact[name], plain[name]) for name in exact]
 
 
 def _dropout_cases(device: torch.device) -> Iterator[Case]:
@@ -257,14 +240,13 @@ def _dropout_cases(device: torch.device) -> Iterator[Case]:
 
 def _check_dropout(
     device: torch.device, dtype: torch.dtype, shape: tuple[int, ...], draw: int
-) -> list[Found]:
+) -> list[Compared]:
     x = torch.randn(shape, generator=torch.Generator().manual_seed(draw)).to(dtype)
     seed = torch.tensor(_SEED + draw)
-    expected = reference.dropout(x, _DROPOUT, seed)
     actual = ops.keyed_dropout(x.to(device), _DROPOUT, seed.to(device)).cpu()
-    if actual.shape != x.shape or actual.dtype != dtype:
-        return [("bytes", float("inf"), 0.0)]
-    return [("bytes", float((actual.view(torch.uint8) != expected.view(torch.uint8)).sum()), 0.0)]
+    assert actual.shape == x.shape
+    expected = reference.dropout(x, _DROPOUT, seed)
+    return [("bytes", actual.view(torch.uint8), expected.view(torch.uint8), 0.0)]
 
 
 def _fisher_cases(device: torch.device) -> Iterator[Case]:
@@ -274,7 +256,10 @@ def _fisher_cases(device: torch.device) -> Iterator[Case]:
         text = f"S={samples} T={tokens} D={columns} group={group} token_mask={masked}"
         site = _Site(size, dtype, masked, device)
         yield Case("mask_gradients", device, str(dtype), text, site.check_gradients)
-        yield Case("accumulate_fisher_", device, str(dtype), text, site.check_accumulate)
+        yield Case(
+            "accumulate_fisher_", device, str(dtype), text, site.check_accumulate,
+            rounded_to=torch.float32,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -286,25 +271,26 @@ class _Site:
     masked: bool
     device: torch.device
 
-    def check_gradients(self, draw: int) -> list[Found]:
+    def check_gradients(self, draw: int) -> list[Compared]:
         """`mask_gradients`."""
         site, exact, plain = self._inputs(draw)
-        actual = ops.mask_gradients(*site)
-        return [("gradients", relative_error(actual, exact), error_budget(plain, exact))]
+        return [("gradients", ops.mask_gradients(*site), exact, plain)]
 
-    def check_accumulate(self, draw: int) -> list[Found]:
+    def check_accumulate(self, draw: int) -> list[Compared]:
         """`accumulate_fisher_`, and that a second call gives the same bits."""
         site, exact, plain = self._inputs(draw)
         scale = torch.linspace(0.5, 2.0, self.size[0], dtype=torch.float64, device=self.device)
         start = torch.ones(exact.shape[1], dtype=torch.float64, device=self.device)
         fisher, again = (ops.accumulate_fisher_(start.clone(), *site, scale) for _ in range(2))
-        truth, own = (start + ((scale[:, None] * g.double()) ** 2).sum(0) for g in (exact, plain))
-        return [
-            ("fisher", relative_error(fisher, truth), error_budget(own, truth, torch.float32)),
-            ("repeat", relative_error(again, fisher), 0.0),
-        ]
+        truth, torchs = (
+            start + ((scale[:, None] * gradients.double()) ** 2).sum(0)
+            for gradients in (exact, plain)
+        )
+        return [("fisher", fisher, truth, torchs), ("repeat", again, fisher, 0.0)]
 
-    def _inputs(self, draw: int) -> tuple[Arguments, Tensor, Tensor]:
+    def _inputs(
+        self, draw: int
+    ) -> tuple[tuple[Tensor, Tensor, int, Tensor | None], Tensor, Tensor]:
         """The operator's arguments, and the mask gradients in float64 and in float32."""
         samples, tokens, columns, group = self.size
         generator = torch.Generator().manual_seed(draw)
@@ -325,19 +311,14 @@ class _Site:
         return (a, g, group, mask), exact, plain
 
 
-def _solver_cases(device: torch.device) -> Iterator[Case]:
-    yield Case("solve_mask", device, "float64", "n=12", _check_knapsack)
-    yield Case("solve_two_class", device, "float64", "heads=4 neurons=8", _check_two_class)
-
-
-def _check_knapsack(draw: int) -> list[Found]:
+def _check_knapsack(draw: int) -> list[Compared]:
     random = np.random.default_rng(draw)
     value, cost = random.random(12), random.integers(1, 9, 12).astype(np.float64)
     budget = float(cost.sum() // 2)
     return _against_all_masks(solve_mask(value, cost, budget).mask, value, cost, budget)
 
 
-def _check_two_class(draw: int) -> list[Found]:
+def _check_two_class(draw: int) -> list[Compared]:
     random = np.random.default_rng(draw)
     heads, neurons = random.random(4), random.random(8)
     solution = solve_two_class(heads, neurons, 3.0, 1.0, 9.0)
@@ -348,11 +329,22 @@ def _check_two_class(draw: int) -> list[Found]:
     return _against_all_masks(mask, value, cost, 9.0)
 
 
-def _against_all_masks(mask: Flags, value: Floats, cost: Floats, budget: float) -> list[Found]:
-    """What the mask loses against the best of all 2^n masks, and what it costs too much."""
+def _against_all_masks(mask: Flags, value: Floats, cost: Floats, budget: float) -> list[Compared]:
+    """The mask's value against that of the best of all 2^n masks, and what it costs too much."""
     every = (np.arange(2 ** len(value))[:, None] >> np.arange(len(value))) & 1
     best = float((every @ value)[every @ cost <= budget].max())
+    reached, paid = float(mask @ value), max(budget, float(mask @ cost))
     return [
-        ("lost value", best - float(mask @ value), 1e-12 * best),
-        ("excess cost", max(0.0, float(mask @ cost) - budget), 1e-12 * budget),
+        (
+            "lost value",
+            torch.tensor([reached], dtype=torch.float64),
+            torch.tensor([best], dtype=torch.float64),
+            1e-12,
+        ),
+        (
+            "excess cost",
+            torch.tensor([paid], dtype=torch.float64),
+            torch.tensor([budget], dtype=torch.float64),
+            1e-12,
+        ),
     ]
