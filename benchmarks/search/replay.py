@@ -114,7 +114,7 @@ def replay(surface: Surface, strategy: str, seed: int, startup_trials: int = 10)
     loss, owner, tried = surface.loss, Owner.current(), list[int]()
     while not tried or loss[tried[-1]] > loss.min():
         point, redraws = propose(study, space, settings, seed, len(tried))
-        trial = begin_trial(study, space, point, owner, len(tried), redraws)
+        trial = begin_trial(study, space.distributions(), point, owner, len(tried), redraws)
         tried.append(places[point])
         end_trial(study, trial, Outcome(float(loss[tried[-1]])))
     return tried
