@@ -85,6 +85,18 @@ def _phases(panel: Any, rows: Sequence[Row]) -> None:
     panel.legend(fontsize=7)
 
 
+def _ratios(panel: Any, rows: Sequence[Row]) -> None:
+    """Ratio to the frozen linear."""
+    names = [row["case"]["implementation"] for row in rows]
+    low, middle, high = ([row["ratio"][k] for row in rows] for k in ("p20", "median", "p80"))
+    below = [m - value for m, value in zip(middle, low, strict=True)]
+    above = [value - m for m, value in zip(middle, high, strict=True)]
+    panel.barh(names, middle, xerr=[below, above], color="C0", ecolor="#444444")
+    panel.invert_yaxis()
+    panel.set_xlabel("time over the frozen linear")
+    panel.tick_params(axis="y", labelsize=7)
+
+
 def _regret(panel: Any, rows: Sequence[Row]) -> None:
     """Lowest loss so far minus the surface's best against trials, a line for every strategy."""
     for place, row in enumerate(rows):
@@ -98,7 +110,7 @@ def _regret(panel: Any, rows: Sequence[Row]) -> None:
     panel.legend(fontsize=7)
 
 
-_PANELS = {"4": _against_layers, "5": _phases, "8": _regret}
+_PANELS = {"4": _against_layers, "5": _phases, "op": _ratios, "8": _regret}
 
 
 def main(arguments: list[str] | None = None) -> None:

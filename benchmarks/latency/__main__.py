@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
 
-from benchmarks import harness, models, paper, plot
+from benchmarks import harness, implementations, kernels, models, paper, plot
 from benchmarks.harness import Bench, Column, Row
 from benchmarks.latency import inference, training
 from benchmarks.latency.block_check import WHAT_IS_CHECKED
@@ -23,7 +24,7 @@ def main(arguments: list[str] | None = None) -> None:
     bench = Bench.begin(options)
     print(f"scale: {options.scale}. {WHAT_IS_CHECKED}")
     records: Records = {"rows": [], "fits": [], "gains": []}
-    for table in ("4", "5") if options.table == "all" else options.table:
+    for table in ("4", "5", "op") if options.table == "all" else (options.table,):
         _measure(bench, options, records, table)
     spent = None
     if options.with_search:
@@ -38,6 +39,9 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _measure(bench: Bench, options: Options, records: Records, table: str) -> None:
     """One model at a time: the next is loaded when the last is done with."""
+    if table == "op":
+        records["rows"] += _one_linear(bench, options)
+        return
     measure, more, columns, more_columns = {
         "4": (inference.measure, "fits", _inference, FITS),
         "5": (training.measure, "gains", _training, GAINS),
@@ -59,6 +63,20 @@ def _measure(bench: Bench, options: Options, records: Records, table: str) -> No
                 if lines:
                     print(f"\n{harness.show(lines, more_columns)}", flush=True)
     print(f"\n{paper.table_4() if table == '4' else paper.table_5()}")
+
+
+def _one_linear(bench: Bench, options: Options) -> list[Row]:
+    """Forward, then forward and backward, of every shape K x N x T, as `benchmarks.kernels`."""
+    rows = []
+    dtype = getattr(torch, options.dtype)
+    for adapter, sizes in itertools.product(options.adapters(options.dropout), options.shapes):
+        problem = implementations.Problem.draw(sizes, adapter, dtype, bench.device)
+        builders = implementations.registry(problem, options.compile)
+        frozen = {"frozen": builders.pop("frozen")}
+        case = {**options.case(), **kernels.layer_case(sizes, adapter), "table": "op"}
+        case |= {"adapter_dtype": options.adapter_dtype, "scale": options.scale}
+        rows += kernels.measure(bench, case, problem, frozen | options.chosen(builders), cold=True)
+    return rows
 
 
 TIMES: list[Column] = [

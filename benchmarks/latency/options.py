@@ -15,7 +15,7 @@ from benchmarks.harness import Row
 from benchmarks.implementations import TARGETS, Adapter
 from benchmarks.latency.adapted_models import Way, registry
 from benchmarks.models import INPUTS, NAMES, Subject
-from benchmarks.settings import Command, count, one_of, option, several
+from benchmarks.settings import Command, count, one_of, option, several, shape
 
 WHAT = ("prefill", "decode")
 SETS = ("all", "selected")
@@ -23,11 +23,15 @@ CHECKPOINTING = {"off": (False,), "on": (True,), "both": (False, True)}
 # What is timed where nothing else is asked for. The paper's are the inference batch of 16 in full,
 # and rows of at most 1,024 tokens in training, where it takes one row at a time; how long its
 # prompts are it does not say.
-_SIZES = ("models", "batch", "prefill", "tokens", "answer_tokens", "rounds")
+_SIZES = ("models", "batch", "prefill", "tokens", "answer_tokens", "shapes", "rounds")
+_SHAPES = {
+    "full": ((4096, 4096, 16384), (4096, 11008, 16384)),
+    "reduced": ((2048, 2048, 256), (576, 1536, 512)),
+}
 _SCALES: dict[str, tuple[Any, ...]] = {
-    "full": (("llama-7b", "smollm2"), 16, (128, 1024), 1024, 64, 20),
-    "reduced": (("smollm2", "llama-2048"), 2, (128,), 128, 16, 7),
-    "tiny": (("tiny",), 2, (8,), 8, 3, 2),
+    "full": (("llama-7b", "smollm2"), 16, (128, 1024), 1024, 64, _SHAPES["full"], 20),
+    "reduced": (("smollm2", "llama-2048"), 2, (128,), 128, 16, _SHAPES["reduced"], 7),
+    "tiny": (("tiny",), 2, (8,), 8, 3, ((32, 48, 16),), 2),
 }
 SCALES = {name: dict(zip(_SIZES, sizes, strict=True)) for name, sizes in _SCALES.items()}
 
@@ -36,7 +40,7 @@ SCALES = {name: dict(zip(_SIZES, sizes, strict=True)) for name, sizes in _SCALES
 class Options(harness.Timing):
     """What to time and how."""
 
-    table: str = option(choices=("4", "5", "all"))
+    table: str = option(choices=("4", "5", "op", "all"))
     rounds: int = option(None, kind=int)
     scale: str = option(None, "default: full on cuda, reduced on cpu", choices=SCALES)
     models: tuple[str, ...] = option(None, ",".join(NAMES), several(one_of(NAMES)))
@@ -45,10 +49,13 @@ class Options(harness.Timing):
     tokens: int = option(None, "row length of table 5", count)
     answer_tokens: int = option(None, "last tokens of a row that its loss is on", count)
     questions: int | None = option(None, "prompts in a pass of table 4; default: one batch", count)
+    shapes: tuple[tuple[int, ...], ...] = option(
+        None, "of table op: KxNxT,...", several(shape("KxNxT"))
+    )
     what: tuple[str, ...] = option(WHAT, "of table 4: prefill,decode", several(one_of(WHAT)))
     rank: tuple[int, ...] = option((8,), "r,r,...", several(count))
     experts: tuple[int, ...] = option((4,), "M,M,...", several(count))
-    dropout: tuple[float, ...] = option((0.0, 0.05), "of table 5, p,p,...", several(float))
+    dropout: tuple[float, ...] = option((0.0, 0.05), "of tables 5 and op, p,p,...", several(float))
     checkpointing: str = option("off", "of gradients", choices=CHECKPOINTING)
     layers: tuple[int, ...] | None = option(None, "table 5's; default: n/4, spread", several(int))
     counts: tuple[int, ...] | None = option(
@@ -77,9 +84,12 @@ class Options(harness.Timing):
         ]
 
     def ways(self, adapter: Adapter) -> dict[str, Way]:
-        """Those that ``--only`` names, whole or by the first word; ValueError if there are none."""
+        """Those that are timed on a whole model."""
         device = torch.device(self.device)
-        ways = registry(adapter.rank, adapter.experts, device, self.compile)
+        return self.chosen(registry(adapter.rank, adapter.experts, device, self.compile))
+
+    def chosen(self, ways: dict[str, Any]) -> dict[str, Any]:
+        """Those that ``--only`` names, whole or by the first word; ValueError if there are none."""
         if not self.only:
             return ways
         named = {n: w for n, w in ways.items() if n in self.only or n.split()[0] in self.only}
@@ -99,7 +109,7 @@ class Options(harness.Timing):
 
 
 DESCRIPTION = """\
-The paper's latency tables: inference (4) and training (5). For one linear: benchmarks.kernels.
+The paper's latency tables: inference (4), training (5), and one linear (op).
 
 Every peer runs in this one process, in turn, in a new order every round, after whole blocks of it
 were compared with float64. --device cpu measures at a reduced scale and says so."""
