@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from floe.openmp import share_cores
+
 if TYPE_CHECKING:
     from floe.pipeline.run import RunResult
 
@@ -50,6 +52,7 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
 def main() -> None:
     """Entry point of ``floe``: turns errors into one line and an exit code."""
     _open_streams()
+    share_cores()
     with _exit_codes():
         code = app(standalone_mode=False)
         if code == INTERRUPTED:  # typer's way of saying it was

@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 LAYERS = [  # a module imports its own layer and those before it
-    ["errors", "numerics", "storage", "types"],
+    ["errors", "numerics", "openmp", "storage", "types"],
     ["selection.policies"],
     [
         "artifacts.records",
