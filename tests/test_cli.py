@@ -122,17 +122,23 @@ def test_a_fault_of_floe_keeps_its_traceback_and_no_secret(floe, monkeypatch):
     ("error", "code", "line"),
     [
         (ImportError("no module\n named x"), 1, "floe: ImportError: no module named x"),
-        (OSError(28, "No space left on device", "/x/y"), 1,
-         "floe: /x/y: No space left on device; the same command continues"),
+        (
+            OSError(28, "No space left on device", "/x/y"),
+            1,
+            "floe: /x/y: No space left on device; the same command continues",
+        ),
         (OSError("odd"), 1, "floe: OSError: odd"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 4, None),
         (MemoryError(), 4, "floe: MemoryError"),
-        (Exception("I/O error: No space left on device (os error 28)"), 1,
-         "floe: Exception: I/O error: No space left on device (os error 28)"),
+        (
+            Exception("I/O error: No space left on device (os error 28)"),
+            1,
+            "floe: Exception: I/O error: No space left on device (os error 28)",
+        ),
         (ValueError(f"one\ntwo {SECRET}"), 2, "floe: ValueError: one two postgresql://u:***@h/db"),
     ],
     ids=lambda value: type(value).__name__,
-)  # fmt: skip
+)
 def test_an_error_of_a_library_is_one_line(error, code, line, floe, monkeypatch):
     from floe import doctor
 
@@ -154,8 +160,11 @@ def test_what_floe_says_itself_is_no_fault_of_it(tmp_path, capsys):
 
     lock = tmp_path / "lock"
     with (
-        pytest.raises(SystemExit) as caught, cli._exit_codes(), one_process(lock), one_process(lock)
-    ):  # fmt: skip
+        pytest.raises(SystemExit) as caught,
+        cli._exit_codes(),
+        one_process(lock),
+        one_process(lock),
+    ):
         pass
     assert caught.value.code == 1
     assert capsys.readouterr().err.startswith("floe: another process is searching")

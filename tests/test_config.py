@@ -309,8 +309,10 @@ def test_the_configuration_knows_every_policy_and_score():
 
 
 REFUSED = {  # text -> what the one line says
-    "a section twice": ("train: {epochs: 3}\nsearch: {trials: 0}\ntrain: {batch_size: 2}",
-                        "line 3: 'train' occurs twice, first in line 1"),
+    "a section twice": (
+        "train: {epochs: 3}\nsearch: {trials: 0}\ntrain: {batch_size: 2}",
+        "line 3: 'train' occurs twice, first in line 1",
+    ),
     "a key twice": ("train:\n  epochs: 3\n  'epochs': 4", "line 3: 'epochs' occurs twice"),
     "a merge twice": ("a: &a {x: 1}\nb: {<<: *a, <<: *a}", "line 2: '<<' occurs twice"),
     "bool": ("model: !!bool x", "line 1: this is not of the type !!bool"),
@@ -325,8 +327,10 @@ REFUSED = {  # text -> what the one line says
     "400 digits": ("adapter: {r: " + "1" * 400 + "}", "line 1: a number must have at most 64"),
     "long sexagesimal": ("a: " + "1:" * 200_000 + "1", "line 1: a number must have at most 64"),
     "deep": ("a: " + "[" * 100_000, "line 1: values must be nested at most 32 deep"),
-    "deep through aliases": ("a: &a " + "[" * 20 + "]" * 20 + "\nb: " + "[" * 20 + "*a" + "]" * 20,
-                             "line 2: values must be nested at most 32 deep"),
+    "deep through aliases": (
+        "a: &a " + "[" * 20 + "]" * 20 + "\nb: " + "[" * 20 + "*a" + "]" * 20,
+        "line 2: values must be nested at most 32 deep",
+    ),
     "inside itself": ("a: &a [*a]", "line 1: the alias names no value before it"),
     "two documents": ("a: 1\n---\nb: 2", "line 2: there must be one document"),
     "a number as a key": ("1: x", "line 1: a setting's name must be text"),
@@ -335,7 +339,7 @@ REFUSED = {  # text -> what the one line says
     "an escaped NUL": ('output_dir: "a\\0b"', "line 1: text must not hold NUL"),
     "large": ("# " + "x" * (1 << 20), "it must be at most 1,048,576 characters long"),
     "many values": ("a: [" + "1," * 20_000 + "]", "at most 20,000 values"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -47,11 +47,20 @@ def test_blocks_of_every_known_layout(kind, adapt):
     ("config", "model"),
     [
         (hf.GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=61), hf.GPT2LMHeadModel),
-        (hf.OPTConfig(hidden_size=32, ffn_dim=40, num_hidden_layers=2, num_attention_heads=4,
-                      vocab_size=61, word_embed_proj_dim=32), hf.OPTForCausalLM),
+        (
+            hf.OPTConfig(
+                hidden_size=32,
+                ffn_dim=40,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                vocab_size=61,
+                word_embed_proj_dim=32,
+            ),
+            hf.OPTForCausalLM,
+        ),
     ],
     ids=["gpt2", "opt"],
-)  # fmt: skip
+)
 def test_other_architectures_are_refused_untouched(config, model):
     base = model(config)
     before = {name: type(module) for name, module in base.named_modules()}
@@ -78,9 +87,11 @@ class Foreign(nn.Module):
 
 def test_blocks_named_by_hand():
     names = BlockNames(
-        attention_output=("out",), attention_inputs=({"q": "query", "k": "key", "v": "value"},),
-        mlp_output=("down",), mlp_inputs=({"gate": "gate", "up": "up"},),
-    )  # fmt: skip
+        attention_output=("out",),
+        attention_inputs=({"q": "query", "k": "key", "v": "value"},),
+        mlp_output=("down",),
+        mlp_inputs=({"gate": "gate", "up": "up"},),
+    )
     model = Foreign()
     with pytest.raises(ValueError, match="has no decoder blocks"):
         find_blocks(model)
@@ -138,25 +149,48 @@ def test_heads_that_do_not_divide_the_width_are_refused():
 
 # Sizes from the models' published config.json.
 LLAMA2_7B = hf.LlamaConfig(
-    vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32,
-    num_attention_heads=32, num_key_value_heads=32,
-)  # fmt: skip
+    vocab_size=32000,
+    hidden_size=4096,
+    intermediate_size=11008,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    num_key_value_heads=32,
+)
 LLAMA31_8B = hf.LlamaConfig(
-    vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
-    num_attention_heads=32, num_key_value_heads=8,
-)  # fmt: skip
+    vocab_size=128256,
+    hidden_size=4096,
+    intermediate_size=14336,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+)
 LLAMA32_3B = hf.LlamaConfig(
-    vocab_size=128256, hidden_size=3072, intermediate_size=8192, num_hidden_layers=28,
-    num_attention_heads=24, num_key_value_heads=8, head_dim=128, tie_word_embeddings=True,
-)  # fmt: skip
+    vocab_size=128256,
+    hidden_size=3072,
+    intermediate_size=8192,
+    num_hidden_layers=28,
+    num_attention_heads=24,
+    num_key_value_heads=8,
+    head_dim=128,
+    tie_word_embeddings=True,
+)
 MISTRAL_7B = hf.MistralConfig(
-    vocab_size=32000, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
-    num_attention_heads=32, num_key_value_heads=8,
-)  # fmt: skip
+    vocab_size=32000,
+    hidden_size=4096,
+    intermediate_size=14336,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+)
 GEMMA2_2B = hf.Gemma2Config(
-    vocab_size=256000, hidden_size=2304, intermediate_size=9216, num_hidden_layers=26,
-    num_attention_heads=8, num_key_value_heads=4, head_dim=256,
-)  # fmt: skip
+    vocab_size=256000,
+    hidden_size=2304,
+    intermediate_size=9216,
+    num_hidden_layers=26,
+    num_attention_heads=8,
+    num_key_value_heads=4,
+    head_dim=256,
+)
 COUNTS = [
     ("llama2-7b", LLAMA2_7B, 2, 4, 10_371_072, 0.1539),
     ("llama2-7b", LLAMA2_7B, 4, 4, 18_284_544, 0.2713),
@@ -199,9 +233,12 @@ def test_llama2_7b_has_its_published_size():
 
 def test_counts_follow_patterns_and_layers_of_a_real_adapter():
     config = FloeConfig(
-        r=4, num_experts=2, layers=[0, 2], rank_pattern={"2": 3, "model.layers.0.mlp.up_proj": 1},
+        r=4,
+        num_experts=2,
+        layers=[0, 2],
+        rank_pattern={"2": 3, "model.layers.0.mlp.up_proj": 1},
         expert_pattern={"0": 5},
-    )  # fmt: skip
+    )
     counts = parameter_counts(plain("llama"), config)
     model = get_model(plain("llama"), config)
     for index, modules in adapted_layers(model).items():
@@ -215,9 +252,13 @@ def test_counts_follow_patterns_and_layers_of_a_real_adapter():
 
 def encoder_decoder(layers=(2, 2)):
     sizes = {
-        "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "head_dim": 8,
-        "num_key_value_heads": 2, "vocab_size": 61,
-    }  # fmt: skip
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_attention_heads": 4,
+        "head_dim": 8,
+        "num_key_value_heads": 2,
+        "vocab_size": 61,
+    }
     encoder, decoder = ({**sizes, "num_hidden_layers": count} for count in layers)
     with torch.device("meta"):
         return hf.T5GemmaForConditionalGeneration(

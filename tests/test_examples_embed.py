@@ -73,9 +73,15 @@ def test_hydras_dropout_is_one_mask_for_all_experts():
     torch.manual_seed(3)
     experts = [layer.get_submodule(f"lora_B{i}").weight for i in range(3)]
     exact = reference.moe_lora(
-        x, layer.weight, None, torch.cat([layer.lora_A.weight, layer.lora_route.weight]),
-        torch.stack(experts, dim=1), scaling=2.0, dropout_p=0.25, seed=draw_seed(CPU),
-    )  # fmt: skip
+        x,
+        layer.weight,
+        None,
+        torch.cat([layer.lora_A.weight, layer.lora_route.weight]),
+        torch.stack(experts, dim=1),
+        scaling=2.0,
+        dropout_p=0.25,
+        seed=draw_seed(CPU),
+    )
     assert torch.allclose(y, exact, rtol=1e-12)
     assert torch.equal(after.eval()(x), after(x))
     assert not torch.equal(after.train()(x), after(x))

@@ -194,8 +194,11 @@ def test_peft_s_loaders_notice_what_differs(how, saved, copy, base):
             load()
         assert unchanged(model or base) == before
         (copy / TENSORS).write_bytes(raw)
-    for old, new in (('"alpha": 32.0', '"alpha": 64.0'), ('"alpha"', '"alhpa"'),
-                     ('"seed"', '"alpha": 1.0, "seed"')):  # fmt: skip
+    for old, new in (
+        ('"alpha": 32.0', '"alpha": 64.0'),
+        ('"alpha"', '"alhpa"'),
+        ('"seed"', '"alpha": 1.0, "seed"'),
+    ):
         (copy / CONFIG).write_text(text.replace(old, new))
         with pytest.raises(FileError, match=r"was edited|unknown settings|occurs twice|be FLOE"):
             load()

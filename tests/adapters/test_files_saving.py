@@ -111,9 +111,14 @@ def full_disk(*args, **kwargs):
 
 
 @pytest.mark.parametrize(
-    "place", ["peft.PeftModel.save_pretrained", "floe.adapters.config.seal", "os.fsync",
-              "pathlib.Path.replace"],
-)  # fmt: skip
+    "place",
+    [
+        "peft.PeftModel.save_pretrained",
+        "floe.adapters.config.seal",
+        "os.fsync",
+        "pathlib.Path.replace",
+    ],
+)
 def test_a_full_disk_leaves_the_adapter_that_was_there(place, saved, tmp_path, monkeypatch):
     monkeypatch.setattr(place, full_disk)
     with pytest.raises(OSError, match="No space left"):
@@ -127,9 +132,12 @@ def test_a_full_disk_leaves_the_adapter_that_was_there(place, saved, tmp_path, m
 def test_a_failing_last_rename_puts_the_old_adapter_back(saved, tmp_path, monkeypatch):
     replace = Path.replace
     monkeypatch.setattr(
-        Path, "replace", lambda self, to: full_disk()
-        if (self.parent.name, self.name) == ("new", TENSORS) else replace(self, to)
-    )  # fmt: skip
+        Path,
+        "replace",
+        lambda self, to: (
+            full_disk() if (self.parent.name, self.name) == ("new", TENSORS) else replace(self, to)
+        ),
+    )
     with pytest.raises(OSError, match="No space left"):
         save_adapter(adapted(layers=[0]), saved[0])
     monkeypatch.setattr("shutil.copy2", full_disk)  # the old one's copy, to put back
@@ -143,8 +151,15 @@ def test_a_failing_last_rename_puts_the_old_adapter_back(saved, tmp_path, monkey
 def filled(saved, tmp_path):
     """A folder where a user keeps an adapter and other things, and those other files' contents."""
     folder = saved[0]
-    for name in ("notes.txt", "README.md", "checkpoint-500/optimizer.pt", "second/" + CONFIG,
-                 "adapter_model.bin", "new/x", "old/x"):  # fmt: skip
+    for name in (
+        "notes.txt",
+        "README.md",
+        "checkpoint-500/optimizer.pt",
+        "second/" + CONFIG,
+        "adapter_model.bin",
+        "new/x",
+        "old/x",
+    ):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(f"{name} of mine")
     for name in ("out.old", "out.tmp", ".out.tmp"):
@@ -216,8 +231,9 @@ def test_an_adapter_of_another_method_is_not_overwritten(content, tmp_path):
     with pytest.raises(FileError, match="holds no floe adapter; not overwritten"):
         save_adapter(adapted(layers=[0]), tmp_path)
     assert {f.name: f.read_text() for f in tmp_path.iterdir()} == {
-        CONFIG: content, TENSORS: "trained for days"
-    }  # fmt: skip
+        CONFIG: content,
+        TENSORS: "trained for days",
+    }
 
 
 def test_the_files_can_be_read_by_whom_the_user_lets(tmp_path):

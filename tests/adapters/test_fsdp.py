@@ -18,8 +18,11 @@ def test_two_sharded_workers_get_what_one_process_gets(tmp_path):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS)}
     done = subprocess.run(
         [*command, str(TESTS / "helpers/sharded.py"), str(out)],
-        env=environment, capture_output=True, text=True, timeout=600,
-    )  # fmt: skip
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     (sharded, stepped), whole = torch.load(out), gradients(adapted(), TOKENS)
     assert sharded.keys() == whole.keys()

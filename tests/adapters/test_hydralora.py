@@ -58,8 +58,15 @@ def hydra(layers=(0, 2)):
 
 def write(folder, tensors, binary=False, **settings):
     folder.mkdir(exist_ok=True)
-    values = {"peft_type": "LORA", "r": RANK, "lora_alpha": ALPHA, "lora_dropout": 0.05,
-              "lora_nums": EXPERTS, "bias": "none", "base_model_name_or_path": None}  # fmt: skip
+    values = {
+        "peft_type": "LORA",
+        "r": RANK,
+        "lora_alpha": ALPHA,
+        "lora_dropout": 0.05,
+        "lora_nums": EXPERTS,
+        "bias": "none",
+        "base_model_name_or_path": None,
+    }
     (folder / "adapter_config.json").write_text(json.dumps(values | settings))
     if binary:
         torch.save(tensors, folder / "adapter_model.bin")
@@ -128,20 +135,35 @@ def without(tensors, part):
         (lambda t: t, {"use_rslora": True}, "use_rslora must not be set to import, got True"),
         (lambda t: t, {"lora_alpha": 10**400}, "int too large to convert to float"),
         (lambda t: t, {"lora_dropout": "0.1"}, "lora_dropout must be a number, got '0.1'"),
-        (lambda t: t | {n.replace("B1", "B01"): v for n, v in t.items() if "B1" in n}, {},
-         "tensors must be lora_A, .*lora_B01"),
-        (lambda t: t | {n.replace(".weight", ".default.weight"): 0 * v for n, v in t.items()}, {},
-         r"lora_\w+ must be given once, got .*weight, too"),
-        (lambda t: t | {n.removeprefix("base_model.model."): v for n, v in t.items()}, {},
-         r"lora_\w+ must be given once, got .*weight, too"),
+        (
+            lambda t: t | {n.replace("B1", "B01"): v for n, v in t.items() if "B1" in n},
+            {},
+            "tensors must be lora_A, .*lora_B01",
+        ),
+        (
+            lambda t: t | {n.replace(".weight", ".default.weight"): 0 * v for n, v in t.items()},
+            {},
+            r"lora_\w+ must be given once, got .*weight, too",
+        ),
+        (
+            lambda t: t | {n.removeprefix("base_model.model."): v for n, v in t.items()},
+            {},
+            r"lora_\w+ must be given once, got .*weight, too",
+        ),
         (lambda t: {n: v.double() for n, v in t.items()}, {}, "must be a dense matrix of"),
         (lambda t: {n: v / 0 for n, v in t.items()}, {}, "must hold finite values"),
-        (lambda t: {n: t[:, :3] if "2.mlp.up_proj.lora_A" in n else t for n, t in t.items()}, {},
-         "up_proj: .*got|up_proj: Sizes of tensors"),
-        (lambda t: {n: t[:2] if "0.mlp.up_proj.lora_A" in n else t for n, t in t.items()}, {},
-         r"up_proj: floe_shrink must be of shape \(7, 32\), .* got \(5, 32\)"),
+        (
+            lambda t: {n: t[:, :3] if "2.mlp.up_proj.lora_A" in n else t for n, t in t.items()},
+            {},
+            "up_proj: .*got|up_proj: Sizes of tensors",
+        ),
+        (
+            lambda t: {n: t[:2] if "0.mlp.up_proj.lora_A" in n else t for n, t in t.items()},
+            {},
+            r"up_proj: floe_shrink must be of shape \(7, 32\), .* got \(5, 32\)",
+        ),
     ],
-)  # fmt: skip
+)
 def test_what_does_not_fit_is_named_and_nothing_is_written(tmp_path, change, settings, message):
     _, tensors = hydra()
     changed = {name: tensor.clone().contiguous() for name, tensor in change(tensors).items()}
@@ -175,8 +197,12 @@ def test_a_folder_in_use_is_not_written_to(tmp_path, how, monkeypatch):
     (tmp_path / "link").symlink_to(source)
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "mine.txt").write_text("mine")
-    output = {"itself": ".", "link": tmp_path / "link", "through": tmp_path / "notes/../in",
-              "files": tmp_path / "notes"}[how]  # fmt: skip
+    output = {
+        "itself": ".",
+        "link": tmp_path / "link",
+        "through": tmp_path / "notes/../in",
+        "files": tmp_path / "notes",
+    }[how]
     with pytest.raises(FileError, match="exists and is not empty; not overwritten"):
         import_hydralora(source, output, tiny_model(layers=3))
     assert {file.name: file.read_bytes() for file in source.iterdir()} == before
@@ -201,8 +227,14 @@ def test_a_damaged_pickle_is_a_file_error(tmp_path):
         return int(torch.randint(high, (1,), generator=generator))
 
     name = next(iter(tensors))
-    odd = [tensors[name].to_sparse(), tensors[name][:1, :1].expand(10**6, 10**6), 5, None,
-           torch.empty(4, 32, device="meta"), torch.ones((4, 32), dtype=torch.int8)]  # fmt: skip
+    odd = [
+        tensors[name].to_sparse(),
+        tensors[name][:1, :1].expand(10**6, 10**6),
+        5,
+        None,
+        torch.empty(4, 32, device="meta"),
+        torch.ones((4, 32), dtype=torch.int8),
+    ]
     damaged = [b"", whole[:40], *(whole[: draw(len(whole))] for _ in range(8))]
     for _ in range(30):
         raw = bytearray(whole)

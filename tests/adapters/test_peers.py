@@ -19,9 +19,11 @@ def found():
     path = os.pathsep.join([str(PEERS), str(TESTS)])
     done = subprocess.run(
         [sys.executable, str(TESTS / "helpers/peers.py"), "torchao", "bitsandbytes", "trl"],
-        capture_output=True, text=True,
-        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}, timeout=600,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        timeout=600,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.rpartition("FOUND ")[2])
 

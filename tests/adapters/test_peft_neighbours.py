@@ -135,13 +135,17 @@ def test_rows_of_the_embedding_are_trained_and_saved(tmp_path):
 
 def test_two_adapters_may_adapt_different_projections_of_one_input():
     for share in (True, False):
-        model = get_model(plain(), FloeConfig(**SMALL, target_modules=["q_proj", "k_proj"],
-                                              share_input=share))  # fmt: skip
-        model.add_adapter("second", FloeConfig(**SMALL, target_modules=["k_proj", "v_proj"],
-                                               share_input=share))  # fmt: skip
+        model = get_model(
+            plain(), FloeConfig(**SMALL, target_modules=["q_proj", "k_proj"], share_input=share)
+        )
+        model.add_adapter(
+            "second", FloeConfig(**SMALL, target_modules=["k_proj", "v_proj"], share_input=share)
+        )
         trained(trained(model), "second", seed=6)
-        alone = trained(get_model(plain(), FloeConfig(**SMALL, target_modules=["k_proj", "v_proj"],
-                                                      seed=41)), seed=6)  # fmt: skip
+        alone = trained(
+            get_model(plain(), FloeConfig(**SMALL, target_modules=["k_proj", "v_proj"], seed=41)),
+            seed=6,
+        )
         model.set_adapter("second")
         torch.testing.assert_close(logits(model), logits(alone))
 
@@ -201,8 +205,10 @@ def test_an_adapter_of_another_method_belongs_to_the_base(tmp_path):
     other = lora(plain(), target_modules=["q_proj", "up_proj"])
     again = load_adapter(other, tmp_path / "a", other_base=True)
     state = again.state_dict()
-    again.load_state_dict({n: t for n, t in model.state_dict().items() if "lora" in n} | {
-        n: t for n, t in state.items() if "lora" not in n})  # fmt: skip
+    again.load_state_dict(
+        {n: t for n, t in model.state_dict().items() if "lora" in n}
+        | {n: t for n, t in state.items() if "lora" not in n}
+    )
     assert torch.equal(logits(again), logits(model))
     assert remove_adapters(model) is base
     assert torch.equal(logits(base), before)
@@ -265,11 +271,14 @@ def test_a_replaced_forward_of_a_base_linear_is_called():
 @pytest.mark.parametrize(
     "place",
     [
-        "model.layers.1.self_attn.o_proj.weight", "model.layers.1.self_attn.q_proj.bias",
-        "model.layers.2.input_layernorm.weight", "model.embed_tokens.weight",
-        "model.norm.weight", "lm_head.weight",
+        "model.layers.1.self_attn.o_proj.weight",
+        "model.layers.1.self_attn.q_proj.bias",
+        "model.layers.2.input_layernorm.weight",
+        "model.embed_tokens.weight",
+        "model.norm.weight",
+        "lm_head.weight",
     ],
-)  # fmt: skip
+)
 def test_an_adapter_of_another_base_is_refused(tmp_path, place, load):
     save_adapter(adapted(layers=[0]), tmp_path / "a")
     other = plain()
@@ -421,8 +430,9 @@ def test_a_replica_of_data_parallel_computes_with_its_own_parameters():
                 torch.zeros_like(module.floe_expand["default"].weight)
             )
         found = replica(input_ids=IDS, use_cache=False).logits
-    torch.testing.assert_close(found, logits(adapted(
-        target_modules=["q_proj", "k_proj", "gate_proj", "up_proj"])))  # fmt: skip
+    torch.testing.assert_close(
+        found, logits(adapted(target_modules=["q_proj", "k_proj", "gate_proj", "up_proj"]))
+    )
 
 
 def test_hooks_on_an_adapter_s_weight_are_called():

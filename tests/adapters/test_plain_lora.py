@@ -168,8 +168,13 @@ def test_a_folder_in_use_is_not_written_to(how, tmp_path):
     (tmp_path / "link").symlink_to(folder)
     (tmp_path / "lora").mkdir()
     (tmp_path / "lora" / "adapter_config.json").write_text('{"peft_type": "LORA"}')
-    target = {"itself": folder, "link": tmp_path / "link", "through": tmp_path / "lora/../adapter",
-              "lora": tmp_path / "lora", "file": folder / "README.md"}[how]  # fmt: skip
+    target = {
+        "itself": folder,
+        "link": tmp_path / "link",
+        "through": tmp_path / "lora/../adapter",
+        "lora": tmp_path / "lora",
+        "file": folder / "README.md",
+    }[how]
     before = {f: f.read_bytes() for f in tmp_path.rglob("*") if f.is_file()}
     with pytest.raises(FileError, match="not overwritten"):
         export_lora(model, target, BATCHES)

@@ -18,9 +18,12 @@ TOKENS = torch.arange(14).view(2, 7)
 def adapted(share_input=True, dropout=0.0, **settings):
     base = tiny_model()
     config = FloeConfig(
-        r=3, num_experts=2, dropout=dropout, share_input=share_input,
+        r=3,
+        num_experts=2,
+        dropout=dropout,
+        share_input=share_input,
         **{"target_modules": ALL, **settings},
-    )  # fmt: skip
+    )
     model = get_model(base, config)
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():

@@ -23,8 +23,32 @@ from floe import FileError, FloeConfig, load_adapter, save_adapter
 from floe.adapters import adapted_modules, get_model, remove_adapters
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
-VALUES = [None, True, 0, 1, -1, 2, 3, 10**12, 10**400, 0.5, 1e308, float("nan"), float("inf"), "",
-          "1", "\ud800", "../x", "sqrt", [], [0], [[0]], ["up_proj"], {}, {"0": 1}]  # fmt: skip
+VALUES = [
+    None,
+    True,
+    0,
+    1,
+    -1,
+    2,
+    3,
+    10**12,
+    10**400,
+    0.5,
+    1e308,
+    float("nan"),
+    float("inf"),
+    "",
+    "1",
+    "\ud800",
+    "../x",
+    "sqrt",
+    [],
+    [0],
+    [[0]],
+    ["up_proj"],
+    {},
+    {"0": 1},
+]
 # Of a second change, where the first has left nothing to read.
 UNCHANGEABLE = (OSError, ValueError, KeyError, StopIteration, RecursionError, SafetensorError)
 BEFORE_FLOE = (KeyError, TypeError, RecursionError, AttributeError)  # of PEFT, see above

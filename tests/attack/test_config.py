@@ -23,17 +23,82 @@ SECRET = "S3CRET"
 URL = f"postgresql://u:{SECRET}@h/db"
 SECONDS, BYTES, CHARACTERS = 2.0, 500 << 20, 2000
 VALUES = [
-    None, True, 0, -1, 1, 3, 2**31, 2**63, 10**400, 0.5, 1e308, float("nan"), float("inf"), "", "x",
-    "x" * 100_000, "1e-3", "010", "1:30", "a\0b", "\ud800", "../..", "<script>", URL, f"x {URL} y",
-    "${FLOE_NOT_SET}", [], {}, [[]], [None] * 1000, {"a": {"b": [1]}}, {"params": 1}, ["a"] * 3,
-]  # fmt: skip
+    None,
+    True,
+    0,
+    -1,
+    1,
+    3,
+    2**31,
+    2**63,
+    10**400,
+    0.5,
+    1e308,
+    float("nan"),
+    float("inf"),
+    "",
+    "x",
+    "x" * 100_000,
+    "1e-3",
+    "010",
+    "1:30",
+    "a\0b",
+    "\ud800",
+    "../..",
+    "<script>",
+    URL,
+    f"x {URL} y",
+    "${FLOE_NOT_SET}",
+    [],
+    {},
+    [[]],
+    [None] * 1000,
+    {"a": {"b": [1]}},
+    {"params": 1},
+    ["a"] * 3,
+]
 SNIPPETS = [
-    "!!bool x", "!!int ''", "!!timestamp x", "!!python/object/apply:os.getcwd []", "!x", "!!set {}",
-    "&a", "*a", "<<: *a", "<<: {r: 2}", "? [a]", "[" * 500, "- " * 500, "{" * 40, "\0", "\ufeff",
-    "\t", "'", '"', '"\\ud800"', '"\\0"', "|\n", ">\n", "---\n", "...\n", "%YAML 1.9\n", "#", ": ",
-    "1" * 400, "1:" * 5000, "2026-01-02", "010", "~", "=", "\xff", "\u2028", "train: {}\n", ", ",
-    "[&b [x,x,x,x], &c [*b,*b,*b,*b], &d [*c,*c,*c,*c], [*d,*d,*d,*d]]", f"{{storage: '{URL}'}}",
-]  # fmt: skip
+    "!!bool x",
+    "!!int ''",
+    "!!timestamp x",
+    "!!python/object/apply:os.getcwd []",
+    "!x",
+    "!!set {}",
+    "&a",
+    "*a",
+    "<<: *a",
+    "<<: {r: 2}",
+    "? [a]",
+    "[" * 500,
+    "- " * 500,
+    "{" * 40,
+    "\0",
+    "\ufeff",
+    "\t",
+    "'",
+    '"',
+    '"\\ud800"',
+    '"\\0"',
+    "|\n",
+    ">\n",
+    "---\n",
+    "...\n",
+    "%YAML 1.9\n",
+    "#",
+    ": ",
+    "1" * 400,
+    "1:" * 5000,
+    "2026-01-02",
+    "010",
+    "~",
+    "=",
+    "\xff",
+    "\u2028",
+    "train: {}\n",
+    ", ",
+    "[&b [x,x,x,x], &c [*b,*b,*b,*b], &d [*c,*c,*c,*c], [*d,*d,*d,*d]]",
+    f"{{storage: '{URL}'}}",
+]
 BOMB = ["x"]
 for _ in range(60):
     BOMB = [BOMB] * 9
@@ -101,13 +166,15 @@ def mutated_text(draw, text):
         at = draw.randrange(len(text) + 1)
         end = min(len(text), at + draw.choice([0, 0, 1, 5, 40, 400]))
         lines = text.splitlines(keepends=True) or [""]
-        text = draw.choice([
-            text[:at] + draw.choice(SNIPPETS) + text[end:],
-            text[:at] + text[end:],
-            text[:end] + text[at:],
-            text[:at] + chr(draw.randrange(0x300)) + text[at:],
-            "".join([*lines, draw.choice(lines)]),
-        ])  # fmt: skip
+        text = draw.choice(
+            [
+                text[:at] + draw.choice(SNIPPETS) + text[end:],
+                text[:at] + text[end:],
+                text[:end] + text[at:],
+                text[:at] + chr(draw.randrange(0x300)) + text[at:],
+                "".join([*lines, draw.choice(lines)]),
+            ]
+        )
     return text
 
 

@@ -17,12 +17,54 @@ from floe.data.sources import load_rows
 from floe.errors import DataError, FileError
 
 FIELDS = ("prompt", "completion", "choices", "answer", "task")
-TEXTS = ["a", "", "7", "007", "1", "0", "NaN", "true", "é", "\U0001f600", "a,b", '"', "two\nlines",
-         "\r\n", "\t", " ", "\x00", "\ufeff", "\u2028", "<e>", "{prompt}", "x" * 5000]  # fmt: skip
+TEXTS = [
+    "a",
+    "",
+    "7",
+    "007",
+    "1",
+    "0",
+    "NaN",
+    "true",
+    "é",
+    "\U0001f600",
+    "a,b",
+    '"',
+    "two\nlines",
+    "\r\n",
+    "\t",
+    " ",
+    "\x00",
+    "\ufeff",
+    "\u2028",
+    "<e>",
+    "{prompt}",
+    "x" * 5000,
+]
 ODD_VALUES = [None, 3, 0.5, True, float("nan"), [], {}, ["a"], ["a", "b"], "9" * 400, 10**400, -1]
-PIECES = [b"\x00", b"\xff", b"\xed\xa0\x80", b"\xef\xbb\xbf", b"\n", b"\r", b'"', b",", b"\\", b"[",
-          b"{", b"}", b"[" * 5000, b"1" * 5000, b"\\ud800", b"\\udc00\\ud83d", b"NaN", b"1e999",
-          b"null", b'"prompt": "p", ', b"\xe2\x80\xa8"]  # fmt: skip
+PIECES = [
+    b"\x00",
+    b"\xff",
+    b"\xed\xa0\x80",
+    b"\xef\xbb\xbf",
+    b"\n",
+    b"\r",
+    b'"',
+    b",",
+    b"\\",
+    b"[",
+    b"{",
+    b"}",
+    b"[" * 5000,
+    b"1" * 5000,
+    b"\\ud800",
+    b"\\udc00\\ud83d",
+    b"NaN",
+    b"1e999",
+    b"null",
+    b'"prompt": "p", ',
+    b"\xe2\x80\xa8",
+]
 
 
 def a_row(draw):
@@ -73,9 +115,12 @@ def as_parquet(draw, rows):
     out = io.BytesIO()
     compression = draw.choice(["none", "snappy", "zstd"])
     pyarrow.parquet.write_table(
-        table, out, compression=compression, use_dictionary=draw.random() < 0.5,
+        table,
+        out,
+        compression=compression,
+        use_dictionary=draw.random() < 0.5,
         write_page_checksum=draw.random() < 0.5,
-    )  # fmt: skip
+    )
     return out.getvalue()
 
 

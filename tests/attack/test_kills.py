@@ -12,13 +12,29 @@ from helpers.tiny_run import write_inputs
 from floe.storage import sha256
 
 RESULTS = (
-    "search/adapter", "score/scores.npz", "select", "train/main/adapter", "train/first/adapter",
-    "adapter", "eval/results.json", "eval/losses.json",
-)  # fmt: skip
+    "search/adapter",
+    "score/scores.npz",
+    "select",
+    "train/main/adapter",
+    "train/first/adapter",
+    "adapter",
+    "eval/results.json",
+    "eval/losses.json",
+)
 PLACES = (  # where somebody might put a file of theirs
-    "", "search", "search.work", "score.work", "train", "train/main.work", "train/main",
-    "train/main.work/checkpoints", "train/mine", "eval.work", "eval", "adapter",
-)  # fmt: skip
+    "",
+    "search",
+    "search.work",
+    "score.work",
+    "train",
+    "train/main.work",
+    "train/main",
+    "train/main.work/checkpoints",
+    "train/mine",
+    "eval.work",
+    "eval",
+    "adapter",
+)
 KILLS = 100
 
 
@@ -99,8 +115,9 @@ class Runs:
         found = {path.name: path.read_text() for path in run.rglob("note*.txt")}
         assert found == self.notes
         assert json.loads((run / "eval/DONE.json").read_text())["inputs"]["arms"].keys() == {
-            "main", "first"
-        }  # fmt: skip
+            "main",
+            "first",
+        }
         self.number, self.notes = self.number + 1, {}
 
 

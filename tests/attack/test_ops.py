@@ -69,9 +69,12 @@ def backward_of(given, products=False):
     routed = Routed(given["hidden"], given["gate"], given["z"])
     needs = [given[f"needs_{name}"] for name in ("x", "shrink", "expand")]
     found = product_form.backward(
-        given["grad_ys"], given["x"], group_of(given), routed,
+        given["grad_ys"],
+        given["x"],
+        group_of(given),
+        routed,
         Needs(*needs, given.get("needs_router_bias", False)),
-    )  # fmt: skip
+    )
     empty = given["x"].new_empty(0)
     given_x = found.x if given["needs_x"] else empty
     own = found.router_bias
@@ -143,10 +146,13 @@ def public_group_add(rng):
 
 
 SINGLE = {
-    "weights": "weight", "biases": "bias", "shrink_weights": "shrink_weight",
-    "expand_weights": "expand_weight", "router_biases": "router_bias",
+    "weights": "weight",
+    "biases": "bias",
+    "shrink_weights": "shrink_weight",
+    "expand_weights": "expand_weight",
+    "router_biases": "router_bias",
     "base_outputs": "base_output",
-}  # fmt: skip
+}
 
 
 def public(rng):
@@ -428,9 +434,12 @@ def has_no_values(value):
     if not isinstance(value, torch.Tensor):
         return False
     return (
-        value.is_meta or value.is_nested or value.layout != torch.strided or value.is_quantized
+        value.is_meta
+        or value.is_nested
+        or value.layout != torch.strided
+        or value.is_quantized
         or value.numel() > 1 << 30
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")

@@ -105,10 +105,18 @@ class Odd:
             return found
         self.good = False
         return self.pick(
-            found.astype(complex), found > 1, np.ma.masked_less(found, 1), found.astype(object),
-            found.astype(str), None,
-            found[..., None], found.ravel()[:-1], np.append(found, 1.0), found.astype("m8[s]"), "a",
-        )  # fmt: skip
+            found.astype(complex),
+            found > 1,
+            np.ma.masked_less(found, 1),
+            found.astype(object),
+            found.astype(str),
+            None,
+            found[..., None],
+            found.ravel()[:-1],
+            np.append(found, 1.0),
+            found.astype("m8[s]"),
+            "a",
+        )
 
     def budget(self, costs):
         total = float(np.sum(costs[np.isfinite(costs)], dtype=np.longdouble).clip(0, LARGEST))
@@ -394,12 +402,23 @@ def native_call(odd):
         (_native.solve_knapsack, array(6), array(6), number(), whole(10), number(), progress),
         (_native.solve_two_class, array(3), array(6), number(), number(), number(), True),
         (_native.solve_two_class, array(3), array(6), number(), number(), number(), False),
-        (_native.refine, array(6), array(6), number(), flags(), whole(2), whole(1), whole(2),
-         odd.pick("all", "same_layer", "same_layer_cross", "?"), bool(rng.integers(2)), whole(10),
-         progress),
+        (
+            _native.refine,
+            array(6),
+            array(6),
+            number(),
+            flags(),
+            whole(2),
+            whole(1),
+            whole(2),
+            odd.pick("all", "same_layer", "same_layer_cross", "?"),
+            bool(rng.integers(2)),
+            whole(10),
+            progress,
+        ),
         (_native.allocate, array(2, 3), costs, whole(5, 2**20), progress),
         (_native.allocate_bound, array(2, 3), costs, whole(5, 2**20)),
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.filterwarnings("ignore:.*encountered in.*:RuntimeWarning")

@@ -83,8 +83,10 @@ def test_arms_share_rows_and_differ_in_layers_alone(study):
     chosen = {(run["arm"], run["draw"]): run["layers"] for run in runs}
     assert chosen["even", 0] == [0, 3]
     assert all(len(layers) == 2 for layers in chosen.values())
-    splits = [set((study[0] / f"data/one-seed1/{s}.jsonl").read_text().splitlines())
-              for s in questions.SPLITS]  # fmt: skip
+    splits = [
+        set((study[0] / f"data/one-seed1/{s}.jsonl").read_text().splitlines())
+        for s in questions.SPLITS
+    ]
     assert [len(rows) for rows in splits] == [32, 8, 10]
     assert len(set.union(*splits)) == 50
 
@@ -107,9 +109,13 @@ def test_arms_may_spend_their_parameters_otherwise(study):
     work = Study(folder, settings)
     places = {
         arm: work.placement(Run("one", 1, arm, 0, 4, 1e-3))
-        for arm in ("adapter_fisher", "adapter_fisher@modules", "adapter_fisher@sizes",
-                    "forward_selection")
-    }  # fmt: skip
+        for arm in (
+            "adapter_fisher",
+            "adapter_fisher@modules",
+            "adapter_fisher@sizes",
+            "forward_selection",
+        )
+    }
     assert not places["adapter_fisher"].modules
     names = {name for one in places["adapter_fisher@modules"].modules.values() for name in one}
     assert names <= {"gate_proj", "up_proj", "down_proj"}
@@ -252,9 +258,17 @@ def test_the_interval_resamples_rows_draws_and_seeds():
 def fake(arm, rate, losses, seed=0, draw=0, layers=(0,)):
     measured = {"mean": 1.0, "nll": [1.0], "tokens": [1]}
     return {
-        "mix": "m", "seed": seed, "arm": arm, "draw": draw, "steps": 10, "rate": rate,
-        "layers": list(layers), "validation": losses, "test": measured, "other": measured,
-    }  # fmt: skip
+        "mix": "m",
+        "seed": seed,
+        "arm": arm,
+        "draw": draw,
+        "steps": 10,
+        "rate": rate,
+        "layers": list(layers),
+        "validation": losses,
+        "test": measured,
+        "other": measured,
+    }
 
 
 def test_the_rate_is_the_best_of_seed_zero_at_the_end():
@@ -272,8 +286,13 @@ def test_the_rate_is_the_best_of_seed_zero_at_the_end():
 
 
 def test_equal_seconds_are_those_of_the_fastest_arm():
-    base = {"mix": "m", "seed": 0, "validation": {"mean": 4.0}, "test": {"mean": 4.0},
-            "other": {"mean": 0.5}}  # fmt: skip
+    base = {
+        "mix": "m",
+        "seed": 0,
+        "validation": {"mean": 4.0},
+        "test": {"mean": 4.0},
+        "other": {"mean": 0.5},
+    }
     slow = fake("adapter_fisher", 1e-3, [[5, 3.0], [10, 2.0]], layers=(0,))
     fast = fake("last", 1e-3, [[5, 3.5], [10, 2.5]], layers=(3,))
     times = {report.place_of(slow): 2.0, report.place_of(fast): 0.8}

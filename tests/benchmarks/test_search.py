@@ -140,8 +140,9 @@ def test_trials_in_random_order_have_the_exact_mean(strategy):
     for name, good in (("best", 1), ("1 %", 3)):  # two neighbours are 0.25 above it
         mean, exact = found[name]["mean"], found[name]["expected_in_random_order"]
         assert exact == 41 / (good + 1)
-        tail = np.array([np.prod((41 - good - np.arange(1, k)) / (41 - np.arange(1, k)))
-                         for k in range(1, 41)])  # P(trials >= k)  # fmt: skip
+        tail = np.array(
+            [np.prod((41 - good - np.arange(1, k)) / (41 - np.arange(1, k))) for k in range(1, 41)]
+        )  # P(trials >= k)
         variance = (2 * np.arange(1, 41) - 1) @ tail - exact**2
         assert tail.sum() == pytest.approx(exact)
         assert abs(mean - exact) < 4 * np.sqrt(variance / 250), (name, mean, exact)

@@ -16,18 +16,24 @@ TEMPLATES = {
     "plain": EACH + OPEN + "{{ m['content'] }}<e>" + ASK,
     "trimmed": EACH + OPEN + "{{ m['content'] | trim }}<e>\n" + ASK,
     "parts": EACH + OPEN + PARTS + "<e>" + ASK,
-    "parts alone": EACH + "{% if m['content'] is string %}{{ raise_exception('no') }}{% endif %}"
-    + OPEN + PARTS + "<e>" + ASK,
+    "parts alone": EACH
+    + "{% if m['content'] is string %}{{ raise_exception('no') }}{% endif %}"
+    + OPEN
+    + PARTS
+    + "<e>"
+    + ASK,
     "system": "<s>be brief<e>" + EACH + OPEN + "{{ m['content'] }}<e>" + ASK,
     "bos": "{{ bos_token }}" + EACH + OPEN + "{{ m['content'] }}<e>" + ASK,
-    "thoughts put in": EACH + OPEN
-    + "{% if m['role'] != 'user' %}[think]\n\n[/think]\n\n{% endif %}{{ m['content'] }}<e>\n" + ASK,
+    "thoughts put in": EACH
+    + OPEN
+    + "{% if m['role'] != 'user' %}[think]\n\n[/think]\n\n{% endif %}{{ m['content'] }}<e>\n"
+    + ASK,
     "never asks": EACH + OPEN + "{{ m['content'] }}<e>{% endfor %}",
     "blank before": EACH + "{% if m['role'] == 'user' %}<u>{{ m['content'] }}<a>"
     "{% else %} {{ m['content'] }}<e>{% endif %}{% endfor %}",
     "other end": EACH + OPEN + "{{ m['content'] }}<s>" + ASK,
     "text end": EACH + OPEN + "{{ m['content'] }}\n\n" + ASK,
-}  # fmt: skip
+}
 
 
 def tokenizer_with(template, bos=True):
@@ -102,16 +108,29 @@ def test_the_end_of_a_turn_stops_an_answer():
         (EACH + "{{ m['content'].nothing.deeper }}" + ASK, "refuses the row"),
         ("<u>" + EACH + "<e>" + ASK, "must write the answer, it leaves it out"),
         (EACH + OPEN + "{{ m['content'] if m['role'] != 'user' }}<e>" + ASK, "the prompt as it is"),
-        (EACH + OPEN + "{{ m['content'][:2] if m['role'] == 'user' else m['content'] }}<e>" + ASK,
-         "must write the prompt as it is"),
+        (
+            EACH
+            + OPEN
+            + "{{ m['content'][:2] if m['role'] == 'user' else m['content'] }}<e>"
+            + ASK,
+            "must write the prompt as it is",
+        ),
         (EACH + OPEN + "{{ m['content'].split(';')[-1] }}<e>" + ASK, "answer as it is, it changes"),
-        (EACH + "{% if ';' in m['content'] %}!{% endif %}" + OPEN + "{{ m['content'] }}<e>" + ASK,
-         "must open and end every answer alike"),
+        (
+            EACH
+            + "{% if ';' in m['content'] %}!{% endif %}"
+            + OPEN
+            + "{{ m['content'] }}<e>"
+            + ASK,
+            "must open and end every answer alike",
+        ),
         (EACH + "<u>{{ m['content'] }}<e>" + ASK, "must open an answer as its generation prompt"),
-        (TEMPLATES["plain"].replace("{% endif %}", "[think]\n{% endif %}"),
-         r"must open .* got '<u>ask <e><a>\[think\]\\n' to ask and"),
+        (
+            TEMPLATES["plain"].replace("{% endif %}", "[think]\n{% endif %}"),
+            r"must open .* got '<u>ask <e><a>\[think\]\\n' to ask and",
+        ),
     ],
-)  # fmt: skip
+)
 def test_what_a_template_does_to_a_row_is_checked(template, message):
     """Training, choices and questions all name the row."""
     tokenizer, odd = tokenizer_with(template), {**ROW, "completion": "oh; yes"}

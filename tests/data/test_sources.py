@@ -166,8 +166,9 @@ def test_an_answer_that_may_be_read_two_ways_is_refused(tmp_path, monkeypatch):
     refusal = "answer '0' must be either a choice or the index of one, got both: choice 2 and the "
     assert all(one.startswith(refusal) for one in found.values())  # "1" is choice 1 either way
     # As numbers they are clear, but not in CSV.
-    found = read_everywhere(tmp_path, [{**row, "answer": int(row["answer"])} for row in rows],
-                            monkeypatch)  # fmt: skip
+    found = read_everywhere(
+        tmp_path, [{**row, "answer": int(row["answer"])} for row in rows], monkeypatch
+    )
     assert found.pop("csv").startswith(refusal)
     for one in found.values():
         assert [row["completion"] for row in one] == ["1", "2", "0"]
@@ -196,25 +197,40 @@ def test_blank_lines_are_no_rows(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.jsonl", lines(ROW) + '{"prompt": "p", "completion": "c", "x": %s}' % ("1" * 5000),
-         "row 1: line 2 must be valid JSON: Exceeds the limit"),
+        (
+            "a.jsonl",
+            lines(ROW) + '{"prompt": "p", "completion": "c", "x": %s}' % ("1" * 5000),
+            "row 1: line 2 must be valid JSON: Exceeds the limit",
+        ),
         ("a.json", "[" + "1" * 5000 + "]", "the file must be valid JSON"),
-        ("a.jsonl", lines({"prompt": "p", "choices": ["a", "b"], "answer": "9" * 5000}),
-         r"row 0: answer must be .* got '9{12}\.\.\.9{13}'"),
-        ("a.jsonl", '{"prompt": "p", "choices": ["a", "b"], "answer": %s}' % ("9" * 400),
-         r"row 0: answer must be .* got 9{18}\.\.\."),
+        (
+            "a.jsonl",
+            lines({"prompt": "p", "choices": ["a", "b"], "answer": "9" * 5000}),
+            r"row 0: answer must be .* got '9{12}\.\.\.9{13}'",
+        ),
+        (
+            "a.jsonl",
+            '{"prompt": "p", "choices": ["a", "b"], "answer": %s}' % ("9" * 400),
+            r"row 0: answer must be .* got 9{18}\.\.\.",
+        ),
         ("a.csv", 'prompt,choices,answer\np,"[""a"",""b""]",' + "1" * 5000, "answer must be"),
         ("a.csv", 'prompt,choices,answer\np,"[%s]",1' % ("1" * 5000), "choices must be a list"),
         ("a.csv", 'prompt,choices,answer\np,"%s",1' % ("[" * 100_000), "choices must be a list"),
         ("a.csv", 'prompt,choices,answer\np,"[""a"",""a""]",1', "must be two or more"),
-        ("a.jsonl", lines(ROW, {**ROW, "prompt": "nice \ud83d"}),
-         r"row 1: prompt must be Unicode text, got the lone surrogate '\\ud83d' at character 5"),
+        (
+            "a.jsonl",
+            lines(ROW, {**ROW, "prompt": "nice \ud83d"}),
+            r"row 1: prompt must be Unicode text, got the lone surrogate '\\ud83d' at character 5",
+        ),
         ("a.jsonl", lines({**ROW, "task": "\udc00"}), "row 0: task must be Unicode text"),
-        ("a.jsonl", lines({"prompt": "p", "choices": ["a", "\udfff"], "answer": 0}),
-         "row 0: a choice must be Unicode text"),
+        (
+            "a.jsonl",
+            lines({"prompt": "p", "choices": ["a", "\udfff"], "answer": 0}),
+            "row 0: a choice must be Unicode text",
+        ),
         ("a.json", '[{"prompt": NaN, "completion": "c"}]', "row 0: prompt must be text, got float"),
     ],
-)  # fmt: skip
+)
 def test_odd_values_name_file_and_row(tmp_path, name, content, message):
     path = write(tmp_path / name, content)
     with pytest.raises(DataError, match=message) as caught:
@@ -257,7 +273,7 @@ def test_damaged_parquet(tmp_path):
         ("", "must hold at least one row, got none"),
         ("\n \n", "must hold at least one row, got none"),
     ],
-)  # fmt: skip
+)
 def test_bad_jsonl(tmp_path, content, message):
     path = write(tmp_path / "bad.jsonl", content)
     with pytest.raises(DataError, match=message) as caught:

@@ -80,9 +80,11 @@ def bitsandbytes():
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     settings = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.float32,
-    )  # fmt: skip
+    )
     with tempfile.TemporaryDirectory() as folder:
         model().save_pretrained(folder)
         base = AutoModelForCausalLM.from_pretrained(folder, quantization_config=settings)
@@ -98,19 +100,32 @@ def trl():
     tokenizer = tiny_tokenizer()
     torch.manual_seed(0)
     shape = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, eos_token_id=0, pad_token_id=0,
-    )  # fmt: skip
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        eos_token_id=0,
+        pad_token_id=0,
+    )
     quiet = {"report_to": "none", "use_cpu": True, "bf16": False, "disable_tqdm": True}
     with tempfile.TemporaryDirectory() as folder:
         adapted = trained(floe.get_model(LlamaForCausalLM(shape), floe.FloeConfig(**CONFIG)))
         pairs = [{"prompt": f"a{i}", "chosen": " yes", "rejected": " no"} for i in range(8)]
         trainer = DPOTrainer(
-            model=adapted, processing_class=tokenizer,
-            args=DPOConfig(output_dir=folder, max_steps=2, learning_rate=0.0, logging_steps=1,
-                           per_device_train_batch_size=4, **quiet),
+            model=adapted,
+            processing_class=tokenizer,
+            args=DPOConfig(
+                output_dir=folder,
+                max_steps=2,
+                learning_rate=0.0,
+                logging_steps=1,
+                per_device_train_batch_size=4,
+                **quiet,
+            ),
             train_dataset=datasets.Dataset.from_list(pairs),
-        )  # fmt: skip
+        )
         trainer.train()
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
         more = tiny_tokenizer()
@@ -118,12 +133,18 @@ def trl():
         more.save_pretrained(Path(folder) / "more")
         turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
         trainer = SFTTrainer(
-            model=LlamaForCausalLM(shape), processing_class=tokenizer,
-            args=SFTConfig(output_dir=folder, max_steps=1, save_steps=1,
-                           chat_template_path=str(Path(folder) / "more"), **quiet),
+            model=LlamaForCausalLM(shape),
+            processing_class=tokenizer,
+            args=SFTConfig(
+                output_dir=folder,
+                max_steps=1,
+                save_steps=1,
+                chat_template_path=str(Path(folder) / "more"),
+                **quiet,
+            ),
             train_dataset=datasets.Dataset.from_list([{"messages": turns}] * 8),
             peft_config=floe.FloeConfig(**CONFIG),
-        )  # fmt: skip
+        )
         trainer.train()
         saved = floe.FloeConfig.from_pretrained(f"{folder}/checkpoint-1")
     wrapped = sorted({name.rpartition(".")[2] for name in adapted_modules(trainer.model)})

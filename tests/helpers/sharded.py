@@ -57,9 +57,11 @@ def flattened(tokens):
     """The adapter's tensors after :func:`step` under FSDP1, on every worker."""
     model = wide_base()
     whole = FullyShardedDataParallel(
-        model, auto_wrap_policy=fsdp_auto_wrap_policy(model), device_id=torch.device("cpu"),
+        model,
+        auto_wrap_policy=fsdp_auto_wrap_policy(model),
+        device_id=torch.device("cpu"),
         use_orig_params=False,
-    )  # fmt: skip
+    )
     step(whole, tokens)
     return get_peft_model_state_dict(model, whole.state_dict())
 

@@ -16,9 +16,13 @@ from floe.training.train import TrainSettings, adapter_parameters, train
 from helpers.tiny import tiny_model, tiny_rows
 
 TRAINING = TrainSettings(
-    learning_rate=1e-2, warmup_ratio=0.0, grad_accum=2, max_steps=14, save_steps=1,
+    learning_rate=1e-2,
+    warmup_ratio=0.0,
+    grad_accum=2,
+    max_steps=14,
+    save_steps=1,
     validation_points=(0.0, 0.5, 1.0),
-)  # fmt: skip
+)
 
 
 def note(folder):
@@ -39,9 +43,13 @@ def training(folder):
         config = FloeConfig(r=2, num_experts=2, dropout=0.25)
         model, rows = get_model(tiny_model(), config, seed=1), tiny_rows(20)
         result = train(
-            model, rows, settings=TRAINING, output_dir=folder + "/run", validation=rows[:6],
+            model,
+            rows,
+            settings=TRAINING,
+            output_dir=folder + "/run",
+            validation=rows[:6],
             on_progress=note(folder),
-        )  # fmt: skip
+        )
     values = [p.detach() for p in adapter_parameters(model).values()]
     torch.save((values, result.train_loss, result.validation_loss), folder + "/out.tmp")
     os.replace(folder + "/out.tmp", folder + "/out.pt")
@@ -58,11 +66,18 @@ def searching(folder, sampler="tpe"):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         result = search(
-            tiny_model(layers=1), rows[:32], rows[32:], directory=folder + "/search",
-            space=SearchSpace(rank=(1, 4, 1), num_experts=(1, 3, 1)), trials=6, sampler=sampler,
-            startup_trials=3, settings=settings, adapter={"dropout": 0.25},
+            tiny_model(layers=1),
+            rows[:32],
+            rows[32:],
+            directory=folder + "/search",
+            space=SearchSpace(rank=(1, 4, 1), num_experts=(1, 3, 1)),
+            trials=6,
+            sampler=sampler,
+            startup_trials=3,
+            settings=settings,
+            adapter={"dropout": 0.25},
             on_progress=note(folder),
-        )  # fmt: skip
+        )
     values = [p.detach() for n, p in result.model.named_parameters() if "floe_" in n]
     trials = [dataclasses.replace(trial, seconds=0.0) for trial in result.trials]
     torch.save((values, [vars(t) for t in trials], result.best_trial), folder + "/out.tmp")

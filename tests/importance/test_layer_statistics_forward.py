@@ -201,8 +201,11 @@ def inputs_of(model, rows, name):
     kept = []
     with torch.no_grad():
         for batch in rows:
-            model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"],
-                  position_ids=batch["position_ids"])  # fmt: skip
+            model(
+                input_ids=batch["input_ids"],
+                attention_mask=batch["attention_mask"],
+                position_ids=batch["position_ids"],
+            )
             kept.append(batch["attention_mask"].bool())
     for hook in hooks:
         hook.remove()

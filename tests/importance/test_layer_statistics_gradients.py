@@ -102,9 +102,7 @@ def plain_card(model, rows):
 
         return hook
 
-    hooks = [
-        b.module.register_forward_hook(beside(b.index), with_kwargs=True) for b in blocks
-    ]  # fmt: skip
+    hooks = [b.module.register_forward_hook(beside(b.index), with_kwargs=True) for b in blocks]
     (rows_summed(model, rows) / len(rows)).backward()
     for hook in hooks:
         hook.remove()

@@ -80,9 +80,14 @@ def test_options_reach_their_measurement():
     model = adapted()
     plain_scores = score(model, batches(size=2))
     changed = score(
-        model, batches(size=2), reduction="batch", mask_scope="full", taylor_kind="vector",
-        taylor_aggregate="mean_of_abs", taylor_tokens="response",
-    )  # fmt: skip
+        model,
+        batches(size=2),
+        reduction="batch",
+        mask_scope="full",
+        taylor_kind="vector",
+        taylor_aggregate="mean_of_abs",
+        taylor_tokens="response",
+    )
     assert changed.head_fisher.shape == changed.head_taylor.shape == (3, 4)
     fisher = measure_fisher(model, batches(size=2), reduction="batch", scope="full")
     assert np.array_equal(changed.neuron_fisher, fisher.neuron)

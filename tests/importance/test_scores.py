@@ -13,10 +13,13 @@ from floe.importance.scores import Scores
 def example(**changes):
     rng = np.random.default_rng(0)
     values = {
-        "head_fisher": rng.random((3, 4)), "neuron_fisher": rng.random((3, 5)),
-        "head_taylor": rng.random((3, 4)), "neuron_taylor": rng.random((3, 5)),
-        "adapter_fisher": rng.random(3), "meta": {"model": "m", "rows": 7},
-    }  # fmt: skip
+        "head_fisher": rng.random((3, 4)),
+        "neuron_fisher": rng.random((3, 5)),
+        "head_taylor": rng.random((3, 4)),
+        "neuron_taylor": rng.random((3, 5)),
+        "adapter_fisher": rng.random(3),
+        "meta": {"model": "m", "rows": 7},
+    }
     return Scores(**(values | changes))
 
 
@@ -67,7 +70,7 @@ def test_counts():
         ({"probe_fisher": np.ones(4)}, ValueError, r"probe_fisher must have shape \(3,\)"),
         ({"head_gradient": np.ones((2, 3, 9), "f4")}, ValueError, r"head_gradient must have"),
     ],
-)  # fmt: skip
+)
 def test_wrong_shapes_and_types(changes, error, message):
     with pytest.raises(error, match=message):
         example(**changes)

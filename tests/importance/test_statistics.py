@@ -61,7 +61,7 @@ def changed(name, place, value):
         (changed("residual_norm", 0, np.inf), ValueError, "got inf in layer 0"),
         (changed("coupling", (1, 0), 1.5), ValueError, r"in \[0, 1\], got 1.5 in layer 1"),
     ],
-)  # fmt: skip
+)
 def test_what_is_refused(bad, error, message):
     with pytest.raises(error, match=message):
         LayerStatistics(3, bad)

@@ -23,9 +23,14 @@ ONE_HEAD = Geometry(layers=1, heads=4, kv_heads=2, head_dim=1, neurons=2, hidden
 
 def test_worked_example_of_shared_key_value_heads():
     parts = {
-        "q": [1.0, 2, 3, 4], "o": [0.5, 0.5, 1, 1], "k": [2.0, 4], "v": [2.0, 0],
-        "gate": [1.0, 2], "up": [3.0, 4], "down": [5.0, 6],
-    }  # fmt: skip
+        "q": [1.0, 2, 3, 4],
+        "o": [0.5, 0.5, 1, 1],
+        "k": [2.0, 4],
+        "v": [2.0, 0],
+        "gate": [1.0, 2],
+        "up": [3.0, 4],
+        "down": [5.0, 6],
+    }
     parts = {name: np.array(values) for name, values in parts.items()}
     head, neuron = unit_costs(parts, ONE_HEAD)
     assert head.tolist() == [3.5, 4.5, 6.0, 7.0]

@@ -18,8 +18,11 @@ def launch(workers, *arguments):
     script = [str(TESTS / "helpers/scoring_worker.py"), *map(str, arguments)]
     return subprocess.run(
         [*LAUNCH, f"--nproc-per-node={workers}", *script],
-        env=ENVIRONMENT, capture_output=True, text=True, timeout=600,
-    )  # fmt: skip
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -79,7 +82,10 @@ def test_workers_need_a_folder_and_the_same_rows():
     )
     done = subprocess.run(
         [*LAUNCH, "--nproc-per-node=2", "--no-python", sys.executable, "-c", script],
-        env=ENVIRONMENT, capture_output=True, text=True, timeout=600,
-    )  # fmt: skip
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
     assert done.stdout.count("folder must be one that all 2 workers share, got None") == 2
     assert done.stdout.count("got others in workers [1] than in worker 0") == 2

@@ -116,9 +116,12 @@ def test_a_recorded_launch_compiles_to_what_its_arguments_allow():
 def test_a_recorded_launch_and_the_same_compiled_by_hand_are_one():
     x = torch.empty(4096, dtype=torch.float16, device="meta")
     by_hand = aot.compile_kernel(
-        double, {"a": "*fp16", "c": "*fp16", "N": "i32"}, {"STRIDE": 1, "BN": 1024}, 80,
+        double,
+        {"a": "*fp16", "c": "*fp16", "N": "i32"},
+        {"STRIDE": 1, "BN": 1024},
+        80,
         divisible=["a", "c", "N"],
-    )  # fmt: skip
+    )
     assert aot.compile_launch(_recorded(x, 1)).report() == by_hand.report()
 
 

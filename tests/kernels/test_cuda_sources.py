@@ -90,9 +90,16 @@ def emulate(library, activation, gradient, group_size, mask=None, scale=None, ve
     run = getattr(library, "floe_emulate_" + str(activation.dtype).removeprefix("torch."))
     sizes = [ctypes.c_int64(n) for n in (samples, tokens, columns, group_size)]
     run(
-        address(activation), address(gradient), address(mask), *sizes, ctypes.c_bool(vector),
-        address(scale), address(partial), address(gradients), address(fisher),
-    )  # fmt: skip
+        address(activation),
+        address(gradient),
+        address(mask),
+        *sizes,
+        ctypes.c_bool(vector),
+        address(scale),
+        address(partial),
+        address(gradients),
+        address(fisher),
+    )
     return partial, gradients, fisher
 
 

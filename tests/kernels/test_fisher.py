@@ -289,16 +289,24 @@ def test_direct_calls_with_wrong_shapes_never_reach_memory():
     op, accumulate = torch.ops.floe.mask_gradients, torch.ops.floe.accumulate_fisher_
     fisher, scale = torch.zeros(4, dtype=torch.float64), torch.ones(2, dtype=torch.float64)
     for arguments in [
-        (x[0], x[0], 2, None), (x, x[:1], 2, None), (x, x.double(), 2, None),
-        (x.int(), x.int(), 2, None), (x, x, 3, None), (x, x, -8, None),
-        (x, x, 2, mask.T), (x, x, 2, mask.int()),
-    ]:  # fmt: skip
+        (x[0], x[0], 2, None),
+        (x, x[:1], 2, None),
+        (x, x.double(), 2, None),
+        (x.int(), x.int(), 2, None),
+        (x, x, 3, None),
+        (x, x, -8, None),
+        (x, x, 2, mask.T),
+        (x, x, 2, mask.int()),
+    ]:
         with pytest.raises(RuntimeError, match="floe: "):
             op(*arguments)
     for fisher_, scale_ in [
-        (fisher[:3], scale), (fisher.float(), scale), (torch.zeros(8).double()[::2], scale),
-        (fisher, scale[:1]), (fisher, scale.float()),
-    ]:  # fmt: skip
+        (fisher[:3], scale),
+        (fisher.float(), scale),
+        (torch.zeros(8).double()[::2], scale),
+        (fisher, scale[:1]),
+        (fisher, scale.float()),
+    ]:
         with pytest.raises(RuntimeError, match="floe: "):
             accumulate(fisher_, x, x, 2, None, scale_)
 

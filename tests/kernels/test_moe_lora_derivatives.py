@@ -34,10 +34,16 @@ SETTINGS = {"scaling": 1.3, "temperature": 0.7, "dropout_p": 0.4, "seed": SEED}
 def group(x, shrink0, shrink1, expand0, expand1, router0, router1, *, backend):
     return tuple(
         moe_lora_group(
-            x, [SMALL] * 2, [SMALL[:, 0], None], [shrink0, shrink1], [expand0, expand1],
-            router_biases=[router0, router1], backend=backend, **SETTINGS,
+            x,
+            [SMALL] * 2,
+            [SMALL[:, 0], None],
+            [shrink0, shrink1],
+            [expand0, expand1],
+            router_biases=[router0, router1],
+            backend=backend,
+            **SETTINGS,
         )
-    )  # fmt: skip
+    )
 
 
 def on_base(x, base0, base1, shrink0, shrink1, expand0, expand1, *, backend):
@@ -63,9 +69,13 @@ CASES = [
 def test_first_derivatives_in_every_mode(function, inputs, backend):
     outputs = functools.partial(function, backend=backend)
     assert torch.autograd.gradcheck(
-        outputs, inputs, check_forward_ad=True, check_batched_grad=True, fast_mode=True,
+        outputs,
+        inputs,
+        check_forward_ad=True,
+        check_batched_grad=True,
+        fast_mode=True,
         check_batched_forward_grad=True,
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.parametrize(
@@ -216,9 +226,9 @@ def test_under_checkpointing_as_torch_s_own_operators(use_reentrant):
 def test_vmap_over_adapters():
     x, weight, bias, shrink, expand, _ = case()
     shrinks, expands = torch.stack([shrink, -shrink]), torch.stack([expand, expand.sin()])
-    each = torch.func.vmap(
-        lambda *adapter: moe_lora(x, weight, bias, *adapter, **SETTINGS)
-    )(shrinks, expands)  # fmt: skip
+    each = torch.func.vmap(lambda *adapter: moe_lora(x, weight, bias, *adapter, **SETTINGS))(
+        shrinks, expands
+    )
     for found, *adapter in zip(each, shrinks, expands, strict=True):
         torch.testing.assert_close(found, moe_lora(x, weight, bias, *adapter, **SETTINGS))
 

@@ -96,10 +96,14 @@ def test_no_columns_or_no_features(sizes, dropout_p, function, backend):
     columns, features = sizes
     x, weights, biases, shrinks, expands, routers, grads = group_case(leading=(2, 3))
     inputs = (
-        x[..., :columns], [w[:features, :columns] for w in weights],
-        [b if b is None else b[:features] for b in biases], [s[:, :columns] for s in shrinks],
-        [e[:features] for e in expands], routers, [grad[..., :features] for grad in grads],
-    )  # fmt: skip
+        x[..., :columns],
+        [w[:features, :columns] for w in weights],
+        [b if b is None else b[:features] for b in biases],
+        [s[:, :columns] for s in shrinks],
+        [e[:features] for e in expands],
+        routers,
+        [grad[..., :features] for grad in grads],
+    )
     common = {"scaling": 1.7, "dropout_p": dropout_p, "seed": SEED}
     expected = run(functools.partial(one_by_one, reference.moe_lora), inputs, **common)
     assert_close(run(function, inputs, backend=backend, **common), expected)
@@ -113,10 +117,18 @@ def test_gradcheck(dropout_p):
     def outputs(x, *adapters):
         return tuple(
             moe_lora_group(
-                x, weights, biases, adapters[:2], adapters[2:4], router_biases=adapters[4:],
-                scaling=1.3, temperature=0.7, dropout_p=dropout_p, seed=SEED,
+                x,
+                weights,
+                biases,
+                adapters[:2],
+                adapters[2:4],
+                router_biases=adapters[4:],
+                scaling=1.3,
+                temperature=0.7,
+                dropout_p=dropout_p,
+                seed=SEED,
             )
-        )  # fmt: skip
+        )
 
     assert torch.autograd.gradcheck(outputs, flat)
 
@@ -193,9 +205,14 @@ def test_experts_cost_the_output_no_second_rounding(backend):
 def bad(**changes):
     x, weights, biases, shrinks, expands, routers, _ = group_case(2)
     arguments = {
-        "x": x, "weights": weights, "biases": biases, "shrink_weights": shrinks,
-        "expand_weights": expands, "router_biases": routers, "scaling": 1.0,
-    }  # fmt: skip
+        "x": x,
+        "weights": weights,
+        "biases": biases,
+        "shrink_weights": shrinks,
+        "expand_weights": expands,
+        "router_biases": routers,
+        "scaling": 1.0,
+    }
     return {**arguments, **changes}
 
 

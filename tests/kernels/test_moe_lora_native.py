@@ -142,9 +142,12 @@ def test_output(shape, dtype, adapter, added):
         [drawn(dtype, tokens, n, seed=8) for n in features] if added in ("base", "both") else none
     )
     ys, _, _, z = experts(
-        x, shrinks, expands, biases=[bias for bias, _ in biases],
+        x,
+        shrinks,
+        expands,
+        biases=[bias for bias, _ in biases],
         bases=[base for base, _ in bases if base is not None],
-    )  # fmt: skip
+    )
 
     def product(z, weight, bias, base):
         y = z @ weight.flatten(1).T
@@ -194,9 +197,19 @@ def test_backward(shape, dtype, adapter, p, needs_x, needs_shrink, needs_expand)
     tokens, columns, features, rank, _ = shape
     x, shrinks, expands, saved, grad_ys = backward_case(shape, dtype, adapter)
     grad_x, grad_shrink, grad_expand, grads = OPS.moe_lora_experts_backward(
-        grad_ys, x, shrinks, expands, *saved, SCALING, TEMPERATURE, p, SEED if p else None,
-        needs_x, needs_shrink, needs_expand,
-    )  # fmt: skip
+        grad_ys,
+        x,
+        shrinks,
+        expands,
+        *saved,
+        SCALING,
+        TEMPERATURE,
+        p,
+        SEED if p else None,
+        needs_x,
+        needs_shrink,
+        needs_expand,
+    )
     hidden, gate, z = saved
     plain = grad_products(
         grad_ys, [e.to(dtype) for e in expands], *(s.to(dtype) for s in saved[:2])
@@ -207,8 +220,9 @@ def test_backward(shape, dtype, adapter, p, needs_x, needs_shrink, needs_expand)
     check(grads, plain, truth, "grads")
     assert grad_x.numel() == needs_x * x.numel()
     assert [len(grad_shrink), len(grad_expand)] == [
-        needs_shrink * len(features), needs_expand * len(features),
-    ]  # fmt: skip
+        needs_shrink * len(features),
+        needs_expand * len(features),
+    ]
     # the rest, of the grads found
     for g, found in enumerate(grad_expand):
         grad, weight = grad_ys[g], expands[g]
@@ -259,9 +273,21 @@ def test_the_dropout_is_that_of_the_definition(dtype):
     assert torch.equal(hidden.float(), torch.stack([expected, expected]))
     grad_ys = [torch.ones(tokens, 1, dtype=dtype)] * 2
     grad_x, *_ = OPS.moe_lora_experts_backward(
-        grad_ys, x, [shrink] * 2, [expand] * 2, hidden, gate, z, 1.0, 1.0, p, SEED,
-        True, False, False,
-    )  # fmt: skip
+        grad_ys,
+        x,
+        [shrink] * 2,
+        [expand] * 2,
+        hidden,
+        gate,
+        z,
+        1.0,
+        1.0,
+        p,
+        SEED,
+        True,
+        False,
+        False,
+    )
     assert torch.equal(grad_x != 0, expected != 0)
 
 
@@ -279,11 +305,23 @@ def test_dropped_values_may_be_infinite(dtype):
     grads = [torch.randn(tokens, 5).to(dtype)]
     found, right = (
         OPS.moe_lora_experts_backward(
-            grads, one, [shrink], [expand], expected, gate, z, 1.0, 1.0, p, SEED,
-            False, True, False,
+            grads,
+            one,
+            [shrink],
+            [expand],
+            expected,
+            gate,
+            z,
+            1.0,
+            1.0,
+            p,
+            SEED,
+            False,
+            True,
+            False,
         )[1][0][:3]
         for one in (infinite, zeros)
-    )  # fmt: skip
+    )
     assert torch.equal(found, right)
 
 

@@ -114,10 +114,17 @@ def test_opcheck(dtype, adapter):
 def forward(**changes):
     x, shrink, expand = torch.ones(2, 6), [torch.ones(5, 6)], [torch.ones(4, 2, 3)]
     given = {
-        "x": x, "shrink_weights": shrink, "expand_weights": expand, "router_biases": [],
-        "biases": [], "base_outputs": [], "scaling": 1.0, "temperature": 1.0, "dropout_p": 0.0,
+        "x": x,
+        "shrink_weights": shrink,
+        "expand_weights": expand,
+        "router_biases": [],
+        "biases": [],
+        "base_outputs": [],
+        "scaling": 1.0,
+        "temperature": 1.0,
+        "dropout_p": 0.0,
         "seed": None,
-    }  # fmt: skip
+    }
     return OPS.moe_lora_experts, {**given, **changes}
 
 

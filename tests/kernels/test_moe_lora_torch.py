@@ -28,9 +28,15 @@ OP_CASES = [
 
 
 def op_arguments(
-    leading, dropout_p, base=False, linears=1, router_bias=False, dtype=torch.float32,
-    adapter=torch.float32, **sizes,
-):  # fmt: skip
+    leading,
+    dropout_p,
+    base=False,
+    linears=1,
+    router_bias=False,
+    dtype=torch.float32,
+    adapter=torch.float32,
+    **sizes,
+):
     """Positional arguments of both ops, for a group of linears of one input."""
     drawn = [case(leading, **sizes) for _ in range(linears)]
     x = drawn[0][0].to(dtype)

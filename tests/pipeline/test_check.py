@@ -101,7 +101,7 @@ FAULTS = {
     ),
     "attention": ({"model__attention": "flash_attention_2"}, FileError, "lashAttention"),
     "model": ({"model__path": "/none/model"}, FileError, "/none/model: does not exist"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", FAULTS)
@@ -118,16 +118,23 @@ def test_what_can_be_known_is_found_before_any_stage(case, config, tmp_path):
 def test_every_problem_is_named_at_once(config, tmp_path):
     with pytest.raises(CheckError) as caught:
         looked_at(
-            config, data__test={"path": "/none.csv"}, select__layers=99, output_dir=__file__,
-            adapter__target_modules=["gate"], select__r0=4.0,
+            config,
+            data__test={"path": "/none.csv"},
+            select__layers=99,
+            output_dir=__file__,
+            adapter__target_modules=["gate"],
+            select__r0=4.0,
             baselines=[baseline(policy="fisher_low", choose="sizes")],
-        )  # fmt: skip
+        )
     text = str(caught.value)
     assert text.startswith(f"{len(caught.value.problems)} problems were found before")
     for part in (
-        "/none.csv: ", "got ['gate']", "test_check.py: must be a folder",
-        "layers must be in [1, 4]", "baselines.one: layer_scores[0] must",
-    ):  # fmt: skip
+        "/none.csv: ",
+        "got ['gate']",
+        "test_check.py: must be a folder",
+        "layers must be in [1, 4]",
+        "baselines.one: layer_scores[0] must",
+    ):
         assert text.count(part) == 1, text
 
 
@@ -197,7 +204,7 @@ def test_rows_that_are_lost_are_told_on_the_terminal_and_in_the_run(config, tmp_
     said = Said()
     folder = run(
         parse_config(given | {"output_dir": str(tmp_path)}), until="search", progress=said
-    ).folder  # fmt: skip
+    ).folder
     own = json.loads((folder / "data.json").read_text())["parts"]["data.train"]
     assert (own["rows"], own["kept"], own["longest"]) == (20, 13, 64)
     assert own["dropped"] == {
@@ -225,8 +232,10 @@ def test_rows_that_are_lost_are_told_on_the_terminal_and_in_the_run(config, tmp_
 
 def test_answers_that_cannot_be_given_are_a_note(config, tmp_path):
     rows = [{"prompt": f"p{i}", "completion": "four" if i else "a longer one"} for i in range(3)]
-    settings = {"data__test": rows_file(tmp_path / "test.jsonl", rows),
-                "data__columns": {"prompt": "prompt", "completion": "completion"}}  # fmt: skip
+    settings = {
+        "data__test": rows_file(tmp_path / "test.jsonl", rows),
+        "data__columns": {"prompt": "prompt", "completion": "completion"},
+    }
     (note,) = looked_at(config, **settings, eval__max_new_tokens=4).notes
     assert note.startswith("1 right answers are longer than eval.max_new_tokens = 4")
     assert looked_at(config, **settings, eval__max_new_tokens=12).notes == []
@@ -286,9 +295,11 @@ def test_an_adapter_is_no_base_model(kind, config, tmp_path):
 
 
 def test_weights_that_would_be_random_are_refused(config, tmp_path):
-    more = RunInputs(parse_config(changed(
-        config, model__path=str(saved_model(tmp_path / "more", num_hidden_layers=3))
-    )))  # fmt: skip
+    more = RunInputs(
+        parse_config(
+            changed(config, model__path=str(saved_model(tmp_path / "more", num_hidden_layers=3)))
+        )
+    )
     for look in (lambda: check(more), lambda: more.base_model):
         with pytest.raises(FileError, match=r"every weight, 9 are missing: model\.layers\.2\."):
             look()
@@ -337,8 +348,11 @@ def test_a_dry_run_tells_and_writes_nothing(config, tmp_path, monkeypatch, capsy
     code, said = call()
     assert code == 0
     for part in (
-        "data.train: 48 of 48 rows kept", "main: 2 layers", "all: 4 layers", "base model 0.2 MiB, ",
-    ):  # fmt: skip
+        "data.train: 48 of 48 rows kept",
+        "main: 2 layers",
+        "all: 4 layers",
+        "base model 0.2 MiB, ",
+    ):
         assert part in said.out, said.out
     code, said = call("--json")
     assert code == 0

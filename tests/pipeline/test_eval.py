@@ -64,8 +64,10 @@ def test_loss_and_accuracy_are_of_the_same_rows(tmp_path, monkeypatch):
     work = workspace(tmp_path)
     encoded = work.encoded("test")
     assert encoded.dropped == {
-        "without a completion": [0], "too long for max_length": [4], "without a prompt": [5],
-    }  # fmt: skip
+        "without a completion": [0],
+        "too long for max_length": [4],
+        "without a prompt": [5],
+    }
     assert (encoded.given, encoded.lost, encoded.cut) == (11, 3, [10])
     assert [row.index for row in work.test_rows] == USED
     assert work.test_examples == [TEST[i] for i in USED]

@@ -101,8 +101,11 @@ def test_no_code_of_a_model_runs_even_if_the_terminal_says_yes(inputs, tmp_path,
     (folder / "custom_generate").mkdir()
     for file in ("evil.py", "custom_generate/generate.py"):
         (folder / file).write_text(CODE.format(ran=str(tmp_path / "ran")))
-    edit(folder / "tokenizer_config.json", auto_map={"AutoTokenizer": [None, "evil.EvilTokenizer"]},
-         tokenizer_class="EvilTokenizer")  # fmt: skip
+    edit(
+        folder / "tokenizer_config.json",
+        auto_map={"AutoTokenizer": [None, "evil.EvilTokenizer"]},
+        tokenizer_class="EvilTokenizer",
+    )
     refusal = "floe runs no code of a model"
     edit(folder / "config.json", auto_map=classes)
     _ = workspace(config).base_model  # of a known type: transformers' own class

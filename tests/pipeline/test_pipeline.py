@@ -111,9 +111,12 @@ def scored_by_workers(path):
     """``floe score`` by two workers of torchrun."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     return subprocess.run(
-        [*launch, "-m", "floe", "score", str(path), "--json"], capture_output=True, text=True,
-        timeout=600, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+        [*launch, "-m", "floe", "score", str(path), "--json"],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
 
 
 def test_workers_of_torchrun_share_the_score_stage(config, finished, folder):
@@ -202,8 +205,11 @@ def test_a_sweep_chooses_the_number_of_layers_on_validation_rows(config, finishe
 def test_every_baseline_has_as_many_layers_and_the_same_steps(finished):
     arms = {p.parent.name: json.loads(p.read_text()) for p in finished.glob("train/*/metrics.json")}
     assert {arm: len(m["layers"]) for arm, m in arms.items()} == {
-        "main": 2, "all": 4, "paper": 2, "random": 2,
-    }  # fmt: skip
+        "main": 2,
+        "all": 4,
+        "paper": 2,
+        "random": 2,
+    }
     assert {m["steps"] for m in arms.values()} == {6}
     assert arms["paper"]["layers"] == sorted(Selection.load(finished / "select").paper.layers)
     assert arms["all"]["trainable_parameters"] == 2 * arms["main"]["trainable_parameters"]
@@ -242,13 +248,19 @@ def test_a_changed_setting_reruns_what_depends_on_it_alone(config, finished):
 
 
 SAME = {
-    "train": {"gradient_checkpointing": True, "validations": 1, "save_steps": 3, "batch_size": 2,
-              "grad_accum": 2, "epochs": 3.0},
+    "train": {
+        "gradient_checkpointing": True,
+        "validations": 1,
+        "save_steps": 3,
+        "batch_size": 2,
+        "grad_accum": 2,
+        "epochs": 3.0,
+    },
     "eval": {"batch_size": 3},
     "score": {"batch_size": 2},
     "search": {"storage": "sqlite:///elsewhere.db"},
     "adapter": {"backend": "eager", "r": 3, "num_experts": 9},
-}  # fmt: skip
+}
 
 
 def with_settings(config, changes):
@@ -284,13 +296,27 @@ def test_every_setting_is_sorted_and_those_that_count_are_asked_about(config, fi
 
 
 OTHER = {
-    "train.learning_rate": 0.02, "train.max_grad_norm": 2.0, "train.seed": 1,
-    "adapter.alpha": 8.0, "adapter.target_modules": ["up_proj"], "search.rank": [2, 6, 2],
-    "search.sampler": "grid", "warmup.max_steps": 4, "warmup.fraction": 0.25,
-    "score.reduction": "batch", "score.rows": 8, "score.taylor_rows": 4, "select.budget": 0.25,
-    "select.tune_tokens": 128, "select.policy": "masks", "train.max_steps": 7,
-    "train.grad_accum": 3, "eval.max_new_tokens": 3, "data.max_length": 48, "eval.limit": 3,
-}  # fmt: skip
+    "train.learning_rate": 0.02,
+    "train.max_grad_norm": 2.0,
+    "train.seed": 1,
+    "adapter.alpha": 8.0,
+    "adapter.target_modules": ["up_proj"],
+    "search.rank": [2, 6, 2],
+    "search.sampler": "grid",
+    "warmup.max_steps": 4,
+    "warmup.fraction": 0.25,
+    "score.reduction": "batch",
+    "score.rows": 8,
+    "score.taylor_rows": 4,
+    "select.budget": 0.25,
+    "select.tune_tokens": 128,
+    "select.policy": "masks",
+    "train.max_steps": 7,
+    "train.grad_accum": 3,
+    "eval.max_new_tokens": 3,
+    "data.max_length": 48,
+    "eval.limit": 3,
+}
 
 
 def test_more_and_fewer_arms_make_only_these_anew(config, finished):
@@ -497,9 +523,11 @@ def start(path):
     """The run as a process of its own, which heeds SIGINT even where this one ignores it."""
     return subprocess.Popen(
         [sys.executable, "-m", "floe", "run", str(path), "--quiet"],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )  # fmt: skip
+    )
 
 
 def kill_within(process, marker, timeout=120):
@@ -562,9 +590,14 @@ def test_losses_by_row_are_those_of_the_results(finished):
 @pytest.mark.slow
 def test_a_run_killed_in_every_stage_continues_to_the_same_bytes(config, finished, tmp_path):
     patterns = [
-        "search.work/study.db", "search.work/trials/0001*", "score.work", "select.work",
-        "train/main.work/checkpoints/checkpoint-4", "profile.work", "eval.work/arms/main.json",
-    ]  # fmt: skip
+        "search.work/study.db",
+        "search.work/trials/0001*",
+        "score.work",
+        "select.work",
+        "train/main.work/checkpoints/checkpoint-4",
+        "profile.work",
+        "eval.work/arms/main.json",
+    ]
     check_killed(config, finished, tmp_path, "killed-often", patterns)
 
 

@@ -93,9 +93,11 @@ def never_trained(patch):
 
 def test_only_the_results_and_the_study_are_left(finished):
     assert results(finished)[1] == [
-        "adapter/adapter_config.json", "adapter/adapter_model.safetensors", "result.json",
+        "adapter/adapter_config.json",
+        "adapter/adapter_model.safetensors",
+        "result.json",
         "study.db",
-    ]  # fmt: skip
+    ]
 
 
 def test_a_kill_at_any_deletion_or_renaming_loses_no_trial(

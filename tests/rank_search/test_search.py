@@ -158,8 +158,12 @@ def test_search_keeps_the_best_model_and_leaves_the_base_alone(tmp_path):
     # and the same as training that point by hand
     config = FloeConfig(r=result.rank, num_experts=result.num_experts, dropout=0.0)
     model = get_model(base, config, seed=41)
-    train(model, rows[:16], settings=dataclasses.replace(FAST, validation_points=()),
-          output_dir=tmp_path / "hand")  # fmt: skip
+    train(
+        model,
+        rows[:16],
+        settings=dataclasses.replace(FAST, validation_points=()),
+        output_dir=tmp_path / "hand",
+    )
     assert validation_loss(model, make_batches(rows[16:], 16)) == result.objective
     left = [p.name for p in (tmp_path / "trials").iterdir()]
     assert left == [f"{result.best_trial:04d}-r{result.rank}-m{result.num_experts}"]
@@ -330,13 +334,17 @@ def test_passwords_are_never_shown(tmp_path):
     assert "geheim" not in str(caught.value)
     assert caught.value.__cause__ is caught.value.__context__ is None
     for url, shown in [
-        ("postgresql://me:geheim@host/db?sslpassword=geheim&mode=x",
-         "postgresql://me:***@host/db?sslpassword=***&mode=x"),
+        (
+            "postgresql://me:geheim@host/db?sslpassword=geheim&mode=x",
+            "postgresql://me:***@host/db?sslpassword=***&mode=x",
+        ),
         ("postgresql://me:ge@heim@host/db", "postgresql://me:***@host/db"),
         ("mysql://me:ge heim{}%@host/db", "mysql://me:***@host/db"),
-        ("mssql+pyodbc:///?odbc_connect=UID%3Dme%3BPWD%3Dgeheim",
-         "mssql+pyodbc:///?odbc_connect=hidden"),
-    ]:  # fmt: skip
+        (
+            "mssql+pyodbc:///?odbc_connect=UID%3Dme%3BPWD%3Dgeheim",
+            "mssql+pyodbc:///?odbc_connect=hidden",
+        ),
+    ]:
         assert mask(url) == shown
     assert mask("geheim") == "an unreadable URL"
     path = tmp_path / "own.db"
@@ -483,9 +491,21 @@ def test_parameters_of_another_kind_in_the_study_are_named(tmp_path):
 
 @pytest.mark.parametrize(
     "name",
-    ["50%25", "a?b", "a#1", "two words", "it's \"x\"", "{0}", "\u00e9\u4e2d", "file:x?mode=ro",
-     ":memory:", "a\\b", "%", "a\udcff"],
-)  # fmt: skip
+    [
+        "50%25",
+        "a?b",
+        "a#1",
+        "two words",
+        'it\'s "x"',
+        "{0}",
+        "\u00e9\u4e2d",
+        "file:x?mode=ro",
+        ":memory:",
+        "a\\b",
+        "%",
+        "a\udcff",
+    ],
+)
 def test_the_study_lies_in_a_directory_of_any_name(tmp_path, name):
     folder = tmp_path / name
     folder.mkdir()
@@ -501,8 +521,12 @@ def test_a_search_in_a_directory_of_an_odd_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path / "a? 50%25 {x}")
     result = run("b#", trials=1)
     assert sorted(p.name for p in Path("b#").iterdir()) == [
-        "best", "search.lock", "study.db", "study.db.lock", "trials",
-    ]  # fmt: skip
+        "best",
+        "search.lock",
+        "study.db",
+        "study.db.lock",
+        "trials",
+    ]
     assert result.adapter_path == Path("b#/best")
     assert [p.name for p in tmp_path.iterdir()] == ["a? 50%25 {x}"]
 
@@ -669,8 +693,11 @@ def test_files_of_others_among_the_trials_stay(tmp_path):
     run(tmp_path, trials=2)
     floe.rank_search.search.remove_trials(tmp_path)
     left = sorted(str(p.relative_to(tmp_path)) for p in tmp_path.glob("trials/**/*") if p.is_file())
-    assert left == [f"trials/{trial.name}/adapter/mine.bin", f"trials/{trial.name}/notes.txt",
-                    "trials/x"]  # fmt: skip
+    assert left == [
+        f"trials/{trial.name}/adapter/mine.bin",
+        f"trials/{trial.name}/notes.txt",
+        "trials/x",
+    ]
 
 
 def test_fingerprint_and_removal():

@@ -35,9 +35,18 @@ from floe.report.theme import DARK, LIGHT, render_svg, themed
 
 HOSTILE = 'evil/"model" & \'<script>alert(1)</script>'
 PICTURES = (
-    "saliency", "units", "rankings", "tuning", "search", "layers", "curves", "outcomes", "tasks",
-    "cost", "router",
-)  # fmt: skip
+    "saliency",
+    "units",
+    "rankings",
+    "tuning",
+    "search",
+    "layers",
+    "curves",
+    "outcomes",
+    "tasks",
+    "cost",
+    "router",
+)
 
 
 @pytest.fixture(scope="module")
@@ -277,8 +286,14 @@ def test_arms_that_chose_by_projection_or_size_are_drawn(fresh):
     assert size.note.startswith("rank")
     figure = placements(run).draw(LIGHT)
     marks = [set(line.get_xdata()) for line in figure.axes[0].lines]
-    assert marks == [set(range(LAYERS)), {second}, set(range(LAYERS)), {second},
-                     set(range(LAYERS)), {first}]  # fmt: skip
+    assert marks == [
+        set(range(LAYERS)),
+        {second},
+        set(range(LAYERS)),
+        {second},
+        set(range(LAYERS)),
+        {first},
+    ]
     assert [bar.get_height() for bar in figure.axes[1].patches] == [4, 16]
 
 
@@ -439,7 +454,7 @@ RESULTS, ROUTER = ("eval", "results.json"), ("eval", "router.json")
         (ROUTER, lambda d: d["modules"][0].update(layer=99), r"in \[0, 30\)"),
         (PROFILE, lambda d: d["points"][0].pop("layers"), r"points\[0\].layers is missing"),
     ],
-)  # fmt: skip
+)
 def test_damaged_artifact_names_file_and_key(fresh, parts, change, message):
     edit(fresh, change, *parts)
     with pytest.raises(FileError, match=message) as caught:
@@ -582,8 +597,15 @@ def test_sorted_bins_average_the_largest_first():
 
 
 def test_best_so_far_counts_complete_trials_only():
-    states = [("failed", None), ("complete", 2.0), ("pruned", 1.0), ("complete", math.nan),
-              ("repeat", 0.5), ("complete", 1.5), ("complete", 1.7)]  # fmt: skip
+    states = [
+        ("failed", None),
+        ("complete", 2.0),
+        ("pruned", 1.0),
+        ("complete", math.nan),
+        ("repeat", 0.5),
+        ("complete", 1.5),
+        ("complete", 1.7),
+    ]
     trials = tuple(Trial(i, 2, 2, state, value, None) for i, (state, value) in enumerate(states))
     assert best_so_far(trials) == [None, 2.0, 2.0, 2.0, 2.0, 1.5, 1.5]
 
@@ -624,11 +646,18 @@ def test_intervals_that_touch_overlap():
 
 def test_numbers_read_as_text():
     assert [significant(v) for v in (0.0, 0.01234, 45123.4, 1.2e-7, 3.0e9)] == [
-        "0", "0.0123", "45,123", "1.20e-07", "3.00e+09",
-    ]  # fmt: skip
+        "0",
+        "0.0123",
+        "45,123",
+        "1.20e-07",
+        "3.00e+09",
+    ]
     assert [duration(v) for v in (0.0454, 8.24, 185, 7800)] == [
-        "45 ms", "8.2 s", "3 min 05 s", "2 h 10 min",
-    ]  # fmt: skip
+        "45 ms",
+        "8.2 s",
+        "3 min 05 s",
+        "2 h 10 min",
+    ]
     assert (decimals(1.0), decimals(None), decimals(math.nan)) == ("1.000", "–", "nan")
     assert (size(2**29), size(3 * 2**30)) == ("512 MiB", "3.00 GiB")
     assert label("a\x00b\ud800") == "a\ufffdb\ufffd"
@@ -667,9 +696,15 @@ def browser():
         pytest.skip(f"Chromium is not installed: looked for {', '.join(names)}")
     sync_api = pytest.importorskip("playwright.sync_api")
     switches = [
-        "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-        "--disable-background-networking", "--disable-component-update", "--disable-sync",
-    ]  # fmt: skip
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-quic",
+        "--no-first-run",
+        "--disable-background-networking",
+        "--disable-component-update",
+        "--disable-sync",
+    ]
     with sync_api.sync_playwright() as playwright:
         chromium = playwright.chromium.launch(executable_path=executable, args=switches)
         yield chromium

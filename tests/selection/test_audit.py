@@ -205,9 +205,16 @@ def test_parts_are_nested_and_end_with_all_rows(found):
     resampled = {one.name for one in found.subsets}
     assert resampled == {one.name for one in found.bootstrap}
     assert resampled == {
-        "masks/global", "masks/exact", "masks/paper_layer", "masks/alg1_literal", "adapter_fisher",
-        "gate_fisher_diagonal", "fisher_high", "fisher_low", "segment",
-    }  # fmt: skip
+        "masks/global",
+        "masks/exact",
+        "masks/paper_layer",
+        "masks/alg1_literal",
+        "adapter_fisher",
+        "gate_fisher_diagonal",
+        "fisher_high",
+        "fisher_low",
+        "segment",
+    }
 
 
 def test_halves_are_disjoint():
@@ -223,8 +230,10 @@ def test_fisher_information_that_is_no_sum_over_rows_is_not_resampled():
     found = run(make(meta={"reduction": "batch"}))
     assert "batch" in found.not_resampled["masks/global"]
     assert {one.name for one in found.bootstrap} == {
-        "adapter_fisher", "gate_fisher_diagonal", "segment",
-    }  # fmt: skip
+        "adapter_fisher",
+        "gate_fisher_diagonal",
+        "segment",
+    }
 
 
 @pytest.mark.parametrize(("rows", "layers"), [(1, 1), (2, L), (3, 1)])

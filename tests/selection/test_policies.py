@@ -128,8 +128,13 @@ def test_positions_reproduce_an_order(order):
     assert rank_layers(by_position(order)).tolist() == list(order)
 
 
-PLAIN = {"gradient_norm": "gradient_norm", "lamp": "lamp_kept", "shapley": "shapley",
-         "error_propagation": "error_growth", "coarse_to_fine": "zeroth_order"}  # fmt: skip
+PLAIN = {
+    "gradient_norm": "gradient_norm",
+    "lamp": "lamp_kept",
+    "shapley": "shapley",
+    "error_propagation": "error_growth",
+    "coarse_to_fine": "zeroth_order",
+}
 
 
 @pytest.mark.parametrize(("policy", "statistic"), PLAIN.items())

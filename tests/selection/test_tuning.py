@@ -371,7 +371,7 @@ def test_quantised_weights_are_refused(monkeypatch):
         ({"neuron_mask": np.full((3, 40), np.nan)}, ValueError, "neuron_mask must be finite"),
         ({"batches": []}, ValueError, "at least one row"),
     ],
-)  # fmt: skip
+)
 def test_refusals(options, error, message):
     head, neuron = masks()
     arguments = {"batches": batches(), "head_mask": head, "neuron_mask": neuron} | options

@@ -211,8 +211,11 @@ def test_large_problems_follow_numpy(values):
     """Above the size where values are sorted by bucket, and only where they are asked for."""
     rng = np.random.default_rng(12)
     for heads, neurons, head_cost, neuron_cost in (
-        (5000, 40_000, 96, 7), (30, 50_000, 1024, 1), (50_000, 50_000, 3, 3), (20_000, 9, 2, 5),
-    ):  # fmt: skip
+        (5000, 40_000, 96, 7),
+        (30, 50_000, 1024, 1),
+        (50_000, 50_000, 3, 3),
+        (20_000, 9, 2, 5),
+    ):
         draw = {
             "integers": lambda size: rng.integers(0, 60, size).astype(float),
             "lognormal": lambda size: np.round(rng.lognormal(0, 3, size) * 1024),

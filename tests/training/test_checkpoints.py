@@ -85,10 +85,14 @@ def test_files_of_others_survive(tmp_path):
     checkpoints.remove_checkpoints(tmp_path)
     left = sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file())
     assert [name for name in left if ".DS_Store" not in name] == [
-        "broken/checkpoint-1/mine.txt", "broken/checkpoint-2/mine.txt",
-        "broken/checkpoint-3/mine.txt", "broken/mine.txt", "checkpoint-4/mine.txt",
-        "checkpoint-notes/thesis.txt", "readme.txt",
-    ]  # fmt: skip
+        "broken/checkpoint-1/mine.txt",
+        "broken/checkpoint-2/mine.txt",
+        "broken/checkpoint-3/mine.txt",
+        "broken/mine.txt",
+        "checkpoint-4/mine.txt",
+        "checkpoint-notes/thesis.txt",
+        "readme.txt",
+    ]
 
 
 def test_what_a_file_manager_leaves_is_not_sealed(tmp_path):

@@ -17,9 +17,14 @@ from floe.training.schedule import TrainSettings
 from floe.training.trainer import AdapterTrainer, global_state, step_loss, training_arguments
 
 SETTINGS = TrainSettings(
-    learning_rate=1e-2, warmup_ratio=0.0, batch_size=2, grad_accum=2, weight_decay=0.1,
-    save_steps=None, save_total_limit=20,
-)  # fmt: skip
+    learning_rate=1e-2,
+    warmup_ratio=0.0,
+    batch_size=2,
+    grad_accum=2,
+    weight_decay=0.1,
+    save_steps=None,
+    save_total_limit=20,
+)
 
 
 def model_of(layers=None, dropout=0.25, depth=4):
@@ -96,8 +101,12 @@ def test_only_the_active_layers_change(kind, tmp_path):
     for start in range(0, 6, 2):
         assert len(set(steps.active[start : start + 2])) == 1  # one choice an interval
     assert schedule.trained == set(itertools.chain(*steps.active))
-    assert all(p.requires_grad for m in adapted_layers(model).values() for n in m.values()
-               for p in parameters(n))  # fmt: skip
+    assert all(
+        p.requires_grad
+        for m in adapted_layers(model).values()
+        for n in m.values()
+        for p in parameters(n)
+    )
     assert schedule.active == ()
 
 
@@ -131,10 +140,16 @@ def test_the_optimiser_keeps_what_it_knew_of_a_resting_layer(tmp_path):
 
     class Watch(TrainerCallback):
         def on_step_end(self, args, state, control, optimizer=None, **kwargs):
-            known = {k: optimizer.state.get(parameters(next(iter(v.values())))[0], {})
-                     for k, v in adapted_layers(model).items()}  # fmt: skip
-            kept.append({k: (float(s["step"]), float(s["exp_avg"].sum())) if s else None
-                         for k, s in known.items()})  # fmt: skip
+            known = {
+                k: optimizer.state.get(parameters(next(iter(v.values())))[0], {})
+                for k, v in adapted_layers(model).items()
+            }
+            kept.append(
+                {
+                    k: (float(s["step"]), float(s["exp_avg"].sum())) if s else None
+                    for k, s in known.items()
+                }
+            )
 
     run(model, schedule, tmp_path, Watch())
     active = [schedule.draw(step)[0] for step in range(6)]

@@ -45,8 +45,12 @@ def test_only_the_selected_adapters_move_and_the_loss_falls(tmp_path):
     model, rows = model_of(layers=[1]), tiny_rows(48)
     before = state_of(model)
     result = train(
-        model, rows, settings=settings(epochs=3), output_dir=tmp_path, validation=rows[:12],
-    )  # fmt: skip
+        model,
+        rows,
+        settings=settings(epochs=3),
+        output_dir=tmp_path,
+        validation=rows[:12],
+    )
     after = state_of(model)
     for name, value in before.items():
         assert torch.equal(value, after[name]) == ("floe_" not in name), name
@@ -80,14 +84,19 @@ def test_equals_adamw_by_hand(tmp_path):
     used = settings(batch_size=2, grad_accum=4, max_grad_norm=0.5)
     train(model, rows, settings=used, output_dir=tmp_path)
     order = training_order([len(r) for r in rows], used)
-    optimizer = torch.optim.AdamW([p for p in plain.parameters() if p.requires_grad], lr=1e-2,
-                                  weight_decay=0.0)  # fmt: skip
+    optimizer = torch.optim.AdamW(
+        [p for p in plain.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.0
+    )
     plain.train()
     for step in range(3):
         optimizer.param_groups[0]["lr"] = 1e-2 * 0.5 * (1 + np.cos(np.pi * step / 3))
         chosen = [rows[i] for i in order[8 * step : 8 * step + 8]]
-        losses = [row_losses(plain(torch.tensor([r.prompt + r.response])).logits,
-                             torch.tensor([r.labels]))[0] for r in chosen]  # fmt: skip
+        losses = [
+            row_losses(
+                plain(torch.tensor([r.prompt + r.response])).logits, torch.tensor([r.labels])
+            )[0]
+            for r in chosen
+        ]
         (torch.cat(losses).sum() / sum(r.targets for r in chosen)).backward()
         torch.nn.utils.clip_grad_norm_([p for p in plain.parameters() if p.requires_grad], 0.5)
         optimizer.step()
@@ -142,10 +151,14 @@ def test_validation_points_and_callbacks(tmp_path):
     model = model_of()
     used = settings(validation_points=(0.0, 0.5, 1.0))
     result = train(
-        model, rows, settings=used, output_dir=tmp_path, validation=rows[:9],
+        model,
+        rows,
+        settings=used,
+        output_dir=tmp_path,
+        validation=rows[:9],
         on_validation=lambda step, loss: seen.append((step, loss)),
         on_progress=lambda *values: progress.append(values),
-    )  # fmt: skip
+    )
     assert [step for step, _ in seen] == [0, 2, 4]
     assert result.validation_loss == seen
     assert seen[-1][1] == pytest.approx(
@@ -435,8 +448,13 @@ def stop_at(step):
 
 def stopped(folder, step, rows=20):
     with pytest.raises(KeyboardInterrupt):
-        train(model_of(dropout=0.25), tiny_rows(rows), settings=TRAINING, output_dir=folder,
-              on_progress=stop_at(step))  # fmt: skip
+        train(
+            model_of(dropout=0.25),
+            tiny_rows(rows),
+            settings=TRAINING,
+            output_dir=folder,
+            on_progress=stop_at(step),
+        )
 
 
 @pytest.mark.parametrize("hours", [1, -1])
@@ -455,9 +473,14 @@ def test_checkpoints_from_another_time_are_gone_on_from(tmp_path, hours):
 
 @pytest.mark.parametrize(
     "advice",
-    [{"gradient_checkpointing": True}, {"batch_size": 1, "grad_accum": 4}, {"save_steps": 3},
-     {"validation_points": ()}, {"eval_batch_size": 1}],
-)  # fmt: skip
+    [
+        {"gradient_checkpointing": True},
+        {"batch_size": 1, "grad_accum": 4},
+        {"save_steps": 3},
+        {"validation_points": ()},
+        {"eval_batch_size": 1},
+    ],
+)
 def test_what_out_of_memory_advises_goes_on_from_the_checkpoints(tmp_path, advice):
     rows, plain = tiny_rows(40), settings(batch_size=2, grad_accum=2, max_steps=8, save_steps=1)
     unbroken, model = model_of(), model_of()
@@ -472,11 +495,28 @@ def test_what_out_of_memory_advises_goes_on_from_the_checkpoints(tmp_path, advic
 
 
 def test_the_identity_is_what_decides_the_adapter():
-    same = {"batch_size": 4, "grad_accum": 2, "gradient_checkpointing": True, "save_steps": 3,
-            "save_total_limit": 7, "validation_points": (), "eval_batch_size": 3}  # fmt: skip
-    other = {"learning_rate": 1.0, "batch_size": 2, "grad_accum": 3, "epochs": 2.0, "max_steps": 3,
-             "warmup_ratio": 0.5, "schedule": "linear", "weight_decay": 1.0, "max_grad_norm": 9.0,
-             "group_by_length": True, "seed": 1}  # fmt: skip
+    same = {
+        "batch_size": 4,
+        "grad_accum": 2,
+        "gradient_checkpointing": True,
+        "save_steps": 3,
+        "save_total_limit": 7,
+        "validation_points": (),
+        "eval_batch_size": 3,
+    }
+    other = {
+        "learning_rate": 1.0,
+        "batch_size": 2,
+        "grad_accum": 3,
+        "epochs": 2.0,
+        "max_steps": 3,
+        "warmup_ratio": 0.5,
+        "schedule": "linear",
+        "weight_decay": 1.0,
+        "max_grad_norm": 9.0,
+        "group_by_length": True,
+        "seed": 1,
+    }
     assert same.keys() | other.keys() == vars(FAST).keys()
     assert settings(**same).identity() == FAST.identity()
     for name, value in other.items():

@@ -321,9 +321,12 @@ def record(capability, tokens, features, columns, rank, experts, dropout_p=0.05)
 def test_grad_y_and_x_are_read_once():
     launches = record(90, 16384, 4096, 11008, 8, 4)
     assert [one.kernel.__name__ for one in launches] == [
-        "grad_y_kernel", "route_backward_kernel", "sum_parts_kernel",
-        "grad_x_kernel", "sum_parts_kernel",
-    ]  # fmt: skip
+        "grad_y_kernel",
+        "route_backward_kernel",
+        "sum_parts_kernel",
+        "grad_x_kernel",
+        "sum_parts_kernel",
+    ]
     grad_y, _, _, grad_x, _ = launches
     assert grad_y.grid == (22, 6)  # at most one program on each of 132 multiprocessors
     assert grad_y.flops == 4 * 16384 * 11008 * 32

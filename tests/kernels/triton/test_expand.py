@@ -79,9 +79,13 @@ def group_of(rank, experts, dropout_p):
 
 @MANY
 @given(
-    experts=st.integers(1, 16), rank=st.integers(1, 40), bias=st.booleans(), base=st.booleans(),
-    adapter=DTYPES, **SIZES,
-)  # fmt: skip
+    experts=st.integers(1, 16),
+    rank=st.integers(1, 40),
+    bias=st.booleans(),
+    base=st.booleans(),
+    adapter=DTYPES,
+    **SIZES,
+)
 def test_expand(tokens, columns, features, dtype, gap, experts, rank, bias, base, adapter):
     draw = drawer(tokens, features, experts, rank)
     inputs = (
@@ -111,9 +115,12 @@ def test_fused_linear(tokens, columns, features, dtype, gap, experts, rank, bias
 
 @MANY
 @given(
-    hidden_rows=st.integers(1, 60), logit_rows=st.integers(1, 40), adapter=DTYPES,
-    dropout_p=st.sampled_from([0.0, 0.05, 0.5]), **SIZES,
-)  # fmt: skip
+    hidden_rows=st.integers(1, 60),
+    logit_rows=st.integers(1, 40),
+    adapter=DTYPES,
+    dropout_p=st.sampled_from([0.0, 0.05, 0.5]),
+    **SIZES,
+)
 def test_fused_grad_x(
     tokens, columns, features, dtype, gap, hidden_rows, logit_rows, adapter, dropout_p
 ):

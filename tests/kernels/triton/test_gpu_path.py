@@ -137,9 +137,15 @@ def test_tensors_whose_memory_is_not_as_they_look(odd, tokens, backend):
     def outputs(x, weight, bias, shrink, expand, router, above):
         x = x.detach().requires_grad_()
         (y,) = moe_lora_group(
-            x, [weight], [bias], [shrink], [expand], router_biases=[router], scaling=1.7,
+            x,
+            [weight],
+            [bias],
+            [shrink],
+            [expand],
+            router_biases=[router],
+            scaling=1.7,
             backend=backend,
-        )  # fmt: skip
+        )
         return y.detach(), *torch.autograd.grad(y, x, above)
 
     x, *lists = group(tokens, 12, 2, 3, 1, 1)
@@ -156,9 +162,14 @@ def test_tensors_whose_memory_is_not_as_they_look(odd, tokens, backend):
 def test_no_columns_and_no_features(tokens, function):
     x, weights, biases, shrinks, expands, routers, grads = group(tokens, 12, 2, 3, 2, 1)
     none = (
-        x[:, :0], [w[:, :0] for w in weights], biases, [s[:, :0] for s in shrinks], expands,
-        routers, grads,
-    )  # fmt: skip
+        x[:, :0],
+        [w[:, :0] for w in weights],
+        biases,
+        [s[:, :0] for s in shrinks],
+        expands,
+        routers,
+        grads,
+    )
     check(function, none, torch.float32, torch.float32, "gemm")
     first = [[values[0][:0], values[1]] for values in (weights, expands)]
     few = (
@@ -205,9 +216,17 @@ def launches(tokens, linears, backend, backward=False, dropout_p=0.0, base=False
     frozen = [] if base else [to(w) for w in weights]
     bases = [to(g) for g in grads] if base else []
     given = gpu.Group(
-        frozen, [None] * linears, bases, *arguments, [None] * linears, 2.0, 1.0, dropout_p,
-        SEED.to("meta") if dropout_p else None, backend,
-    )  # fmt: skip
+        frozen,
+        [None] * linears,
+        bases,
+        *arguments,
+        [None] * linears,
+        2.0,
+        1.0,
+        dropout_p,
+        SEED.to("meta") if dropout_p else None,
+        backend,
+    )
     with launch.recording(90) as found:
         _, routed = gpu.forward(to(x), given)
     if not backward:

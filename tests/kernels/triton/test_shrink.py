@@ -96,9 +96,14 @@ def test_any_sizes(
 ):
     inputs = case(tokens, columns, groups, rank, experts, dtype, bias, gap)
     check(
-        dtype, inputs, device=(0, multiprocessors), groups=groups, rank=rank, experts=experts,
+        dtype,
+        inputs,
+        device=(0, multiprocessors),
+        groups=groups,
+        rank=rank,
+        experts=experts,
         dropout_p=dropout_p,
-    )  # fmt: skip
+    )
 
 
 @settings(max_examples=30, deadline=None, derandomize=True, phases=PHASES)
@@ -161,9 +166,14 @@ def test_enough_tokens_are_routed_where_they_are_multiplied():
 def test_with_the_tiles_of_a_gpu(capability, dropout_p, multiprocessors):
     inputs = case(70, 200, 3, 5, 3)
     check(
-        torch.float32, inputs, device=(capability, multiprocessors), groups=3, rank=5, experts=3,
+        torch.float32,
+        inputs,
+        device=(capability, multiprocessors),
+        groups=3,
+        rank=5,
+        experts=3,
         dropout_p=dropout_p,
-    )  # fmt: skip
+    )
 
 
 def test_no_tokens_are_no_launch():
