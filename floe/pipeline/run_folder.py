@@ -455,7 +455,7 @@ def _cpu_name() -> str:
 
 def _commit() -> str | None:
     """Commit of the source tree floe runs from; None where it is none, or git cannot tell."""
-    folder = Path(__file__).resolve().parent.parent
+    folder = Path(__file__).resolve().parents[2]
     if not (folder / ".git").exists():
         return None
     command = ["git", "-C", str(folder), "rev-parse", "HEAD"]

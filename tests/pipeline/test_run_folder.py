@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -545,3 +546,12 @@ def test_the_outlook_says_what_a_stage_would_do_and_writes_nothing(tmp_path):
     assert state(a=2, n=2).startswith("refused without --redo: a 1 -> 2")
     (tmp_path / "one/result").write_text("y")
     assert state(a=1, n=1) == "made again: result is damaged or missing"
+
+
+def test_the_environment_names_the_commit_of_the_source_tree():
+    root = Path(__file__).parents[2]
+    if not (root / ".git").exists():
+        pytest.skip("no git repository around the tests")
+    command = ["git", "-C", str(root), "rev-parse", "HEAD"]
+    head = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    assert environment()["commit"] == head
