@@ -188,7 +188,7 @@ def preparation(folder: Path) -> Row:
     for stage in (*STAGES, "train/all"):
         done = run.done(stage)
         if done is not None:
-            seconds[stage] = float(done["seconds"])
+            seconds[stage] = done.seconds
         elif stage in STAGES:
             raise ValueError(f"run folder must hold the finished stage {stage!r}, got {folder}")
     return {
