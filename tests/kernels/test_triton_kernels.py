@@ -1,4 +1,4 @@
-"""Runs the tests of the Triton kernels (tests/triton) where the kernels are interpreted."""
+"""Runs the tests of the Triton kernels (tests/kernels/triton) where the kernels are interpreted."""
 
 import os
 import subprocess
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-FILES = sorted((ROOT / "tests" / "triton").glob("test_*.py"))
+FILES = sorted((Path(__file__).parent / "triton").glob("test_*.py"))
 AT_ONCE = 2
 
 
