@@ -24,7 +24,7 @@ from floe.adapters import remove_adapters
 from floe.config_file import parse_config
 from floe.data.batches import TokenRow
 from floe.errors import FileError
-from floe.evaluation.evaluate import evaluate_rows, mean_loss
+from floe.evaluation import evaluate_rows, mean_loss
 from floe.pipeline.inputs import RunInputs
 from floe.pipeline.run_folder import RunFolder
 from floe.storage import read_json, write_json

@@ -173,7 +173,7 @@ UNSPECIALISED = 0.01
 
 @dataclass(frozen=True)
 class Router:
-    """One module's router over real tokens; see floe.evaluation.routers for the entropies.
+    """One module's router over real tokens; see floe.evaluation for the entropies.
 
     ``usage`` [M] is the mean gate of every expert. A single expert has no flags.
     """

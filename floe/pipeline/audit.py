@@ -18,7 +18,7 @@ from floe.artifacts.selection import Selection
 from floe.config import RunConfig
 from floe.data.rows import sample
 from floe.errors import FileError
-from floe.evaluation.routers import router_statistics
+from floe.evaluation import router_statistics
 from floe.importance.layer_statistics import measure_statistics
 from floe.importance.scores import Scores
 from floe.importance.statistics import LayerStatistics

@@ -21,7 +21,7 @@ from floe.artifacts.results import (
 )
 from floe.artifacts.schema import read, write
 from floe.data.batches import fingerprint, row_order
-from floe.evaluation.evaluate import (
+from floe.evaluation import (
     Answers,
     Losses,
     OnRows,
@@ -30,9 +30,9 @@ from floe.evaluation.evaluate import (
     evaluate_rows,
     group_by_task,
     paired_difference,
+    router_statistics,
     summarise_loss,
 )
-from floe.evaluation.routers import router_statistics
 from floe.pipeline import identity, train
 from floe.pipeline.inputs import RunInputs
 from floe.pipeline.run_folder import Stage

@@ -20,7 +20,7 @@ from floe.artifacts.schema import read, write
 from floe.config import Baseline, Schedule, SearchConfig
 from floe.data.batches import fingerprint
 from floe.decoder_blocks import find_blocks
-from floe.evaluation.evaluate import evaluate_rows
+from floe.evaluation import evaluate_rows
 from floe.importance.scores import Scores
 from floe.importance.statistics import LayerStatistics
 from floe.pipeline import identity, train

@@ -24,7 +24,7 @@ from floe.artifacts.results import Search, Trial
 from floe.artifacts.schema import NEVER
 from floe.data.batches import TokenRow, fingerprint
 from floe.errors import SearchError, require_whole
-from floe.evaluation.evaluate import evaluate_rows, mean_loss
+from floe.evaluation import evaluate_rows, mean_loss
 from floe.rank_search.space import SearchSpace, propose, sampler_settings
 from floe.rank_search.storage import mask
 from floe.rank_search.studies import (

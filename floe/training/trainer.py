@@ -23,7 +23,7 @@ from transformers.utils import logging as transformers_logging
 
 from floe.data.batches import Collator, TokenRow, make_batches
 from floe.data.loss import row_losses
-from floe.evaluation.evaluate import validation_loss
+from floe.evaluation import validation_loss
 from floe.training import checkpoints
 from floe.training.schedule import TrainSettings
 

@@ -10,7 +10,7 @@ from floe.adapters import FloeConfig, get_model, remove_adapters
 from floe.data.batches import Collator, TokenRow, make_batches
 from floe.data.rows import encode
 from floe.errors import DataError
-from floe.evaluation.evaluate import (
+from floe.evaluation import (
     Answers,
     Losses,
     evaluate_choices,

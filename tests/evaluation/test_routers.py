@@ -6,11 +6,17 @@ from helpers.tiny import tiny_model, tiny_rows
 
 from floe.adapters import FloeConfig, adapted_modules, get_model
 from floe.data.batches import make_batches
-from floe.evaluation.routers import gate_statistics, router_statistics
+from floe.evaluation import GateUse, router_statistics
 
 
 def model_of(experts=3, **config):
     return get_model(tiny_model(), FloeConfig(r=2, num_experts=experts, **config), seed=1)
+
+
+def gate_statistics(gates):
+    use = GateUse(0, "up_proj")
+    use.add(gates)
+    return use.router()
 
 
 def test_the_worked_example():

@@ -21,7 +21,7 @@ from floe.adapters import FloeConfig, get_model, remove_adapters
 from floe.adapters.fingerprint import model_fingerprint
 from floe.data.batches import make_batches
 from floe.errors import SearchError
-from floe.evaluation.evaluate import validation_loss
+from floe.evaluation import validation_loss
 from floe.rank_search import storage, studies
 from floe.rank_search.search import search
 from floe.rank_search.space import REDRAWS, SAMPLERS, SearchSpace, propose, sampler_settings

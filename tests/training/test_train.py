@@ -15,7 +15,7 @@ from floe.adapters import FloeConfig, adapted_modules, get_model, separate_base
 from floe.data.batches import TokenRow
 from floe.data.loss import row_losses
 from floe.errors import FileError
-from floe.evaluation.evaluate import evaluate_rows, summarise_loss
+from floe.evaluation import evaluate_rows, summarise_loss
 from floe.training import checkpoints, trainer
 from floe.training.train import PeakMemory, TrainSettings, adapter_parameters, train, training_order
 

@@ -68,7 +68,7 @@ def audit(
         layers: K, a count or a fraction, as in select.
         policy: the one that decided, or "masks/<preset>".
         statistics: of the layers, for the policies that need them.
-        router, trained_router: what floe.evaluation.routers.router_statistics says of
+        router, trained_router: what floe.evaluation.router_statistics says of
             the adapter that was scored, and on the one that was trained afterwards.
         losses: number of layers -> per-row losses of an arm with so many, on the same rows.
         budget, score: of the masks; see select. seed: of every draw.

@@ -1,18 +1,21 @@
-"""Loss, accuracy and router health of a model on rows, each with its 95 % interval."""
+"""Loss and accuracy of a model on rows with 95 % intervals, and how its routers use experts."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import pairwise
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from floe.artifacts.results import Interval
+from floe.adapters import MoELoRALinear, adapted_layers
+from floe.artifacts.results import Interval, Router
 from floe.data.batches import Collator, TokenRow, make_batches, row_order
 from floe.data.loss import batch_losses, evaluating, on_device
 from floe.data.rows import encode_choices, encode_questions, stop_tokens
@@ -82,38 +85,6 @@ class Answers(_ByRow):
         """Accuracy over all rows, or over those of these numbers."""
         correct = self.correct if numbers is None else self.correct[self.places(numbers)]
         return wilson(int(correct.sum()), len(correct))
-
-
-@dataclass(frozen=True)
-class _Estimate:
-    """A value with the ends of its 95 % interval."""
-
-    value: float
-    low: float
-    high: float
-
-
-@dataclass(frozen=True)
-class LossSummary(_Estimate):
-    """Mean negative log-likelihood per target token; the interval is a bootstrap over rows."""
-
-    rows: int
-    tokens: int
-
-
-@dataclass(frozen=True)
-class Accuracy(_Estimate):
-    """Share of correct rows; the interval is Wilson's."""
-
-    correct: int
-    rows: int
-
-
-@dataclass(frozen=True)
-class Difference(_Estimate):
-    """Mean loss of a minus that of b on the same rows; the interval is a paired bootstrap."""
-
-    rows: int
 
 
 def evaluate_loss(
@@ -259,7 +230,8 @@ def evaluate_choices(
         DataError: for a row without choices, or with one that does not fit in ``max_length``.
     """
     require(score in ("mean", "sum"), "score must be 'mean' or 'sum'", score)
-    _check_some(rows)
+    if not rows:
+        raise ValueError("rows must not be empty")
     encoded = encode_choices(
         rows, tokenizer, template=template, max_length=max_length, source=source
     )
@@ -301,7 +273,8 @@ def evaluate_generation(
         ValueError: for no rows, or ``max_new_tokens`` outside [1, max_length).
         DataError: for a row without a prompt.
     """
-    _check_some(rows)
+    if not rows:
+        raise ValueError("rows must not be empty")
     encoded = encode_questions(
         rows,
         tokenizer,
@@ -327,11 +300,6 @@ def evaluate_generation(
     pairs = zip(given, rows, strict=True)
     right = [text.split() == row["completion"].split() for text, row in pairs]
     return Answers(given, np.array(right, dtype=bool))
-
-
-def _check_some(rows: Sequence[Any]) -> None:
-    if not rows:
-        raise ValueError("rows must not be empty")
 
 
 def _stop_tokens(model: nn.Module, tokenizer: Any, template: str | None) -> list[int]:
@@ -371,3 +339,79 @@ def _generate(
     answers = [row[:end] for row, end in zip(new, ends, strict=True)]
     texts: list[str] = tokenizer.batch_decode(answers, skip_special_tokens=True)
     return texts
+
+
+def router_statistics(model: nn.Module, batches: Sequence[Batch]) -> list[Router]:
+    """Use of the experts by each adapted module over all tokens that are not padding.
+
+    With gates w[t, i] of token t and expert i: usage = mean_t w[t]; load entropy = H(usage) / ln M;
+    token entropy = mean_t H(w[t]) / ln M; mutual information = their difference: 0 when every token
+    is routed alike. With one expert both entropies are 1.
+
+    Args:
+        model: an adapted model; its active adapter is looked at.
+        batches: as :func:`floe.data.batches.make_batches` makes them.
+
+    Returns:
+        One per module, by layer then module name.
+
+    Raises:
+        ValueError: if nothing is adapted or there is no batch.
+    """
+    layers = adapted_layers(model)
+    if not layers:
+        raise ValueError("model must have adapted layers, got none")
+    if not batches:
+        raise ValueError("batches must not be empty")
+    uses: list[GateUse] = []
+    mask: list[Tensor] = []
+    with ExitStack() as hooks, evaluating(model):
+        for layer, modules in sorted(layers.items()):
+            for name, module in sorted(modules.items()):
+                uses.append(GateUse(layer, name))
+                hook = partial(_observe, uses[-1], module, mask)
+                hooks.callback(module.register_forward_pre_hook(hook).remove)
+        for batch in batches:
+            inputs = on_device(batch, model)
+            inputs.pop("labels", None)
+            mask[:] = [inputs["attention_mask"].bool()]
+            model(**inputs, use_cache=False)
+    return [use.router() for use in uses]
+
+
+def _observe(
+    use: GateUse, linear: MoELoRALinear, mask: list[Tensor], _: nn.Module, args: tuple[Any, ...]
+) -> None:
+    x: Tensor = args[0][mask[0]]  # [P, K]: tokens that are not padding
+    weight = linear.router_weight(linear.active_adapters[0])
+    use.add(torch.softmax(x.float() @ weight.float().T, dim=-1))
+
+
+@dataclass
+class GateUse:
+    """Sums over the gates of one module's tokens, and the statistics of its router from them."""
+
+    layer: int
+    module: str
+    usage: Tensor = field(default_factory=lambda: torch.zeros(1, dtype=torch.float64))  # [M]: sum
+    entropy: float = 0.0
+    tokens: int = 0
+
+    def add(self, gates: Tensor) -> None:
+        """Count gates [T, M] of any floating dtype."""
+        gates = gates.double()
+        self.usage = self.usage + gates.sum(0).cpu()
+        self.entropy += float(_entropy(gates).sum())
+        self.tokens += len(gates)
+
+    def router(self) -> Router:
+        """The statistics of :func:`router_statistics` over all gates so far."""
+        usage = self.usage / self.tokens
+        scale = math.log(len(usage))
+        load = float(_entropy(usage)) / scale if scale else 1.0
+        token = self.entropy / self.tokens / scale if scale else 1.0
+        return Router(self.layer, self.module, tuple(usage.tolist()), load, token, load - token)
+
+
+def _entropy(p: Tensor) -> Tensor:
+    return -torch.xlogy(p, p).sum(-1)

@@ -1,1 +1,0 @@
-"""Loss, accuracy and router health on test rows."""
