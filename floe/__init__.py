@@ -33,7 +33,7 @@ _HOMES = {
     ),
     "floe.pipeline.run": ("RunResult", "run"),
     "floe.rank_search.search": ("SearchResult", "search"),
-    "floe.selection.allocate": ("allocate",),
+    "floe.selection.placement": ("allocate",),
     "floe.selection.audit": ("Audit", "audit"),
     "floe.selection.masks.solvers": (
         "MaskSolution",

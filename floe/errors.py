@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+from typing import Any
 
 _LONGEST = 1000  # characters of a message of floe's own errors
 _URL = re.compile(r"(\w://)(\S*)")
@@ -54,6 +55,13 @@ def require_whole(name: str, value: object, least: int, most: int | None = None)
         raise TypeError(f"{name} must be an int, got {type(value).__name__}")
     limit = f"at least {least}" if most is None else f"in [{least}, {most}]"
     require(least <= value and (most is None or value <= most), f"{name} must be {limit}", value)
+
+
+def require_all(good: Any, name: str, rule: str, values: Any) -> None:
+    """ValueError that names the first entry of the array ``values`` where ``good`` is False."""
+    if not good.all():
+        place = tuple(int(axis[0]) for axis in (~good).nonzero())
+        raise ValueError(f"{name}{list(place)} must be {rule}, got {values[place]}")
 
 
 def one_line(text: object, longest: int = _LONGEST) -> str:

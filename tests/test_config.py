@@ -294,7 +294,7 @@ def test_the_configuration_knows_every_policy_and_score():
     from typing import get_args
 
     from floe.config import Schedule, SelectConfig
-    from floe.selection.masks.presets import PRESETS
+    from floe.selection.masks.determine import PRESETS
     from floe.selection.policies import POLICIES
     from floe.selection.ranking import How
     from floe.training.layer_schedule import SCHEDULES

@@ -31,8 +31,7 @@ from floe.importance.statistics import LayerStatistics
 from floe.pipeline.inputs import RunInputs
 from floe.pipeline.run_folder import Stage
 from floe.pipeline.select import place
-from floe.selection.allocate import Saturating
-from floe.selection.placement import Placement
+from floe.selection.placement import Placement, Saturating
 from floe.selection.policies import POLICIES
 from floe.selection.select import select
 from floe.storage import write_json

@@ -39,9 +39,9 @@ from floe.pipeline.select import (
     swept_counts,
 )
 from floe.rank_search.space import SearchSpace
-from floe.selection.layer_count import ADAM_BYTES, saved_bytes_per_token
 from floe.selection.placement import Placement
 from floe.selection.policies.registry import POLICIES, known_statistics
+from floe.selection.ranking import ADAM_BYTES, saved_bytes_per_token
 from floe.training.train import check_rows
 
 _FIRST = 20  # so many of the rows that lost something are named

@@ -27,11 +27,17 @@ from floe.pipeline import identity, train
 from floe.pipeline.inputs import RunInputs
 from floe.pipeline.run_folder import Stage
 from floe.pipeline.score import load_statistics, statistics_of
-from floe.selection.allocate import Options, Saturating, fit_gain, option_costs
-from floe.selection.layer_count import choose_count, layer_memory, saved_bytes_per_token
-from floe.selection.masks.presets import PRESETS
-from floe.selection.placement import Placement, module_scores
-from floe.selection.select import Selection, SelectOptions, select_by
+from floe.selection.masks.determine import PRESETS
+from floe.selection.placement import (
+    Options,
+    Placement,
+    Saturating,
+    fit_gain,
+    module_scores,
+    option_costs,
+)
+from floe.selection.ranking import choose_count, layer_memory, saved_bytes_per_token
+from floe.selection.select import Selection, select
 
 LOSSES = "losses.json"
 
@@ -174,34 +180,33 @@ def choose(run: RunInputs, evidence: Evidence, count: int | None = None) -> Sele
     settings = run.config.select
     layers: Any = count or settings.layers  # a sweep brings its counts
     memory = isinstance(layers, dict) and "memory" in layers
-    options = replace(
-        _options(run, evidence, settings.policy, settings.preset),
-        layers=layers,
-        seed=settings.seed,
-        pick=settings.pick,
-        layer_memory=_layer_memory(run, evidence.size) if memory else None,
-        tune=settings.tune,
-        tune_tokens=settings.tune_tokens,
-    )
+    options = _options(run, evidence, settings.policy, settings.preset) | {
+        "layers": layers,
+        "seed": settings.seed,
+        "pick": settings.pick,
+        "layer_memory": _layer_memory(run, evidence.size) if memory else None,
+        "tune": settings.tune,
+        "tune_tokens": settings.tune_tokens,
+    }
     if settings.tune is False:
-        return select_by(options, evidence.scores)
+        return select(evidence.scores, **options)
     with run.adapted(run.path / "search/adapter") as model:
         batches = run.batches(run.calibration_rows, run.config.score.batch_size)
         tell = partial(run.progress.step, "select")
-        return select_by(options, evidence.scores, model, batches, tell)
+        return select(evidence.scores, model, batches, progress=tell, **options)
 
 
-def _options(run: RunInputs, evidence: Evidence, policy: str, preset: str) -> SelectOptions:
-    """The options that the run's own choice and its baselines' share."""
+def _options(run: RunInputs, evidence: Evidence, policy: str, preset: str) -> dict[str, Any]:
+    """The options of ``select`` that the run's own choice and its baselines' share."""
     settings = run.config.select
-    return SelectOptions(
-        policy=policy,
-        preset=replace(PRESETS[preset], first_order=settings.first_order),
-        budget=settings.budget,
-        score=settings.score,
-        budget_path=settings.budget_path,
-        statistics=evidence.statistics,
-    )
+    return {
+        "policy": policy,
+        "preset": replace(PRESETS[preset], first_order=settings.first_order),
+        "budget": settings.budget,
+        "score": settings.score,
+        "budget_path": settings.budget_path,
+        "statistics": evidence.statistics,
+    }
 
 
 def _layer_memory(run: RunInputs, size: tuple[int, int]) -> list[int]:
@@ -251,8 +256,8 @@ def place_baseline(
         choice = replace(chosen, policy="masks", layers=layers, layer_scores=paper.layer_scores)
     else:
         options = _options(run, evidence, arm.policy, arm.preset)
-        options = replace(options, layers=count, seed=arm.seed, pick=arm.pick)
-        choice = select_by(options, evidence.scores)
+        options |= {"layers": count, "seed": arm.seed, "pick": arm.pick}
+        choice = select(evidence.scores, **options)
     return placed(run, evidence, choice, arm.choose)
 
 

@@ -1,7 +1,12 @@
-"""What a choice comes down to for the model: where adapters go, and how large. Needs no torch."""
+"""Where adapters go, and how large they are: placements, and rank and experts under one budget.
+
+Rank r and M experts of every layer are one option of a list that all layers share; (0, 0) is no
+adapter. Which options to take is a multiple-choice knapsack problem, solved exactly. No torch here.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -9,14 +14,20 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike
 
+from floe import _native
 from floe.artifacts.schema import IF_SET, Layers, Text, Whole
-from floe.selection.allocate import Options, Saturating, allocate
-from floe.selection.masks.solvers import count, numbers, solve_mask
+from floe.errors import require_all
+from floe.selection.masks.solvers import count, number, numbers, solve_mask
 from floe.selection.policies import POLICIES
 from floe.types import Floats, Integers
 
 if TYPE_CHECKING:
     from floe.importance.scores import Scores
+
+Options = Sequence[tuple[int, int]]
+
+MAX_TABLE_BYTES = 2**30  # of the dynamic program
+_TOLERANCE = 1e-12  # relative; a bound met this closely is met
 
 
 @dataclass(frozen=True)
@@ -144,6 +155,257 @@ def module_scores(scores: Scores, policy: str) -> Floats:
             f"policy {policy!r} needs scores of single projections, got none: score the model again"
         )
     return np.asarray(values, dtype=np.float64)
+
+
+@dataclass(frozen=True)
+class Saturating:
+    """A layer's gain as its capacity grows: ``score * (1 - exp(-rank * sqrt(experts) / r0))``.
+
+    r0 > 0 is the rank of a single expert that reaches 63% of the gain.
+    """
+
+    r0: float
+
+    def __post_init__(self) -> None:
+        if not 0 < number("r0", self.r0) < np.inf:
+            raise ValueError(f"r0 must be > 0 and finite, got {self.r0}")
+
+    def gains(self, layer_scores: ArrayLike, options: Options) -> Floats:
+        """The gain of every option in every layer, [L, J] float64."""
+        share = -np.expm1(-_capacity(options) / self.r0)
+        gains: Floats = np.multiply.outer(_scores(layer_scores), share)
+        return gains
+
+
+@dataclass(frozen=True, eq=False)
+class Allocation:
+    """An option for every layer.
+
+    Attributes:
+        index: [L] int64, which option.
+        value: the sum of their gains; cost: the sum of their costs, at most ``budget``.
+        upper_bound: no allocation within the budget gains more (the linear program's value).
+        optimal: none gains more than this one; with ``scale`` only if the bound proves it.
+        unit: the costs were counted in steps of this size.
+    """
+
+    index: Integers
+    value: float
+    cost: int
+    budget: int
+    upper_bound: float
+    optimal: bool
+    unit: int
+
+
+def allocate(
+    layer_scores: ArrayLike,
+    options: Options,
+    costs: ArrayLike,
+    budget: int,
+    gain: ArrayLike | Saturating,
+    *,
+    scale: int = 1,
+) -> Allocation:
+    """Choose rank and experts of every layer together: the most gain that the budget pays for.
+
+    Exact, by dynamic programming over the budget in steps of the costs' greatest common divisor.
+    Ties: the least cost, then the lower options, the first layer first.
+
+    Args:
+        layer_scores: [L], finite, >= 0.
+        options: J pairs (rank, experts); (0, 0) for no adapter.
+        costs: [J] or [L, J] integers >= 0, parameters or bytes; see :func:`option_costs`.
+        budget: integer >= 0 in the same unit.
+        gain: [L, J] finite numbers, taken as they are, or a model of them. The layers' largest
+            must sum to a finite number; sums are compared as floats.
+        scale: counts in steps this many times as large and rounds costs up to them: a smaller
+            table, an allocation within the budget, and a bound that says what it may have lost.
+
+    Raises:
+        ValueError: the cheapest options exceed the budget, the table would exceed 1 GiB (says the
+            divisor and both sizes), shapes that differ, a negative or non-finite number or sum.
+        TypeError: costs that are no integers.
+    """
+    scores = _scores(layer_scores)
+    shape = (len(scores), len(options))
+    gains = _gains(gain, scores, options)
+    prices = _costs(costs, shape)
+    limit, factor = count("budget", budget), count("scale", scale)
+    if factor < 1:
+        raise ValueError(f"scale must be >= 1, got {scale}")
+    # What no choice can avoid paying, or miss, is no part of the problem.
+    least = prices.min(axis=1, keepdims=True)
+    free, above = limit - int(least.sum()), prices - least
+    if free < 0:
+        raise ValueError(
+            "the budget must pay for every layer's cheapest option "
+            f"({int(least.sum())}), got {limit}"
+        )
+    near, offset, exponent = _near(gains)
+    bound = offset + math.ldexp(_native.allocate_bound(near, above, free), exponent)
+    divisor = max(1, int(np.gcd.reduce(above, axis=None)))
+    unit = min(divisor * factor, 2**62)  # more than any cost
+    steps, most = -(-above // unit), free // unit
+    most = min(most, int(steps.max(axis=1).sum()))
+    _check_table(shape[0], most + 1, divisor, free)
+    index = _native.allocate(near, steps, most, None)
+    layers = np.arange(shape[0])
+    value = float(gains[layers, index].sum())
+    bound = max(bound, value)
+    proven = factor == 1 or bound - value <= _TOLERANCE * abs(bound)
+    cost = int(prices[layers, index].sum())
+    return Allocation(index, value, cost, limit, bound, proven, unit)
+
+
+def option_costs(dimensions: Sequence[tuple[int, int]], options: Options) -> Integers:
+    """Adapter parameters of one layer for every option, [J] int64.
+
+    A projection from K to N features takes ``r*K + M*N*r + M*K``: the shared A, M matrices B and
+    the router.
+
+    Args:
+        dimensions: (K, N) of each of the layer's adapted projections.
+        options: pairs (rank, experts).
+    """
+    pairs = _options(options)
+    costs = [
+        sum(r * k + m * n * r + m * k for k, n in dimensions) if r and m else 0 for r, m in pairs
+    ]
+    return np.array(costs, dtype=np.int64)
+
+
+def fit_gain(trials: Sequence[Mapping[str, Any]]) -> Saturating:
+    """Fit how the loss falls with capacity.
+
+    ``loss = a - b * (1 - exp(-rank * sqrt(experts) / r0))`` by least squares over a, b and r0.
+
+    Args:
+        trials: mappings with ``rank``, ``num_experts`` and ``value`` (the loss).
+
+    Raises:
+        ValueError: the trials cannot determine the fit: fewer than three different capacities, a
+            loss that does not fall, or one that shows no knee (falls straight, or is flat behind
+            the smallest capacity).
+    """
+    capacity = _capacity([(trial["rank"], trial["num_experts"]) for trial in trials])
+    loss = numbers("value", [trial["value"] for trial in trials])
+    if not np.isfinite(loss).all():
+        raise ValueError("the trials' values must be finite")
+    different = np.unique(capacity)
+    if len(different) < 3:
+        raise ValueError(
+            "trials must have at least 3 different rank * sqrt(experts) to fit a gain, got "
+            f"{different.tolist()}"
+        )
+    if np.ptp(loss) <= _TOLERANCE * np.abs(loss).max():
+        raise ValueError(f"the trials' loss must fall with capacity, got {loss[0]} everywhere")
+    r0 = _best_r0(capacity, loss, different)
+    slope, _ = _linear_fit(capacity, loss, r0)
+    if not slope < 0:
+        raise ValueError(f"the trials' loss must fall with capacity, got a slope of {slope:.3g}")
+    return Saturating(r0)
+
+
+def _best_r0(capacity: Floats, loss: Floats, different: Floats) -> float:
+    """For a given r0 the fit is linear in a and b, so only r0 is searched, ever finer."""
+    positive = different[different > 0]
+    low, high = np.log(positive[0] / 30), np.log(30 * positive[-1])
+    for _ in range(12):
+        grid = np.linspace(low, high, 41)
+        residuals = [_linear_fit(capacity, loss, float(np.exp(x)))[1] for x in grid]
+        best = int(np.argmin(residuals))
+        if best in (0, 40):
+            what = "flat behind the smallest" if best == 0 else "straight up to the largest"
+            raise ValueError(f"the trials show no knee: the loss is {what} capacity")
+        low, high = grid[best - 1], grid[best + 1]
+    return float(np.exp((low + high) / 2))
+
+
+def _linear_fit(capacity: Floats, loss: Floats, r0: float) -> tuple[float, float]:
+    """-b, and the root mean square of the residual."""
+    design = np.stack([np.ones_like(capacity), -np.expm1(-capacity / r0)], axis=1)
+    fit, *_ = np.linalg.lstsq(design, loss, rcond=None)
+    return float(fit[1]), float(np.sqrt(np.mean((design @ fit - loss) ** 2)))
+
+
+def _options(options: Options) -> list[tuple[int, int]]:
+    return [(count("rank", rank), count("experts", experts)) for rank, experts in options]
+
+
+def _capacity(options: Options) -> Floats:
+    pairs = np.array(_options(options), dtype=np.float64).reshape(-1, 2)
+    capacity: Floats = pairs[:, 0] * np.sqrt(pairs[:, 1])
+    return capacity
+
+
+def _scores(layer_scores: ArrayLike) -> Floats:
+    scores = numbers("layer_scores", layer_scores)
+    fine = (scores >= 0) & np.isfinite(scores)
+    require_all(fine, "layer_scores", "a finite number >= 0", scores)
+    if not len(scores):
+        raise ValueError("layer_scores must have at least one layer, got none")
+    return scores
+
+
+def _gains(gain: ArrayLike | Saturating, scores: Floats, options: Options) -> Floats:
+    if not len(options):
+        raise ValueError("options must have at least one pair, got none")
+    if isinstance(gain, Saturating):
+        return gain.gains(scores, options)
+    _options(options)
+    gains = numbers("gain", gain, dimensions=2)
+    if gains.shape != (len(scores), len(options)):
+        raise ValueError(
+            f"gain must have shape [L, J] = {(len(scores), len(options))}, got {gains.shape}"
+        )
+    require_all(np.isfinite(gains), "gain", "finite", gains)
+    return gains
+
+
+def _near(gains: Floats) -> tuple[Floats, float, int]:
+    """Gains beyond each layer's least, divided by 2 ** exponent to at most 1; and what the least
+    gain together. Exact but for what is 1e-300 of the largest, so no sum or slope overflows.
+
+    Raises:
+        ValueError: the sum over layers may overflow.
+    """
+    least, most = gains.min(axis=1, keepdims=True), gains.max(axis=1, keepdims=True)
+    with np.errstate(over="ignore"):
+        size = np.abs([least, most]).max(axis=0).sum()
+        beyond = gains - least
+    if not size <= np.finfo(np.float64).max / 8:
+        raise ValueError(f"the layers' gains must sum to less than 2**1021, got {size}")
+    _, exponent = np.frexp(beyond.max())
+    return np.ldexp(beyond, -exponent), float(least.sum()), int(exponent)
+
+
+def _costs(costs: ArrayLike, shape: tuple[int, int]) -> Integers:
+    prices = np.asarray(costs)
+    if prices.dtype.kind not in "iu":
+        raise TypeError(f"costs must be an array of integers, got dtype {prices.dtype}")
+    if prices.shape not in (shape, shape[1:]):
+        raise ValueError(
+            f"costs must have shape [J] = {shape[1:]} or [L, J] = {shape}, got {prices.shape}"
+        )
+    least, most = int(prices.min()), int(prices.max())
+    if least < 0:
+        raise ValueError(f"costs must be >= 0, got {least}")
+    if most * shape[0] >= 2**61:
+        raise ValueError(f"the layers' costs must sum to less than 2**61, got a cost of {most}")
+    return np.ascontiguousarray(np.broadcast_to(prices, shape), dtype=np.int64)
+
+
+def _check_table(layers: int, width: int, divisor: int, budget: int) -> None:
+    size = 8 * (layers + 1) * width
+    if size <= MAX_TABLE_BYTES:
+        return
+    enough = -(-size // MAX_TABLE_BYTES)
+    raise ValueError(
+        f"the table of {layers} layers by {width} steps (budget {budget} above the cheapest "
+        f"options, greatest common divisor {divisor}) would take {size} bytes, more than "
+        f"{MAX_TABLE_BYTES}; scale={enough + 1} rounds costs up to a coarser unit"
+    )
 
 
 def _integers(name: str, array: ArrayLike) -> Integers:

@@ -10,9 +10,7 @@ import pytest
 from helpers.attack import trials
 
 from floe import _native
-from floe.selection.allocate import allocate
-from floe.selection.masks.determine import determine
-from floe.selection.masks.presets import PRESETS
+from floe.selection.masks.determine import PRESETS, determine
 from floe.selection.masks.solvers import (
     Units,
     refine_masks,
@@ -20,7 +18,7 @@ from floe.selection.masks.solvers import (
     solve_two_class,
     solve_two_class_literal,
 )
-from floe.selection.placement import Placement
+from floe.selection.placement import Placement, allocate
 
 REFUSALS = (ValueError, TypeError)
 LARGEST = np.finfo(np.float64).max

@@ -26,8 +26,7 @@ from floe.selection.audit.compare import (
     score_layers,
     spread,
 )
-from floe.selection.masks.determine import determine
-from floe.selection.masks.presets import PRESETS
+from floe.selection.masks.determine import PRESETS, determine
 from floe.selection.policies import POLICIES
 from floe.selection.select import select
 

@@ -6,12 +6,12 @@ import pytest
 
 from floe.selection.masks.determine import (
     BUDGET_PATH,
+    PRESETS,
     budget_path_of,
     determine,
     masked_shares,
     path_score,
 )
-from floe.selection.masks.presets import PRESETS
 
 
 @pytest.fixture

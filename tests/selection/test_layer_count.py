@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from floe.selection.layer_count import choose_count, layer_memory, saved_bytes_per_token
+from floe.selection.ranking import choose_count, layer_memory, saved_bytes_per_token
 
 
 def test_memory_of_a_layer():

@@ -5,8 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from floe.selection.masks.determine import determine
-from floe.selection.masks.presets import PRESETS, Preset
+from floe.selection.masks.determine import PRESETS, Preset, determine
 from floe.selection.masks.solvers import (
     Units,
     refine_masks,

@@ -7,8 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from floe.artifacts.schema import document, parse
-from floe.selection.allocate import Saturating, option_costs
-from floe.selection.placement import Placement, module_scores
+from floe.selection.placement import Placement, Saturating, module_scores, option_costs
 
 NAMES = ("gate_proj", "up_proj", "down_proj")
 SHAPES = [(8, 16), (8, 16), (16, 8)]  # of one layer's projections

@@ -1,6 +1,6 @@
 import pytest
 
-from floe.selection.masks.presets import PRESETS, Preset, preset_of
+from floe.selection.masks.determine import PRESETS, Preset, preset_of
 
 
 def test_presets_check_their_options():

@@ -9,8 +9,7 @@ import pytest
 import floe
 from floe.errors import FileError
 from floe.importance.scores import Scores
-from floe.selection.masks.determine import BUDGET_PATH, determine, path_score
-from floe.selection.masks.presets import PRESETS, Preset
+from floe.selection.masks.determine import BUDGET_PATH, PRESETS, Preset, determine, path_score
 from floe.selection.ranking import layer_score, rank_layers, spearman
 from floe.selection.select import Selection, select
 

@@ -31,10 +31,9 @@ from floe.selection.audit.compare import (
     subset_policy,
 )
 from floe.selection.audit.verdicts import judge
-from floe.selection.layer_count import choose_count
 from floe.selection.masks.determine import determine
 from floe.selection.masks.solvers import count, number
-from floe.selection.ranking import count_layers
+from floe.selection.ranking import choose_count, count_layers
 from floe.types import Progress
 
 if TYPE_CHECKING:

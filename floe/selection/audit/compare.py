@@ -23,8 +23,7 @@ from floe.artifacts.audit import (
     Spread,
     Subsets,
 )
-from floe.selection.masks.determine import BUDGET_PATH, determine, path_score
-from floe.selection.masks.presets import PRESETS
+from floe.selection.masks.determine import BUDGET_PATH, PRESETS, determine, path_score
 from floe.selection.policies.registry import OPTIONAL, POLICIES, PolicyInputs
 from floe.selection.ranking import (
     choose_layers,

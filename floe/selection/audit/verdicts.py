@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from floe.artifacts.audit import Audit, Verdicts
-from floe.selection.masks.presets import PRESETS
+from floe.selection.masks.determine import PRESETS
 
 SOLID_DRAWS = 0.9  # share of bootstrap draws
 SOLID_HALVES = 7 / 8  # of the layers that two halves of the rows share

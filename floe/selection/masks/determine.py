@@ -1,6 +1,10 @@
-"""Masks of a model: the FLoE paper's determination (Algorithm 1) and refinement (Algorithm 2).
+"""The FLoE paper's masks: readings of it (presets), determination and refinement (Algorithms 1, 2).
 
 L layers of H heads and I neurons; a unit is one of either, True means retained. Needs no torch.
+
+The paper leaves open what the budget limits, at which scope, and at which cost (Eq. 3, 5, 12 and
+Algorithms 1 and 2 do not agree), and the readings rank layers differently, some nearly in opposite
+order. So each has a name, and none is called *the* method.
 """
 
 from __future__ import annotations
@@ -8,13 +12,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_type_hints
 
 import numpy as np
 
-from floe.selection.masks.presets import Preset, preset_of
 from floe.selection.masks.solvers import (
     MaskSolution,
+    Pairs,
     Refinement,
     Units,
     number,
@@ -32,6 +36,110 @@ if TYPE_CHECKING:
 BUDGET_PATH = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # the FLoE paper gives no value for its budget
 _TOLERANCE = 1e-12  # relative; a bound met this closely is met
 _MOVES = ("repairs", "adds", "swaps")
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Options of the mask stages: determination, refinement and tuning.
+
+    Attributes:
+        name: as reports show it.
+        objective: "retain" keeps the most Fisher information within a Taylor budget (Eq. 3, 5, 11);
+            "alg1_literal" is Algorithm 1 as printed: it masks the least, and the budget limits
+            what is masked.
+        granularity: one budget for the model ("global") or the same absolute one for every layer
+            ("layer"). A budget relative to each layer would mask the same share everywhere and
+            rank nothing.
+        cost: in determination, every head costs the mean head and every neuron the mean neuron
+            ("class_mean"), or each unit its own Taylor score ("unit").
+        refine: "swap" repairs the budget in unit costs, then adds and swaps units while that
+            gains; "alg2_literal" is Algorithm 2 as printed; "none".
+        pairs: which units may swap; "same_layer_cross" is Eq. 14.
+        first_order: a unit's value is what masking it is predicted to cost in full, first-order
+            term included: Eq. 6 before the paper drops it, because the adapters converged (the
+            masks did not). Needs the scores' head_mean and neuron_mean.
+        ridge, bound: of the tuning stage (Eq. 16-21); see floe.selection.masks.tuning.
+
+    Raises:
+        ValueError: an unknown option, or options that contradict each other.
+    """
+
+    name: str
+    objective: Literal["retain", "alg1_literal"] = "retain"
+    granularity: Literal["global", "layer"] = "global"
+    cost: Literal["class_mean", "unit"] = "class_mean"
+    refine: Literal["none", "swap", "alg2_literal"] = "none"
+    pairs: Pairs = "same_layer_cross"
+    first_order: bool = False
+    ridge: float = 1e-3
+    bound: float = 10.0
+
+    def __post_init__(self) -> None:
+        for option, kind in get_type_hints(Preset).items():
+            choices, value = get_args(kind), getattr(self, option)
+            if choices and value not in choices:
+                raise ValueError(f"{option} must be one of {choices}, got {value!r}")
+        if self.objective == "alg1_literal" and self.cost == "unit":
+            raise ValueError("objective 'alg1_literal' needs one cost per class, got cost 'unit'")
+        if (self.objective, self.refine) in (("retain", "alg2_literal"), ("alg1_literal", "swap")):
+            raise ValueError(
+                f"refine {self.refine!r} spends another budget than objective {self.objective!r}"
+            )
+
+
+GLOBAL = Preset("global", refine="swap")
+"""One budget for the model, mean costs in determination, unit costs in refinement.
+
+Follows the objective of Eq. 3 with the cost of Eq. 5, which sums the Taylor importance of what is
+retained, and the loss of Eq. 11; the "global budget C" in the text below Eq. 12, the one Taylor
+score per head and per neuron that Algorithm 1 takes as input, and the unit costs t_p, t_q of Eq. 15
+in refinement. Departs from Eq. 12, whose constraint sums over the masked units and is met by
+masking nothing. Masks low-Fisher units, so it tends to choose layers of low mask-Fisher.
+"""
+
+EXACT = Preset("exact", cost="unit")
+"""Eq. 12 with unit costs, solved as a knapsack with a certificate; nothing is left to refine.
+
+Follows Eq. 12's own cost T_{k,i} of every unit, with the retained sum of Eq. 5, and the text after
+it that calls this a dynamic programming problem; departs from the "greedy solution" that the text
+then takes to save memory, because the exact one fits. Masks units of low Fisher information *and*
+high Taylor score.
+"""
+
+PAPER_LAYER = Preset(
+    "paper_layer", objective="alg1_literal", granularity="layer", refine="alg2_literal"
+)
+"""Algorithms 1 and 2 as printed, layer by layer, under one common absolute budget.
+
+Follows Eq. 12 and Eq. 13 as printed (the budget limits the masked cost), "for each layer k" and
+"within the same layer" in the text before Algorithm 1, the candidates "at the same layer" of Eq.
+14, and the valid swaps below Eq. 15. That every layer gets the same absolute budget is assumed: the
+paper does not say how C is divided. Ranks almost exactly by ascending Taylor score.
+"""
+
+ALG1_LITERAL = Preset("alg1_literal", objective="alg1_literal")
+"""Algorithm 1 as printed, over the whole model. For the audit of readings.
+
+Follows lines 3 to 15 of Algorithm 1: the n heads and as many neurons of least Fisher information as
+the budget pays for are masked, whichever n loses least. Where the budget can be spent on neurons
+alone it returns the masks of the retaining reading at the complementary budget; above that it masks
+every neuron and no head.
+"""
+
+PRESETS: dict[str, Preset] = {p.name: p for p in (GLOBAL, EXACT, PAPER_LAYER, ALG1_LITERAL)}
+
+
+def preset_of(preset: str | Preset) -> Preset:
+    """The preset of that name, or the preset itself.
+
+    Raises:
+        ValueError: no preset has that name.
+    """
+    if isinstance(preset, Preset):
+        return preset
+    if preset not in PRESETS:
+        raise ValueError(f"preset must be one of {sorted(PRESETS)}, got {preset!r}")
+    return PRESETS[preset]
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,7 +244,14 @@ def _values(scores: Scores, first_order: bool) -> tuple[Floats, Floats]:
 def _determine(units: Units, preset: Preset, limit: float) -> Determination:
     """One budget's masks. The certificate is about the costs of the last stage that ran."""
     literal = preset.objective == "alg1_literal"
-    first = _first_masks(units, preset, limit)
+    if preset.cost == "unit":
+        first = solve_mask(units.value, units.cost, limit)
+    else:
+        solve = solve_two_class_literal if literal else solve_two_class
+        values = units.head_value.ravel(), units.neuron_value.ravel()
+        costs = units.head_cost, units.neuron_cost
+        head_cost, neuron_cost = (float(cost.mean()) if cost.size else 0.0 for cost in costs)
+        first = solve(*values, head_cost, neuron_cost, limit)
     last: MaskSolution | Refinement = first
     masks, moves = units.split(first.mask), dict.fromkeys(_MOVES, 0)
     bound, optimal = first.upper_bound, first.optimal
@@ -160,16 +275,6 @@ def _determine(units: Units, preset: Preset, limit: float) -> Determination:
         "optimal": optimal,
     }
     return Determination(*masks, certificate, moves)
-
-
-def _first_masks(units: Units, preset: Preset, limit: float) -> MaskSolution:
-    if preset.cost == "unit":
-        return solve_mask(units.value, units.cost, limit)
-    costs = units.head_cost, units.neuron_cost
-    head_cost, neuron_cost = (float(cost.mean()) if cost.size else 0.0 for cost in costs)
-    solve = solve_two_class_literal if preset.objective == "alg1_literal" else solve_two_class
-    values = units.head_value.ravel(), units.neuron_value.ravel()
-    return solve(*values, head_cost, neuron_cost, limit)
 
 
 def _joined(parts: list[Determination]) -> Determination:

@@ -6,18 +6,17 @@ cost is its Taylor score, what retaining it takes from the budget. True always m
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from floe import _native
-from floe.selection.masks.presets import Pairs
 from floe.types import Array, Flags, Floats
 
+Pairs = Literal["same_layer_cross", "same_layer", "all"]
 DEFAULT_NODES = 20_000_000  # about a second; a count, so that every machine stops at the same masks
 
 
@@ -60,13 +59,7 @@ class MaskSolution:
 
 
 def solve_mask(
-    value: ArrayLike,
-    cost: ArrayLike,
-    budget: float,
-    *,
-    max_nodes: int = DEFAULT_NODES,
-    time_limit: float | None = None,
-    progress: Callable[[int], object] | None = None,
+    value: ArrayLike, cost: ArrayLike, budget: float, *, max_nodes: int = DEFAULT_NODES
 ) -> MaskSolution:
     """Retain the most value at a total cost of at most ``budget``.
 
@@ -74,16 +67,13 @@ def solve_mask(
 
     Greedy by value / cost, the linear-programming bound, then an exact search among the units
     whose reduced cost is below the gap. Ties: zero costs first, then larger value, then lower
-    index; the greedy choice stays unless something better is found. Equal input gives equal masks,
-    unless a time limit strikes.
+    index; the greedy choice stays unless something better is found. Equal input gives equal masks.
 
     Args:
         value, cost: [n], finite, >= 0; values sum to less than 2**1021. float64 arrays are not
             copied.
         budget: >= 0, in the unit of ``cost``; infinity means no limit.
         max_nodes: states the search may examine; 0 returns the greedy choice with its bound.
-        time_limit: seconds for the search.
-        progress: told the states examined so far about every 100 ms; what it raises ends the call.
 
     Raises:
         ValueError: a negative or non-finite number (names the first unit) or sum, lengths that
@@ -91,14 +81,8 @@ def solve_mask(
         TypeError: no real numbers.
     """
     nodes = count("max_nodes", max_nodes)
-    seconds = 0.0
-    if time_limit is not None:
-        seconds = number("time_limit", time_limit)
-        if not seconds > 0:
-            raise ValueError(f"time_limit must be > 0 seconds, got {time_limit}")
     values, costs, limit = numbers("value", value), numbers("cost", cost), number("budget", budget)
-    result = _native.solve_knapsack(values, costs, limit, nodes, seconds, progress)
-    return _solution(dict(result))
+    return _solution(_native.solve_knapsack(values, costs, limit, nodes, 0.0, None))
 
 
 def solve_two_class(
@@ -109,11 +93,10 @@ def solve_two_class(
     budget: float,
 ) -> MaskSolution:
     """Retain the most value when every head costs ``head_cost`` and every neuron ``neuron_cost``.
-    Exact, O(n).
 
-    Algorithm 1 in the retaining reading: tries every number n of heads with as many neurons as the
-    rest of the budget pays for. Units are masked in ascending (value, index); of equally good n
-    the smallest is taken.
+    Algorithm 1 in the retaining reading, exact, O(n): tries every number n of heads with as many
+    neurons as the rest of the budget pays for. Units are masked in ascending (value, index); of
+    equally good n the smallest is taken.
 
     Args:
         head_value: [H], neuron_value: [I]; finite, >= 0, each summing to less than 2**1021.
@@ -126,7 +109,7 @@ def solve_two_class(
         ValueError: a negative or non-finite number; names the first unit.
         TypeError: no real numbers.
     """
-    return _two_class(head_value, neuron_value, head_cost, neuron_cost, budget, literal=False)
+    return _two_class((head_value, neuron_value), (head_cost, neuron_cost), budget, literal=False)
 
 
 def solve_two_class_literal(
@@ -144,35 +127,28 @@ def solve_two_class_literal(
     ``value`` and ``cost`` are still those of the retained units. Arguments and errors as in
     :func:`solve_two_class`.
     """
-    return _two_class(head_value, neuron_value, head_cost, neuron_cost, budget, literal=True)
+    return _two_class((head_value, neuron_value), (head_cost, neuron_cost), budget, literal=True)
 
 
 def _two_class(
-    head_value: ArrayLike,
-    neuron_value: ArrayLike,
-    head_cost: float,
-    neuron_cost: float,
-    budget: float,
-    *,
-    literal: bool,
+    values: tuple[ArrayLike, ArrayLike], costs: tuple[float, float], budget: float, *, literal: bool
 ) -> MaskSolution:
-    result: dict[str, Any] = dict(
-        _native.solve_two_class(
-            numbers("head_value", head_value),
-            numbers("neuron_value", neuron_value),
-            number("head_cost", head_cost),
-            number("neuron_cost", neuron_cost),
-            number("budget", budget),
-            literal,
-        )
+    head_value, neuron_value = numbers("head_value", values[0]), numbers("neuron_value", values[1])
+    head_cost, neuron_cost = number("head_cost", costs[0]), number("neuron_cost", costs[1])
+    limit = number("budget", budget)
+    result = _native.solve_two_class(
+        head_value, neuron_value, head_cost, neuron_cost, limit, literal
     )
-    result["mask"] = np.concatenate([result["head_mask"], result["neuron_mask"]])
-    result["optimal"] = result["masked_value"] == 0 if literal else True
-    return _solution(result)
+    return _solution(
+        result,
+        mask=np.concatenate([result["head_mask"], result["neuron_mask"]]),
+        optimal=result["masked_value"] == 0 if literal else True,
+    )
 
 
-def _solution(result: dict[str, Any]) -> MaskSolution:
-    return MaskSolution(lambda_=result.pop("lambda"), **result)
+def _solution(result: Any, **more: Any) -> MaskSolution:
+    named = {"lambda_" if name == "lambda" else name: value for name, value in result.items()}
+    return MaskSolution(**named, **more)
 
 
 @dataclass(frozen=True, eq=False)
@@ -241,7 +217,6 @@ def refine_masks(
     pairs: Pairs = "same_layer_cross",
     literal: bool = False,
     max_moves: int = 1_000_000,
-    progress: Callable[[int], object] | None = None,
 ) -> Refinement:
     """Improve masks by single moves under unit costs, the best move first (Algorithm 2).
 
@@ -260,7 +235,6 @@ def refine_masks(
         literal: Algorithm 2 as printed: a masked unit is retained for a retained one of less value
             and no more cost. It never spends what is left of a budget.
         max_moves: where to stop at the latest; see ``converged``.
-        progress: told the moves made so far about every 100 ms; what it raises ends the call.
 
     Raises:
         ValueError: shapes that differ, a negative or non-finite number or sum, an unknown
@@ -272,11 +246,8 @@ def refine_masks(
     sizes = heads.shape[0], heads.shape[1], neurons.shape[1]
     start, limit = np.concatenate([heads.ravel(), neurons.ravel()]), number("budget", budget)
     most = count("max_moves", max_moves)
-    result: dict[str, Any] = dict(
-        _native.refine(
-            units.value, units.cost, limit, start, *sizes, pairs, literal, most, progress
-        )
-    )
+    arguments = (units.value, units.cost, limit, start, *sizes, pairs, literal, most, None)
+    result: dict[str, Any] = dict(_native.refine(*arguments))
     return Refinement(*units.split(result.pop("mask")), **result)
 
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike
 
+from floe.errors import require_all
 from floe.types import Floats
 
 if TYPE_CHECKING:
@@ -209,9 +210,7 @@ def known_statistics() -> dict[str, Statistic]:
 def finite(name: str, values: ArrayLike) -> Floats:
     """``values`` as float64; ValueError names the first that is not finite."""
     array = np.asarray(values, dtype=np.float64)
-    bad = np.argwhere(~np.isfinite(array))
-    if len(bad):
-        raise ValueError(f"{name}{bad[0].tolist()} must be finite, got {array[tuple(bad[0])]}")
+    require_all(np.isfinite(array), name, "finite", array)
     return array
 
 
