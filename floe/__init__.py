@@ -15,7 +15,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "floe.adapters": ("FloeConfig", "MoELoRALinear", "get_model"),
-    "floe.adapters.plain_lora": ("export_lora",),
+    "floe.adapters.conversion": ("export_lora",),
     "floe.adapters.files": ("load_adapter", "save_adapter"),
     "floe.config": ("RunConfig",),
     "floe.config_file": ("load_config",),

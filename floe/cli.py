@@ -286,7 +286,7 @@ def import_hydralora_command(
     ] = None,
 ) -> None:
     """Turn an adapter of HydraLoRA's own code into a floe adapter. Reads no base weights."""
-    from floe.adapters.hydralora import import_hydralora, named_base
+    from floe.adapters.conversion import import_hydralora, named_base
     from floe.pipeline.inputs import calm_libraries, structure
 
     calm_libraries()

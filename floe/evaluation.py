@@ -383,8 +383,7 @@ def _observe(
     use: GateUse, linear: MoELoRALinear, mask: list[Tensor], _: nn.Module, args: tuple[Any, ...]
 ) -> None:
     x: Tensor = args[0][mask[0]]  # [P, K]: tokens that are not padding
-    weight = linear.router_weight(linear.active_adapters[0])
-    use.add(torch.softmax(x.float() @ weight.float().T, dim=-1))
+    use.add(linear.gates(linear.active_adapters[0], x))
 
 
 @dataclass

@@ -27,8 +27,7 @@ LAYERS = [  # a module imports its own layer and those before it
     ["adapters", "data"],
     [
         "adapters.files",
-        "adapters.plain_lora",
-        "adapters.hydralora",
+        "adapters.conversion",
         "importance",
         "selection.masks.tuning",
     ],

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import numbers
 import re
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from peft.utils import PeftType
 
 from floe.adapters.folder import CONFIG, local, read_settings, seal
+from floe.adapters.linear import AdapterSettings
 from floe.errors import FileError, require
 from floe.ops import BACKENDS
 
@@ -34,6 +36,32 @@ def peft_type() -> Any:
         PeftType._member_names_.append("FLOE")
         type.__setattr__(PeftType, "FLOE", member)  # from Python 3.12 on, members are attributes
     return PeftType["FLOE"]
+
+
+def _are_names(value: Any) -> bool:
+    return isinstance(value, (list, tuple, set)) and all(isinstance(n, str) for n in value)
+
+
+# What a single setting must be, "must be ..." in an error.
+_TYPES: dict[str, tuple[Any, str]] = {
+    "seed": (int, "a whole number"),
+    "alpha": ((int, float), "a number"),
+    "dropout": ((int, float), "a number"),
+    "share_input": (bool, "true or false"),
+}
+_VALUES: dict[str, tuple[Callable[[Any], Any], str]] = {
+    # a whole number may be larger than every float
+    "alpha": (lambda v: 0.0 < v <= sys.float_info.max, "a finite number > 0"),
+    "dropout": (lambda v: 0.0 <= v < 1.0, "in [0, 1)"),
+    "scaling": (lambda v: v in ("alpha/r", "alpha/sqrt(r)"), "'alpha/r' or 'alpha/sqrt(r)'"),
+    "adapter_dtype": (lambda v: v in list(DTYPES), f"one of {sorted(DTYPES)}"),
+    "backend": (lambda v: v in list(BACKENDS), f"one of {list(BACKENDS)}"),
+    "modules_to_save": (lambda v: v is None or _are_names(v), "a list of module names"),
+    "base_fingerprint": (
+        lambda v: v is None or re.fullmatch(r"\w+(:([0-9a-f]{16}|-)){2}", str(v)),
+        "what floe wrote",
+    ),
+}
 
 
 @dataclass
@@ -108,7 +136,15 @@ class FloeConfig(peft.PeftConfig):
                 f"got {self.floe_format!r}: a larger one was written by a newer floe; "
                 "upgrade to read it"
             )
-        self._check_sizes()
+        for name, (kind, rule) in _TYPES.items():
+            value = getattr(self, name)
+            fits = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+            require(fits, f"{name} must be {rule}", value, TypeError)
+        for name, (fit, rule) in _VALUES.items():
+            value = getattr(self, name)
+            require(bool(fit(value)), f"{name} must be {rule}", value)
+        for name in ("r", "num_experts"):
+            _size(name, getattr(self, name))
         names = self.target_modules
         if names is not None:
             rule = (
@@ -122,11 +158,6 @@ class FloeConfig(peft.PeftConfig):
             self.layers = _checked_layers(self.layers)
         if self.layer_modules:
             self._spread_modules()
-        base, whole = self.base_fingerprint, self.modules_to_save
-        made = base is None or re.fullmatch(r"\w+(:([0-9a-f]{16}|-)){2}", str(base)) is not None
-        require(made, "base_fingerprint must be what floe wrote", base)
-        fits = whole is None or _are_names(whole)
-        require(fits, "modules_to_save must be a list of module names", whole)
         for name in ("rank_pattern", "expert_pattern"):
             pattern, rule = getattr(self, name), "must map layer indices or module paths to sizes"
             require(isinstance(pattern, dict), f"{name} {rule}", pattern, TypeError)
@@ -138,33 +169,15 @@ class FloeConfig(peft.PeftConfig):
         rule = "layer_modules must map layer indices to projection names, at least one each"
         fits = isinstance(given, dict) and all(n and _are_names(n) for n in given.values())
         require(fits, rule, given)
-        layers = _checked_layers([_index(key) for key in given])
+        for key in given:  # JSON writes them as text
+            require(str(key).isdecimal(), "layer_modules keys must be block indices >= 0", key)
+        layers = _checked_layers([int(key) for key in given])
         targets = sorted({name for names in given.values() for name in names})
         for name, union in (("layers", layers), ("target_modules", targets)):
             rule = f"{name} must be left out or {union} with these layer_modules"
             require(getattr(self, name) in (None, union), rule, getattr(self, name))
         self.layers, self.target_modules = layers, targets
-        self.layer_modules = {str(_index(key)): sorted(set(v)) for key, v in given.items()}
-
-    def _check_sizes(self) -> None:
-        _size("r", self.r)
-        _size("num_experts", self.num_experts)
-        require(isinstance(self.seed, int), "seed must be a whole number", self.seed, TypeError)
-        for name in ("alpha", "dropout"):
-            value = getattr(self, name)
-            number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            require(number, f"{name} must be a number", value, TypeError)
-        finite = 0.0 < self.alpha <= sys.float_info.max  # a whole number may be larger
-        require(finite, "alpha must be a finite number > 0", self.alpha)
-        require(0.0 <= self.dropout < 1.0, "dropout must be in [0, 1)", self.dropout)
-        known = self.scaling in ("alpha/r", "alpha/sqrt(r)")
-        require(known, "scaling must be 'alpha/r' or 'alpha/sqrt(r)'", self.scaling)
-        dtypes, backends = sorted(DTYPES), list(BACKENDS)
-        known = self.adapter_dtype in dtypes
-        require(known, f"adapter_dtype must be one of {dtypes}", self.adapter_dtype)
-        require(self.backend in backends, f"backend must be one of {backends}", self.backend)
-        shared = isinstance(self.share_input, bool)
-        require(shared, "share_input must be true or false", self.share_input, TypeError)
+        self.layer_modules = {str(int(key)): sorted(set(v)) for key, v in given.items()}
 
     def to_dict(self) -> dict[str, Any]:
         """What is written to disk: the settings, with the fingerprint of the base they are on."""
@@ -196,15 +209,13 @@ class FloeConfig(peft.PeftConfig):
         super().save_pretrained(save_directory, **options)
         seal(Path(save_directory))
 
-    def sizes(self, path: str) -> tuple[int, int, float]:
-        """Rank, number of experts and factor of the output of the adapter at a module's path."""
-        rank = self.rank_pattern.get(path, self.r)
-        experts = self.expert_pattern.get(path, self.num_experts)
-        return rank, experts, float(self.alpha) / (rank if self.scaling == "alpha/r" else rank**0.5)
-
-
-def _are_names(value: Any) -> bool:
-    return isinstance(value, (list, tuple, set)) and all(isinstance(n, str) for n in value)
+    def at(self, path: str, layer: int | None = None) -> AdapterSettings:
+        """Settings of the adapter at a module's path; patterns may name the path or its layer."""
+        patterns = (self.rank_pattern, self.r), (self.expert_pattern, self.num_experts)
+        rank, experts = (p.get(path, p.get(str(layer), default)) for p, default in patterns)
+        scaling = float(self.alpha) / (rank if self.scaling == "alpha/r" else rank**0.5)
+        dropout = float(self.dropout)
+        return AdapterSettings(rank, experts, scaling, dropout, self.backend, self.share_input)
 
 
 def _size(name: str, value: Any) -> int:
@@ -214,16 +225,10 @@ def _size(name: str, value: Any) -> int:
     return int(value)
 
 
-def _index(key: Any) -> int:
-    """A layer index, which JSON writes as text when it is a key."""
-    require(str(key).isdecimal(), "layer_modules keys must be block indices >= 0", key)
-    return int(str(key))
-
-
 def _checked_layers(layers: Any) -> list[int]:
     values = [layers] if isinstance(layers, int) else list(layers)
     for value in values:
-        whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+        whole = isinstance(value, Integral) and not isinstance(value, bool)
         require(whole and value >= 0, "layers must be block indices >= 0", value)
     if not values:
         raise ValueError("layers must name at least one block, got an empty list")

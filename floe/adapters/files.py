@@ -14,17 +14,34 @@ from peft import set_peft_model_state_dict
 from torch import nn
 
 from floe.adapters.config import FloeConfig
-from floe.adapters.folder import check_adapter_name, check_own, embeddings_resized
+from floe.adapters.folder import check_adapter_name, check_replaceable, embeddings_resized
 from floe.adapters.targets import remove_adapters
-from floe.adapters.tuner import (
-    loaded_config,
-    take_off_unheld,
-    wrap,
-)
+from floe.adapters.tuner import loaded_config, take_off_unheld, wrap
 from floe.errors import FileError
 from floe.storage import CARD, publish, staging
 
 _REFUSALS = (ValueError, TypeError, RuntimeError, OSError, KeyError)
+# What a stranger needs first: PEFT knows the method after ``import floe``.
+_LOADING = """
+## Loading
+
+```python
+import floe  # registers the method with PEFT
+import peft
+
+model = peft.PeftModel.from_pretrained(base_model, path)
+```
+"""
+
+
+def floe_config(model: peft.PeftModel, adapter_name: str) -> FloeConfig:
+    """That of the model's floe adapter of this name; ValueError where it has none."""
+    config = getattr(model, "peft_config", {}).get(adapter_name)
+    if not isinstance(config, FloeConfig):
+        raise ValueError(
+            f"model must hold a floe adapter named {adapter_name!r}, got {type(config).__name__}"
+        )
+    return config
 
 
 def save_adapter(
@@ -39,13 +56,9 @@ def save_adapter(
         ValueError: if the model has no such floe adapter, or it holds NaN or infinity.
         FileError: if ``path`` holds anything but a floe adapter.
     """
-    config = getattr(model, "peft_config", {}).get(adapter_name)
-    if not isinstance(config, FloeConfig):
-        raise ValueError(
-            f"model must hold a floe adapter named {adapter_name!r}, got {type(config).__name__}"
-        )
+    floe_config(model, adapter_name)
     target = Path(path)
-    check_own(target)
+    check_replaceable(target)
     with staging(target) as beside:
         model.save_pretrained(
             str(beside),
@@ -55,7 +68,10 @@ def save_adapter(
             save_embedding_layers=embeddings_resized(model),
         )
         source = beside if adapter_name == "default" else beside / adapter_name
-        _complete_card(source / CARD)
+        card = source / CARD
+        text = card.read_text(encoding="utf-8") if card.is_file() else ""
+        if "import floe" not in text:
+            card.write_text(text + _LOADING, encoding="utf-8")
         publish(source, target)
 
 
@@ -92,15 +108,3 @@ def load_adapter(
         if isinstance(error, FileError) or not isinstance(error, _REFUSALS):
             raise
         raise FileError(folder, f"cannot be loaded as a floe adapter: {error}") from error
-
-
-def _complete_card(card: Path) -> None:
-    """Say in it what a stranger needs first: PEFT knows the method after ``import floe``."""
-    text = card.read_text(encoding="utf-8") if card.is_file() else ""
-    note = (
-        "\n## Loading\n\n```python\n"
-        "import floe  # registers the method with PEFT\nimport peft\n\n"
-        "model = peft.PeftModel.from_pretrained(base_model, path)\n```\n"
-    )
-    if "import floe" not in text:
-        card.write_text(text + note, encoding="utf-8")

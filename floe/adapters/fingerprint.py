@@ -28,9 +28,8 @@ def fingerprint(model: nn.Module) -> str | None:
     Settings of the model's configuration do not count.
     """
     base = base_of(model)
-    blocks = find_blocks(base)
-    paths = [path for block in blocks for path in block.linears.values()]
-    linears = [linear_at(base, path) for path in paths]
+    paths = [path for block in find_blocks(base) for path in block.linears.values()]
+    linears: list[Any] = [linear_at(base, path) for path in paths]
     projections = [getattr(linear, "weight", None) for linear in linears]
     projections += [b for linear in linears if (b := getattr(linear, "bias", None)) is not None]
     others: list[Any] = [
@@ -39,35 +38,25 @@ def fingerprint(model: nn.Module) -> str | None:
         if "norm" in type(module).__name__.lower() and ".modules_to_save." not in name
         for parameter in module.parameters(recurse=False)
     ]
-    others += [
-        parameter
-        for module in foreign_adapters(base)
-        for name in module.adapter_layer_names
-        for parameter in getattr(module, name).parameters()
-    ]
-    head, embedding = (_rows(base, f"get_{kind}_embeddings") for kind in ("output", "input"))
-    parts = [_digest([*projections, *head]), _digest([*others, *embedding])]
+    for module in foreign_adapters(base):
+        for name in module.adapter_layer_names:
+            others += getattr(module, name).parameters()
+    projections += _rows(base, "get_output_embeddings")
+    others += _rows(base, "get_input_embeddings")
+    weights = [weight for weight in (*others, *projections) if _readable(weight)]
+    parts = [_digest(projections), _digest(others)]
     if parts == [_UNREAD, _UNREAD]:
         return None
-    dtype = next(weight.dtype for weight in [*others, *projections] if _readable(weight))
-    return ":".join([str(dtype).removeprefix("torch."), *parts])
+    return ":".join([str(weights[0].dtype).removeprefix("torch."), *parts])
 
 
 def foreign_adapters(model: nn.Module) -> list[Any]:
     """Layers of other methods' adapters, which belong to the base."""
-    wrapped = {
-        part
-        for module in model.modules()
-        if isinstance(module, AuxiliaryTrainingWrapper)
-        for part in module.modules()
-    }
-    return [
-        module
-        for module in model.modules()
-        if isinstance(module, BaseTunerLayer)
-        and not isinstance(module, MoELoRALinear)
-        and module not in wrapped
-    ]
+    modules = list(model.modules())
+    wrappers = [module for module in modules if isinstance(module, AuxiliaryTrainingWrapper)]
+    inside = {part for wrapper in wrappers for part in wrapper.modules()}
+    layers = [module for module in modules if isinstance(module, BaseTunerLayer)]
+    return [m for m in layers if not isinstance(m, MoELoRALinear) and m not in inside]
 
 
 def same_base(first: str, second: str) -> bool:
@@ -86,11 +75,11 @@ def check_base(config: Any, model: nn.Module) -> None:
     """ValueError where the configuration belongs to a base model of other weights."""
     base, here = config.base_fingerprint, getattr(model, "_floe_fingerprint", None)
     if base is not None and here is not None and not same_base(base, here):
-        name = config.base_model_name_or_path
         raise ValueError(
             "base model must have the weights that the adapter was trained on (fingerprint "
-            f"{base}, base_model_name_or_path {name!r}), got {here}; for an adapter on another "
-            "base set base_fingerprint to None (load_adapter: other_base=True)"
+            f"{base}, base_model_name_or_path {config.base_model_name_or_path!r}), got {here}; for "
+            "an adapter on another base set base_fingerprint to None (load_adapter: "
+            "other_base=True)"
         )
 
 
@@ -98,32 +87,26 @@ def _rows(base: nn.Module, getter: str) -> list[Any]:
     """Those of an embedding or head that do not change when the vocabulary grows."""
     get = getattr(base, getter, None)
     module = get() if callable(get) else None
-    module = getattr(module, "original_module", module)  # what PEFT may have put around it
-    weight: Any = getattr(module, "weight", None)
     if module is None:
         return []
+    weight: Any = getattr(getattr(module, "original_module", module), "weight", None)
     return [weight[: 1 << (len(weight).bit_length() - 1)] if _readable(weight) else None]
 
 
+@torch.no_grad()
 def _digest(weights: list[Any]) -> str:
+    """Of each row's and column's sum of the values' bits, which is exact on every device."""
     if not weights or not all(map(_readable, weights)):
         return _UNREAD
     digest = hashlib.sha256()
     for weight in weights:
-        for sums in _sums(weight):
-            digest.update(sums.cpu().numpy().tobytes())
+        columns = torch.zeros(weight.shape[-1], dtype=torch.int64, device=weight.device)
+        for rows in weight.reshape(-1, weight.shape[-1]).split(_ROWS):
+            bits = rows.bfloat16().view(torch.int16)
+            digest.update(bits.sum(1, dtype=torch.int64).cpu().numpy().tobytes())
+            columns += bits.sum(0, dtype=torch.int64)
+        digest.update(columns.cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
-
-
-@torch.no_grad()
-def _sums(weight: Tensor) -> list[Tensor]:
-    """Of each row and each column: the sum of the values' bits, exact on every device."""
-    by_row, by_column = [], torch.zeros(weight.shape[-1], dtype=torch.int64, device=weight.device)
-    for rows in weight.reshape(-1, weight.shape[-1]).split(_ROWS):
-        bits = rows.bfloat16().view(torch.int16)
-        by_row.append(bits.sum(1, dtype=torch.int64))
-        by_column += bits.sum(0, dtype=torch.int64)
-    return [*by_row, by_column]
 
 
 def _readable(weight: Any) -> bool:

@@ -54,8 +54,7 @@ def read_tensors(folder: Path, settings: dict[str, Any], config: bytes) -> dict[
     Raises:
         FileError: they are missing or damaged, or were not saved together.
     """
-    raw = read_bytes(folder, TENSORS)
-    file = folder / TENSORS
+    file, raw = folder / TENSORS, read_bytes(folder, TENSORS)
     try:
         header, data = _split(raw)
         tensors: dict[str, Tensor] = load(raw)
@@ -64,7 +63,7 @@ def read_tensors(folder: Path, settings: dict[str, Any], config: bytes) -> dict[
         raise FileError(file, f"is damaged: {error}") from error
     if digest is None and settings.get("floe_format") != _UNSEALED_FORMAT:
         raise FileError(file, "is not what was saved: it has no digest, the last thing written")
-    if digest is not None and digest != _digest(config, header, data):
+    if digest not in (None, _digest(config, header, data)):
         raise FileError(
             file, f"is not what was saved, or {CONFIG} beside it was edited: the digest differs"
         )
@@ -80,9 +79,8 @@ def current_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     renamed: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         new = re.sub(r"\.floe_(shrink|expand)$", r".floe_\1.weight", name.removeprefix(PREFIX))
-        if new in renamed:
+        if renamed.setdefault(new, tensor) is not tensor:
             raise ValueError(f"an adapter file must name a tensor once, got {new} twice")
-        renamed[new] = tensor
     return renamed
 
 
@@ -157,16 +155,15 @@ def check_new(folder: Path) -> None:
         raise FileError(folder, "exists and is not empty; not overwritten")
 
 
-def check_own(folder: Path) -> None:
+def check_replaceable(folder: Path) -> None:
     """FileError if the folder holds anything but, among other files, an adapter of floe's."""
-    if not _entries(folder):
-        return
-    if not os.path.lexists(folder / CONFIG):
-        raise FileError(folder, "exists and is not an adapter folder; not overwritten")
-    try:
-        read_settings(folder)
-    except FileError as error:
-        raise FileError(folder, f"holds no floe adapter; not overwritten ({error})") from error
+    if _entries(folder):
+        if not os.path.lexists(folder / CONFIG):
+            raise FileError(folder, "exists and is not an adapter folder; not overwritten")
+        try:
+            read_settings(folder)
+        except FileError as error:
+            raise FileError(folder, f"holds no floe adapter; not overwritten ({error})") from error
 
 
 def local(
@@ -215,8 +212,8 @@ def read_bytes(folder: Path, name: str, longest: int | None = None) -> bytes:
 def _is_cached(home: Path, real: Path) -> bool:
     """Whether ``home`` is a snapshot in the hub's cache, whose files are links to its blobs."""
     for folder in home.parents:
-        if folder.name == "snapshots" and folder.parent.name.startswith("models--"):
-            repository = folder.parent
+        repository = folder.parent
+        if folder.name == "snapshots" and repository.name.startswith("models--"):
             shared = repository.parent / "blobs"
             return real.parent == repository / "blobs" or real.parent.parent == shared
     return False
@@ -251,14 +248,10 @@ def adapter_tensors(model: nn.Module, adapter_name: str) -> dict[str, tuple[int,
     """Name in the model's state -> whole shape of every tensor of the adapter."""
     shapes: dict[str, tuple[int, ...]] = {}
     for path, module in model.named_modules():
-        if isinstance(module, MoELoRALinear) and adapter_name in module.r:
+        if isinstance(module, MoELoRALinear) and adapter_name in module.settings:
             path = path.replace("_fsdp_wrapped_module.", "")
-            rank, experts = module.r[adapter_name], module.num_experts[adapter_name]
-            for kind, shape in (
-                ("shrink", (rank + experts, module.in_features)),
-                ("expand", (module.out_features, experts, rank)),
-            ):
-                shapes[f"{path}.floe_{kind}.{adapter_name}.weight"] = shape
+            for name, shape in module.settings[adapter_name].shapes(module.base_layer).items():
+                shapes[f"{path}.{name}.{adapter_name}.weight"] = shape
     return shapes
 
 
@@ -269,9 +262,9 @@ def with_adapter_name(
     renamed = dict(tensors)
     for path, module in model.named_modules():
         if isinstance(module, AuxiliaryTrainingWrapper):
-            for saved, own in module.adapter_state_dict_load_map(adapter_name).items():
+            for saved, here in module.adapter_state_dict_load_map(adapter_name).items():
                 if f"{path}.{saved}" in renamed:
-                    renamed[f"{path}.{own}"] = renamed.pop(f"{path}.{saved}")
+                    renamed[f"{path}.{here}"] = renamed.pop(f"{path}.{saved}")
     return renamed
 
 

@@ -6,6 +6,7 @@ import hashlib
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,7 +16,28 @@ from torch import Tensor, nn
 from floe import ops
 from floe.adapters.shared_input import Part, SharedInput
 
-_CPU = torch.device("cpu")
+
+@dataclass
+class AdapterSettings:
+    """What one adapter of one layer computes, and how; ``scaling`` multiplies its output."""
+
+    rank: int
+    num_experts: int
+    scaling: float
+    dropout: float = 0.0
+    backend: str = "auto"
+    share_input: bool = True
+
+    def function(self) -> tuple[int, int, float]:
+        """Of the settings those that decide what a trained adapter computes."""
+        return self.rank, self.num_experts, self.scaling
+
+    def shapes(self, linear: nn.Linear) -> dict[str, tuple[int, ...]]:
+        """Those of the adapter's tensors beside this linear, [K] to [N] features, by name."""
+        return {
+            "floe_shrink": (self.rank + self.num_experts, linear.in_features),
+            "floe_expand": (linear.out_features, self.num_experts, self.rank),
+        }
 
 
 class AdapterWeight(nn.Module):
@@ -34,18 +56,14 @@ class MoELoRALinear(nn.Module, BaseTunerLayer):
     """One shared A, M experts B_i and a softmax router, beside a frozen linear (FLoE Eq. 1).
 
     Per adapter name: ``floe_shrink[name].weight`` [r + M, K] holds A's rows, then the router's;
-    ``floe_expand[name].weight`` [N, M, r] holds the experts. Both are drawn at
-    :meth:`update_layer`: A and the router from U(-1/sqrt(K), 1/sqrt(K)), B zero. A router of zeros
-    would leave all experts identical for ever.
+    ``floe_expand[name].weight`` [N, M, r] holds the experts; ``settings[name]`` says the rest.
     """
 
     adapter_layer_names = ("floe_shrink", "floe_expand")
-    other_param_names = ("r", "num_experts", "scaling", "dropout", "backend", "share_input")
+    other_param_names = ("settings",)
 
     # Annotations only; assigning would register them.
     base_layer: nn.Linear
-    in_features: int
-    out_features: int
     active_adapters: list[str]
     disable_adapters: bool
     set_adapter: Callable[..., None]
@@ -54,51 +72,43 @@ class MoELoRALinear(nn.Module, BaseTunerLayer):
     def __init__(self, base_layer: nn.Linear) -> None:
         super().__init__()
         self.base_layer = base_layer
-        self.r: dict[str, int] = {}
-        self.num_experts: dict[str, int] = {}
-        self.scaling: dict[str, float] = {}
-        self.dropout: dict[str, float] = {}
-        self.backend: dict[str, str] = {}
-        self.share_input: dict[str, bool] = {}
-        self.shared: SharedInput | None = None  # set by link_shared_inputs
+        self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
+        self.settings: dict[str, AdapterSettings] = {}
         self.floe_shrink = nn.ModuleDict()
         self.floe_expand = nn.ModuleDict()
+        self.shared: SharedInput | None = None  # set by link_shared_inputs
+        self.calls_base = False  # set by separate_base
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
-        self.calls_base = False  # set by separate_base
-        self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
 
     def update_layer(
         self,
         name: str,
-        rank: int,
-        num_experts: int,
-        scaling: float,
-        dropout: float,
+        settings: AdapterSettings,
         generator: torch.Generator,
         dtype: torch.dtype = torch.float32,
-        backend: str = "auto",
-        share_input: bool = True,
         device: torch.device | None = None,
     ) -> None:
-        """Add (or replace) adapter ``name``, drawn from ``generator``, on ``device``.
-
-        The device is the base layer's where none is given. The values are drawn on the CPU, so they
-        do not depend on it.
-        """
-        self.r[name], self.num_experts[name] = rank, num_experts
-        self.scaling[name], self.dropout[name] = scaling, dropout
-        self.backend[name], self.share_input[name] = backend, share_input
-        device = device or next((p.device for p in self.base_layer.parameters()), _CPU)
-        drawn = torch.device("meta") if device.type == "meta" else _CPU
-        shrink = torch.empty(rank + num_experts, self.in_features, device=drawn)
-        bound = 1.0 / math.sqrt(self.in_features)
-        if drawn is _CPU:
-            shrink.uniform_(-bound, bound, generator=generator)
-        expand = torch.zeros(self.out_features, num_experts, rank, device=drawn)
-        self.floe_shrink[name] = AdapterWeight(shrink.to(device, dtype))
-        self.floe_expand[name] = AdapterWeight(expand.to(device, dtype))
+        """Add (or replace) adapter ``name`` on ``device``, or where the base layer is."""
+        self.settings[name] = settings
+        for kind, shape in settings.shapes(self.base_layer).items():
+            weight = torch.empty(shape, dtype=dtype, device=device or self._base_device())
+            getattr(self, kind)[name] = AdapterWeight(weight)
+        self.draw(name, generator)
         self.set_adapter(self.active_adapters)
+
+    @torch.no_grad()
+    def draw(self, name: str, generator: torch.Generator) -> None:
+        """Fresh values: A and the router from U(-1/sqrt(K), 1/sqrt(K)), B zero.
+
+        A router of zeros would leave all experts identical for ever. The values are drawn on the
+        CPU in float32, so they depend on neither device nor dtype.
+        """
+        shrink, expand = self.weights(name)
+        if not shrink.is_meta:
+            bound = 1.0 / math.sqrt(self.in_features)
+            shrink.copy_(torch.empty(shrink.shape).uniform_(-bound, bound, generator=generator))
+            expand.zero_()
 
     def forward(
         self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any
@@ -129,7 +139,7 @@ class MoELoRALinear(nn.Module, BaseTunerLayer):
         """Names of the adapters that take part in the forward."""
         if self.disable_adapters:
             return []
-        return [name for name in self.active_adapters if name in self.r]
+        return [name for name in self.active_adapters if name in self.settings]
 
     def readable_base(self) -> tuple[Tensor, Tensor | None] | None:
         """Weight and bias, where the op may read them itself: of a plain, frozen, unhooked linear.
@@ -147,12 +157,14 @@ class MoELoRALinear(nn.Module, BaseTunerLayer):
             return None
         return weight, bias
 
+    def _base_device(self) -> torch.device:
+        return next((p.device for p in self.base_layer.parameters()), torch.device("cpu"))
+
     def _move_adapter_to_device_of_base_layer(
         self, adapter_name: str, device: torch.device | None = None
     ) -> None:
-        """Follow the base layer's device; the adapter keeps its own dtype."""
-        if device is None:
-            device = next((p.device for p in self.base_layer.parameters()), _CPU)
+        """Follow the base layer's device; unlike PEFT's, the adapter keeps its own dtype."""
+        device = device or self._base_device()
         for weight in self.weights(adapter_name):
             if "meta" not in (weight.device.type, device.type):
                 weight.data = weight.data.to(device)
@@ -164,40 +176,31 @@ class MoELoRALinear(nn.Module, BaseTunerLayer):
 
     def weights(self, name: str) -> tuple[nn.Parameter, nn.Parameter]:
         """The parameters ``floe_shrink`` and ``floe_expand`` of an adapter."""
-        leaves: Any = (self.floe_shrink[name], self.floe_expand[name])
-        return leaves[0].weight, leaves[1].weight
+        shrink, expand = self._leaves(name)
+        return shrink.weight, expand.weight
 
     def _leaves(self, name: str) -> tuple[Any, Any]:
         modules: Any = self._modules  # hot path, as readable_base
         return modules["floe_shrink"]._modules[name], modules["floe_expand"]._modules[name]
 
-    def tensors(self, name: str) -> tuple[Tensor, Tensor | None, Tensor, Tensor] | None:
-        """Weight, bias, shrink and expand where all may be read themselves: nothing wraps them.
+    def part(self, name: str) -> Part | None:
+        """What the layer brings to one op of all that share its input; None if it runs alone.
 
-        What a wrapper gathers is there only while its own module runs.
+        What a wrapper of base or adapter gathers is there only while its own module runs.
         """
-        base = self.readable_base()
-        first, second = self._leaves(name)
-        if base is None or not (
-            _is_plain(first, AdapterWeight) and _is_plain(second, AdapterWeight)
-        ):
+        settings, base = self.settings[name], self.readable_base()
+        if base is None or not settings.share_input or self.active_names() != [name]:
             return None
-        shrink, expand = first._parameters.get("weight"), second._parameters.get("weight")
+        leaves = self._leaves(name)
+        if not all(_is_plain(leaf, AdapterWeight) for leaf in leaves):
+            return None
+        shrink, expand = (leaf._parameters.get("weight") for leaf in leaves)
         if type(shrink) is not nn.Parameter or type(expand) is not nn.Parameter:
             return None
-        return *base, shrink, expand
-
-    def part(self, name: str) -> Part | None:
-        """What the layer brings to one op of all that share its input; None if it runs alone."""
-        tensors = self.tensors(name)
-        if tensors is None or not self.share_input[name] or self.active_names() != [name]:
-            return None
+        tensors = (*base, shrink, expand)
         if any(tensor is not None and tensor.is_inference() for tensor in tensors):
             return None
-        _, _, shrink, expand = tensors
-        sizes = shrink.shape, expand.shape[1:], shrink.dtype, expand.dtype, shrink.device
-        dropout = self.dropout[name] if self.training else 0.0
-        return Part((*sizes, self.scaling[name], dropout, self.backend[name]), tensors)
+        return Part((settings, shrink.dtype, shrink.device, expand.dtype, self.training), tensors)
 
     def _mixed(self, y: Tensor, x: Tensor, names: list[str]) -> Tensor:
         if len(names) != len(x):
@@ -205,7 +208,7 @@ class MoELoRALinear(nn.Module, BaseTunerLayer):
                 f"adapter_names must hold one name for each of the input's {len(x)} rows, "
                 f"got {len(names)}"
             )
-        known = set() if self.disable_adapters else {name for name in names if name in self.r}
+        known = set() if self.disable_adapters else self.settings.keys() & set(names)
         for name in sorted(known):
             places = [place for place, other in enumerate(names) if other == name]
             rows = torch.tensor(places, device=x.device)
@@ -216,18 +219,19 @@ class MoELoRALinear(nn.Module, BaseTunerLayer):
 
     def call_settings(self, x: Tensor, name: str) -> dict[str, Any]:
         """Keyword arguments of the op for adapter ``name``, with a fresh dropout seed."""
-        p = self.dropout[name] if self.training else 0.0
+        settings = self.settings[name]
+        p = settings.dropout if self.training else 0.0
         seed = ops.draw_seed(x.device) if p > 0.0 else None
-        return {
-            "scaling": self.scaling[name],
-            "dropout_p": p,
-            "seed": seed,
-            "backend": self.backend[name],
-        }
+        scaling, backend = settings.scaling, settings.backend
+        return {"scaling": scaling, "dropout_p": p, "seed": seed, "backend": backend}
 
     def router_weight(self, name: str) -> Tensor:
         """Rows of ``floe_shrink`` that are the router's, [M, K]."""
-        return self.adapter(name)[0][self.r[name] :]
+        return self.adapter(name)[0][self.settings[name].rank :]
+
+    def gates(self, name: str, x: Tensor) -> Tensor:
+        """The experts' weights for inputs x [T, K], float32 [T, M]; each row adds up to 1."""
+        return torch.softmax(x.float() @ self.router_weight(name).float().T, dim=-1)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Refuse: the experts' weights depend on the token, so no single matrix equals them."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -29,55 +29,24 @@ class Part(NamedTuple):
         return [tensor._version for tensor in self.tensors if tensor is not None]
 
 
-class Member(Protocol):
-    """An adapted linear, as far as it matters here."""
-
-    r: dict[str, int]
-    training: bool
-    calls_base: bool
-
-    def tensors(self, name: str) -> tuple[Tensor, Tensor | None, Tensor, Tensor] | None:
-        """Those of a `Part` with adapter ``name``; None where they may not be read."""
-
-    def part(self, name: str) -> Part | None:
-        """What it brings to an op of all members; None if it runs alone."""
-
-    def call_settings(self, x: Tensor, name: str) -> dict[str, Any]:
-        """Keyword arguments of the op, with a fresh dropout seed."""
-
-
 class _Ready(NamedTuple):
     """What one call computed, by member; each output is handed out once."""
 
     x: Tensor
     situation: tuple[Any, ...]
-    parts: dict[Member, tuple[Part, list[int]]]  # and its versions
-    outputs: dict[Member, Tensor]
-
-    def holds_for(self, member: Member, name: str) -> bool:
-        """Whether the member would bring the same tensors now, and nothing wrote into them."""
-        (part, versions), tensors = self.parts[member], member.tensors(name)
-        same = tensors is not None and all(map(operator.is_, tensors, part.tensors))
-        return same and part.versions() == versions
+    parts: dict[Any, tuple[Part, list[int]]]  # and its versions
+    outputs: dict[Any, Tensor]
 
 
 class SharedInput:
-    """The adapted linears of one input, in the order their parent module calls them."""
+    """The adapted linears of one input, each a MoELoRALinear, in the order of their calls."""
 
-    def __init__(self, members: Sequence[Member]) -> None:
+    def __init__(self, members: Sequence[Any]) -> None:
         self.members = list(members)
         self._parent_runs = False
         self._ready: _Ready | None = None
 
-    def open(self) -> None:
-        """The module that holds the members starts to run."""
-        self._parent_runs, self._ready = True, None
-
-    def close(self) -> None:
-        """It has run: outputs that were not asked for go."""
-        self._parent_runs, self._ready = False, None
-
-    def output(self, member: Member, x: Tensor, name: str) -> Tensor | None:
+    def output(self, member: Any, x: Tensor, name: str) -> Tensor | None:
         """The member's output with adapter ``name`` for x; None where it must compute it alone.
 
         Alone: outside its parent's call, under torch.compile (whose graph is not to depend on what
@@ -92,9 +61,11 @@ class SharedInput:
         situation = _situation(member, x, name)
         ready = self._ready  # another thread may put another there meanwhile
         if ready is not None and ready.x is x and ready.situation == situation:
-            mine = ready.outputs.pop(member, None)
+            mine: Tensor | None = ready.outputs.pop(member, None)
             if mine is not None:
-                return mine if ready.holds_for(member, name) else None
+                part, (before, versions) = member.part(name), ready.parts[member]
+                same = part and all(map(operator.is_, part.tensors, before.tensors))
+                return mine if same and part.versions() == versions else None
         parts = self._parts(name)
         if member not in parts:
             return None
@@ -106,11 +77,11 @@ class SharedInput:
         self._ready = _Ready(x, situation, known, outputs)
         return mine
 
-    def _parts(self, name: str) -> dict[Member, Part]:
+    def _parts(self, name: str) -> dict[Any, Part]:
         """Of every member with the adapter; empty where they cannot share an op."""
-        parts: dict[Member, Part] = {}
+        parts: dict[Any, Part] = {}
         for member in self.members:
-            if name not in member.r:
+            if name not in member.settings:
                 continue
             part = member.part(name)
             if part is None or any(part.traits != other.traits for other in parts.values()):
@@ -135,24 +106,26 @@ def unlink(parent: nn.Module) -> None:
 
 
 def _opens(parent: nn.Module, args: Any) -> None:
-    for shared in _shared(parent):
-        shared.open()
+    _set_running(parent, True)
 
 
 def _closes(parent: nn.Module, args: Any, output: Any) -> None:
-    for shared in _shared(parent):
-        shared.close()
+    _set_running(parent, False)
 
 
-def _shared(parent: nn.Module) -> list[SharedInput]:
-    # looked up each time, so that copies of the model get their own
-    if torch.compiler.is_compiling():
-        return []
-    linked = [child.__dict__.get("shared") for child in parent._modules.values() if child]
-    return [shared for shared in linked if type(shared) is SharedInput]
+def _set_running(parent: nn.Module, runs: bool) -> None:
+    """Tell the parent's members, looked up each time, so that copies of a model get their own.
+
+    Outputs that nobody took go.
+    """
+    if not torch.compiler.is_compiling():
+        for child in parent._modules.values():
+            shared = child.__dict__.get("shared") if child else None
+            if type(shared) is SharedInput:
+                shared._parent_runs, shared._ready = runs, None
 
 
-def _situation(member: Member, x: Tensor, name: str) -> tuple[Any, ...]:
+def _situation(member: Any, x: Tensor, name: str) -> tuple[Any, ...]:
     """What must not have changed between the first member's call and another's."""
     device = x.device.type
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None

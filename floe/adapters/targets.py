@@ -53,26 +53,23 @@ def parameter_counts(model: nn.Module, config: FloeConfig) -> list[int]:
 
     Needs only shapes: works for models on the meta device. ``config.layers`` is ignored.
     """
-    base, counts = base_of(model), []
-    for block in find_blocks(base):
-        shapes = [
-            shape
+    return [
+        sum(
+            math.prod(shape)
             for path in _block_targets(block, config.target_modules)
-            for shape in _shapes(base, config, block.index, path)
-        ]
-        counts.append(sum(math.prod(shape) for shape in shapes))
-    return counts
+            for shape in config.at(path, block.index).shapes(linear_of(model, path)).values()
+        )
+        for block in find_blocks(model)
+    ]
 
 
 def projection_shapes(model: nn.Module, config: FloeConfig) -> list[dict[str, tuple[int, int]]]:
     """(in, out) features of each block's projections that ``config`` adapts, by name."""
-    base, shapes = base_of(model), []
-    for block in find_blocks(base):
+    shapes = []
+    for block in find_blocks(model):
         paths = _block_targets(block, config.target_modules)
-        linears = {path: linear_of(base.get_submodule(path), path) for path in paths}
-        shapes.append(
-            {p.rpartition(".")[2]: (m.in_features, m.out_features) for p, m in linears.items()}
-        )
+        linears = {path.rpartition(".")[2]: linear_of(model, path) for path in paths}
+        shapes.append({name: (m.in_features, m.out_features) for name, m in linears.items()})
     return shapes
 
 
@@ -86,12 +83,11 @@ def adapter_shapes(model: nn.Module, config: FloeConfig) -> dict[str, tuple[int,
 
     A name is the path in the base model, then the parameter's name without the adapter's.
     """
-    base = base_of(model)
-    shapes: dict[str, tuple[int, ...]] = {}
-    for path, index in target_paths(base, config).items():
-        shrink, expand = _shapes(base, config, index, path)
-        shapes |= {f"{path}.floe_shrink.weight": shrink, f"{path}.floe_expand.weight": expand}
-    return shapes
+    return {
+        f"{path}.{name}.weight": shape
+        for path, index in target_paths(model, config).items()
+        for name, shape in config.at(path, index).shapes(linear_of(model, path)).items()
+    }
 
 
 def target_paths(model: nn.Module, config: FloeConfig) -> dict[str, int]:
@@ -127,21 +123,6 @@ def _block_targets(block: Block, targets: list[str] | None) -> list[str]:
     return [path for name, path in linears.items() if name in targets]
 
 
-def _shapes(
-    base: nn.Module, config: FloeConfig, index: int, path: str
-) -> tuple[tuple[int, int], tuple[int, int, int]]:
-    """Those of ``floe_shrink`` [r + M, K] and ``floe_expand`` [N, M, r] at ``path``."""
-    linear = linear_of(base.get_submodule(path), path)
-    rank, experts = _pattern(config, "rank", index, path), _pattern(config, "expert", index, path)
-    return (rank + experts, linear.in_features), (linear.out_features, experts, rank)
-
-
-def _pattern(config: FloeConfig, kind: str, index: int, path: str) -> int:
-    pattern: dict[str, int] = getattr(config, f"{kind}_pattern")
-    default = config.r if kind == "rank" else config.num_experts
-    return pattern.get(path, pattern.get(str(index), default))
-
-
 def by_path(name: str, pattern: dict[str, int], targets: dict[str, int]) -> dict[str, int]:
     """``{layer index or path: value}`` as ``{path: value}``, sorted.
 
@@ -157,12 +138,13 @@ def by_path(name: str, pattern: dict[str, int], targets: dict[str, int]) -> dict
     return dict(sorted(resolved.items()))
 
 
-def linear_of(module: nn.Module, path: str) -> nn.Linear:
-    """The linear layer at ``path``: ``module`` itself, or what it wraps when it is adapted already.
+def linear_of(model: nn.Module, path: str) -> nn.Linear:
+    """The linear layer at ``path`` of the base model, or what is wrapped there when it is adapted.
 
     Raises:
         ValueError: if it is no linear layer (nothing with ``in_features`` and ``out_features``).
     """
+    module: Any = base_of(model).get_submodule(path)
     linear = module.get_base_layer() if isinstance(module, MoELoRALinear) else module
     if not (hasattr(linear, "in_features") and hasattr(linear, "out_features")):
         raise ValueError(

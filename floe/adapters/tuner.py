@@ -76,8 +76,9 @@ class FloeModel(BaseTuner):
     def __init__(
         self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any
     ) -> None:
-        _check_bare(model, adapter_name)
         bare = not adapted_modules(model)
+        there = {} if bare else getattr(model, "peft_config", {})
+        _refuse_carrier(model, isinstance(model, peft.PeftModel) or adapter_name in there)
         if bare:
             model._floe_base = {  # type: ignore[assignment]
                 "trainable": [n for n, p in model.named_parameters() if p.requires_grad],
@@ -110,21 +111,20 @@ class FloeModel(BaseTuner):
     def _prepare_adapter_config(
         self, peft_config: FloeConfig, model_config: dict[str, Any]
     ) -> FloeConfig:
-        return peft_config
-
-    def _prepare_model(self, peft_config: FloeConfig, model: nn.Module) -> None:
+        model = self.model
         targets = target_paths(model, peft_config)
         for path in targets:  # all of them, before the first is wrapped
-            linear_of(model.get_submodule(path), path)
-        model._floe_fingerprint = fingerprint(model)  # type: ignore[assignment]
+            linear_of(model, path)
+        model._floe_fingerprint = fingerprint(model)
         check_base(peft_config, model)
         if peft_config.target_modules is None:
             names = {name for block in find_blocks(model) for name in feed_forward(block)}
             peft_config.target_modules = sorted(names)
-        # Not fields: they follow from the others, and PEFT writes fields to disk.
+        # Not a field: it follows from the others, and PEFT writes fields to disk.
         peft_config._targets = targets  # type: ignore[attr-defined]
         peft_config.rank_pattern = by_path("rank_pattern", peft_config.rank_pattern, targets)
         peft_config.expert_pattern = by_path("expert_pattern", peft_config.expert_pattern, targets)
+        return peft_config
 
     @staticmethod
     def _check_target_module_exists(peft_config: FloeConfig, key: str) -> bool:
@@ -134,25 +134,17 @@ class FloeModel(BaseTuner):
         self,
         peft_config: FloeConfig,
         adapter_name: str,
-        target: nn.Module,
+        target: Any,
         target_name: str,
         parent: nn.Module,
         current_key: str,
     ) -> None:
-        rank, experts, scaling = peft_config.sizes(current_key)
-        layer: Any = target
-        if not isinstance(target, MoELoRALinear):
-            layer = MoELoRALinear(linear_of(target, current_key))
+        layer: Any = target if isinstance(target, MoELoRALinear) else MoELoRALinear(target)
         layer.update_layer(
             adapter_name,
-            rank,
-            experts,
-            scaling,
-            float(peft_config.dropout),
+            peft_config.at(current_key),
             module_generator(peft_config.seed, current_key),
             DTYPES[peft_config.adapter_dtype],
-            peft_config.backend,
-            peft_config.share_input,
             _runs_on(layer.base_layer, self.model),
         )
         if layer is not target:
@@ -182,9 +174,9 @@ class FloeModel(BaseTuner):
             return
         if self.training:
             raise ValueError("adapter_names must be None in training mode, got names")
-        unknown = sorted(set(names) - {"__base__"} - set(self.peft_config))
-        known = f"among {sorted(self.peft_config)} or '__base__'"
-        require(not unknown, f"adapter_names must be {known}", unknown)
+        unknown = sorted(set(names) - {"__base__", *self.peft_config})
+        rule = f"adapter_names must be among {sorted(self.peft_config)} or '__base__'"
+        require(not unknown, rule, unknown)
         beams = kwargs.get("num_beams") or 1
         repeated = {"adapter_names": [name for name in names for _ in range(beams)]}
         with ExitStack() as hooks:
@@ -215,9 +207,9 @@ class FloeModel(BaseTuner):
         for name, shape in adapter_tensors(model, adapter_name).items():
             tensor = state_dict.get(name)
             if tensor is None or tuple(tensor.shape) != shape or tensor.is_meta:
-                came = "nothing" if tensor is None else f"{tuple(tensor.shape)} on {tensor.device}"
+                there = "nothing" if tensor is None else f"{tuple(tensor.shape)} on {tensor.device}"
                 raise ValueError(
-                    f"{name} must be whole, {shape}, to be saved, got {came}: "
+                    f"{name} must be whole, {shape}, to be saved, got {there}: "
                     "gather sharded parameters first"
                 )
             tensors[name] = tensor
@@ -235,8 +227,7 @@ class FloeModel(BaseTuner):
         config.adapter_dtype = known[dtypes.pop()]  # not what it was made as: what it is
         config._on_base = getattr(base_of(model), "_floe_fingerprint", None)
         if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-            # else weights may be parts, whose digests are their own
-            config._on_base = fingerprint(model) or config._on_base
+            config._on_base = fingerprint(model) or config._on_base  # else weights may be parts
         return tensors
 
     @classmethod
@@ -282,15 +273,15 @@ class FloeModel(BaseTuner):
 
 def _check_config(model: nn.Module, config: FloeConfig, adapter_name: str) -> None:
     """ValueError where the configuration is no longer what the adapter was made by."""
-    modules = {p: m for p, m in adapted_modules(model).items() if adapter_name in m.r}
-    for path, module in modules.items():
-        says = config.sizes(path.replace("_fsdp_wrapped_module.", ""))
-        made = tuple(of[adapter_name] for of in (module.r, module.num_experts, module.scaling))
-        if says != made:
-            raise ValueError(
-                f"adapter {adapter_name!r} has rank, experts and scaling {made} at {path}, "
-                f"which its configuration must say, got {says}"
-            )
+    for path, module in adapted_modules(model).items():
+        if adapter_name in module.settings:
+            says = config.at(path.replace("_fsdp_wrapped_module.", "")).function()
+            made = module.settings[adapter_name].function()
+            if says != made:
+                raise ValueError(
+                    f"adapter {adapter_name!r} has rank, experts and scaling {made} at {path}, "
+                    f"which its configuration must say, got {says}"
+                )
 
 
 _just_read: list[tuple[FloeConfig, dict[str, Tensor]]] = []  # the last folder's, until it is loaded
@@ -305,14 +296,12 @@ def _check_resumed(model: nn.Module, adapter_name: str, tensors: dict[str, Tenso
             _check_config(model, config, adapter_name)
 
 
-def _check_bare(model: nn.Module, adapter_name: str) -> None:
-    """ValueError where the model carries this adapter already, which a new one would replace."""
-    carries = getattr(model, "peft_config", {}) if adapted_modules(model) else {}
-    if isinstance(model, peft.PeftModel) or adapter_name in carries:
+def _refuse_carrier(model: nn.Module, carries: bool) -> None:
+    if carries:
         raise ValueError(
-            "base model must not carry an adapter, got one that has "
-            f"{sorted(getattr(model, 'peft_config', {}))}: floe.adapters.remove_adapters takes "
-            "them off, add_adapter of the adapted model adds another"
+            "base_model must not carry an adapter, got one with "
+            f"{sorted(getattr(model, 'peft_config', {}))}: "
+            "floe.adapters.remove_adapters(model) takes it off, model.add_adapter adds another"
         )
 
 
@@ -380,12 +369,8 @@ def take_off_unheld(base_model: nn.Module) -> None:
     if adapted:
         gc.collect()  # of a cycle through the adapted model
     tuner = _TUNERS.get(base_model) if adapted else None
-    if isinstance(base_model, peft.PeftModel) or (tuner is not None and tuner() is not None):
-        raise ValueError(
-            "base_model must not carry an adapter, got one with "
-            f"{sorted(getattr(base_model, 'peft_config', {}))}: "
-            "floe.adapters.remove_adapters(model) takes it off, model.add_adapter adds another"
-        )
+    held = tuner is not None and tuner() is not None
+    _refuse_carrier(base_model, isinstance(base_model, peft.PeftModel) or held)
     if adapted:
         remove_adapters(base_model)
 

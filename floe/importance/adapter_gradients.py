@@ -92,7 +92,7 @@ def _gradients_of_one(
     grad_expand = routed.to(x.dtype).mT @ grad_y  # [s, M r, N]: faster than its transpose
     grad_routed = (grad_y @ _expand(module, name, x.dtype)).to(routed.dtype)
     grad_switch = (routed * grad_routed).double().sum((1, 2))
-    grad_routed = (module.scaling[name] * grad_routed).unflatten(-1, (experts, rank))
+    grad_routed = (module.settings[name].scaling * grad_routed).unflatten(-1, (experts, rank))
     grad_hidden = (gate[..., None] * grad_routed).sum(-2)
     grad_gate = (grad_routed * hidden[..., None, :]).sum(-1)
     grad_logits = gate * (grad_gate - (gate * grad_gate).sum(-1, keepdim=True))
@@ -119,11 +119,11 @@ def wide(values: Tensor) -> torch.dtype:
 
 def _forward(module: MoELoRALinear, name: str, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """hidden [..., r], gate [..., M] and the scaled routed hidden [..., M r], float32 at least."""
-    rank = module.r[name]
+    rank = module.settings[name].rank
     products = x @ module.weights(name)[0].detach().to(x.dtype).T
     products = products.to(wide(x))
     hidden, gate = products[..., :rank], torch.softmax(products[..., rank:], dim=-1)
-    routed = module.scaling[name] * gate[..., :, None] * hidden[..., None, :]
+    routed = module.settings[name].scaling * gate[..., :, None] * hidden[..., None, :]
     return hidden, gate, routed.flatten(-2)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import warnings
 from collections.abc import Iterable, Iterator
@@ -141,15 +140,8 @@ def fresh_adapters(model: nn.Module, seed: int) -> Iterator[None]:
         with torch.no_grad():
             for path, module in adapted_modules(model).items():
                 for name in active_adapters(module):
-                    shrink, expand = module.weights(name)
-                    saved += [(weight, weight.detach().clone()) for weight in (shrink, expand)]
-                    bound, generator = (
-                        1.0 / math.sqrt(shrink.shape[1]),
-                        module_generator(seed, path),
-                    )
-                    drawn = torch.empty(shrink.shape).uniform_(-bound, bound, generator=generator)
-                    shrink.copy_(drawn)
-                    expand.zero_()
+                    saved += [(w, w.detach().clone()) for w in module.weights(name)]
+                    module.draw(name, module_generator(seed, path))
         yield
     finally:
         with torch.no_grad():

@@ -9,8 +9,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from floe.adapters.conversion import export_lora
 from floe.adapters.folder import check_new
-from floe.adapters.plain_lora import export_lora
 from floe.artifacts.results import Evaluation, Interval, Placements, Training
 from floe.artifacts.schema import document, read, write
 from floe.config import RunConfig

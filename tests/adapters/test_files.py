@@ -350,7 +350,7 @@ def test_any_flipped_bit_is_noticed_or_harmless(saved, copy, base):
             loads += 1
             (module,) = adapted_modules(model).values()
             assert torch.equal(module.floe_shrink["default"].weight, original[NAME]), (name, place)
-            assert module.scaling["default"] == 32.0, (name, place)
+            assert module.settings["default"].scaling == 32.0, (name, place)
             remove_adapters(model)
         shutil.copyfile(saved[0] / name, copy / name)
     assert loads < 60  # the digest does notice

@@ -10,8 +10,8 @@ from torch import nn
 from typer.testing import CliRunner
 
 from floe.adapters import FloeConfig
+from floe.adapters.conversion import import_hydralora, named_base
 from floe.adapters.files import load_adapter
-from floe.adapters.hydralora import import_hydralora, named_base
 from floe.cli import app
 from floe.errors import FileError
 

@@ -6,6 +6,7 @@ from helpers.small_adapters import IDS, adapted, logits, trained
 from torch import nn
 
 from floe.adapters import FloeConfig, MoELoRALinear, adapted_modules, separate_base
+from floe.adapters.linear import AdapterSettings
 
 
 def test_two_active_adapters_add_up():
@@ -23,7 +24,8 @@ def test_two_active_adapters_add_up():
 
 def test_first_values_are_uniform_within_one_over_the_root_of_the_width():
     layer = MoELoRALinear(nn.Linear(64, 8))
-    layer.update_layer("default", 40, 24, 1.0, 0.0, torch.Generator().manual_seed(0))
+    settings = AdapterSettings(40, 24, scaling=1.0)
+    layer.update_layer("default", settings, torch.Generator().manual_seed(0))
     router = layer.router_weight("default")
     for rows in (
         layer.floe_shrink["default"].weight[:40],

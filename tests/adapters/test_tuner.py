@@ -239,9 +239,9 @@ def test_only_the_chosen_layers_carry_adapters_of_their_own_size():
         alpha=8.0,
     )
     found = {
-        (index, name): (m.r["default"], m.num_experts["default"], m.scaling["default"])
+        (index, name): (s.rank, s.num_experts, s.scaling)
         for index, modules in adapted_layers(model).items()
-        for name, m in modules.items()
+        for name, s in ((name, m.settings["default"]) for name, m in modules.items())
     }
     assert found == {
         (0, "q_proj"): (3, 4, 8 / 3),
@@ -252,7 +252,7 @@ def test_only_the_chosen_layers_carry_adapters_of_their_own_size():
         (2, "down_proj"): (5, 2, 8 / 5),
     }
     for module in adapted_modules(model).values():
-        rank, experts = module.r["default"], module.num_experts["default"]
+        rank, experts = module.settings["default"].rank, module.settings["default"].num_experts
         assert module.floe_shrink["default"].weight.shape == (rank + experts, module.in_features)
         assert module.floe_expand["default"].weight.shape == (module.out_features, experts, rank)
     assert model.peft_config["default"].layers == [0, 2]
@@ -260,7 +260,7 @@ def test_only_the_chosen_layers_carry_adapters_of_their_own_size():
 
 def test_scaling_by_the_root_of_the_rank():
     module = next(iter(adapted_modules(adapted(r=4, alpha=8.0, scaling="alpha/sqrt(r)")).values()))
-    assert module.scaling["default"] == 4.0
+    assert module.settings["default"].scaling == 4.0
 
 
 def test_a_layer_s_first_values_depend_on_the_seed_and_its_path_alone():

@@ -5,6 +5,7 @@ import torch
 from helpers.importance_models import TARGETS, adapted, batches, mean_nll, measure_fisher
 
 from floe.adapters import MoELoRALinear, adapted_layers
+from floe.adapters.linear import AdapterSettings
 from floe.importance import adapter_gradients as module_under_test
 from floe.importance.adapter_gradients import adapter_gradients, adapter_output
 from floe.importance.gradients import Capture
@@ -49,7 +50,7 @@ def test_equals_the_sample_loop(kind, config):
 def example(samples=3, tokens=5, inputs=7, outputs=6, rank=3, experts=2, dtype=torch.float64):
     generator = torch.Generator().manual_seed(1)
     module = MoELoRALinear(torch.nn.Linear(inputs, outputs).to(dtype))
-    module.update_layer("default", rank, experts, 2.0, 0.5, generator, dtype)
+    module.update_layer("default", AdapterSettings(rank, experts, 2.0, 0.5), generator, dtype)
     module.set_adapter("default")
     module.floe_expand["default"].weight.data.normal_(generator=generator)
     x = torch.randn(samples, tokens, inputs, generator=generator, dtype=dtype)
@@ -83,11 +84,11 @@ def test_gates_are_found_in_their_layer_and_projection():
     assert found.shape == (1, 3, 3)
     for layer, modules in places.items():
         for place, module in enumerate(modules.values()):
-            own, losses = module.scaling["default"], []
+            own, losses = module.settings["default"].scaling, []
             for factor in (1 + 1e-3, 1 - 1e-3):
-                module.scaling["default"] = own * factor
+                module.settings["default"].scaling = own * factor
                 losses.append(mean_nll(model, row).item())
-            module.scaling["default"] = own
+            module.settings["default"].scaling = own
             slope = (losses[0] - losses[1]) / 2e-3
             assert found[0, layer, place] == pytest.approx(
                 slope, rel=1e-2, abs=1e-5
@@ -128,7 +129,7 @@ def test_bfloat16_is_as_exact_as_autograd_in_bfloat16():
 
     def loop(dtype):
         copied = copy.deepcopy(module).to(dtype)
-        copied.backend["default"] = "eager"  # torch's own products
+        copied.settings["default"].backend = "eager"  # torch's own products
         weights = [copied.floe_shrink["default"].weight, copied.floe_expand["default"].weight]
         return torch.stack(
             [

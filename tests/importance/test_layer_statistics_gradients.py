@@ -57,7 +57,7 @@ def test_gradient_norm_by_the_closed_form():
         products = x @ module.floe_shrink["default"].weight.T
         hidden, gate = products[:, :3], torch.softmax(products[:, 3:], -1)
         routed = (gate[:, :, None] * hidden[:, None, :]).flatten(1)
-        expected = module.scaling["default"] * (dy.T @ routed).norm()
+        expected = module.settings["default"].scaling * (dy.T @ routed).norm()
     assert found[2] == pytest.approx(float(expected.detach()), rel=1e-9)
 
 

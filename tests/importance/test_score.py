@@ -151,7 +151,7 @@ def test_scores_without_adapters_and_without_signal():
     model = adapted()
     for module in adapted_modules(model).values():
         module.floe_expand["default"].weight.data.zero_()
-        module.floe_shrink["default"].weight.data[: module.r["default"]] = 0
+        module.floe_shrink["default"].weight.data[: module.settings["default"].rank] = 0
     with pytest.warns(RuntimeWarning, match="adapter_fisher is zero for every unit of every layer"):
         score(model, batches())
     with warnings.catch_warnings():

@@ -66,7 +66,7 @@ def test_only_the_selected_adapters_move_and_the_loss_falls(tmp_path):
     assert result.memory_kind in ("resident set", "resident set since process start")
     assert result.resumed_from is None
     for module in adapted_modules(model).values():  # A, B and the router each
-        rank = module.r["default"]
+        rank = module.settings["default"].rank
         old = before[
             next(
                 n for n, p in model.named_parameters() if p is module.floe_shrink["default"].weight

@@ -10,6 +10,7 @@ from torch import nn
 
 import floe
 from floe.adapters import MoELoRALinear
+from floe.adapters.linear import AdapterSettings
 from floe.adapters.shared_input import SharedInput, link
 
 PACKAGES = [str(Path(package.__file__).parent) for package in (floe, floe_triton)]
@@ -22,7 +23,7 @@ def layer(rank):
     made = MoELoRALinear(nn.Linear(COLUMNS, FEATURES).requires_grad_(False))
     made.set_adapter("default")
     generator = torch.Generator().manual_seed(0)
-    made.update_layer("default", rank, 4, 2.0, 0.1, generator, backend="gemm")
+    made.update_layer("default", AdapterSettings(rank, 4, 2.0, 0.1, "gemm"), generator)
     return made
 
 
