@@ -183,23 +183,27 @@ class MoELoRALinear(nn.Module, BaseTunerLayer):
         modules: Any = self._modules  # hot path, as readable_base
         return modules["floe_shrink"]._modules[name], modules["floe_expand"]._modules[name]
 
-    def part(self, name: str) -> Part | None:
-        """What the layer brings to one op of all that share its input; None if it runs alone.
+    def tensors(self, name: str) -> tuple[Tensor, Tensor | None, Tensor, Tensor] | None:
+        """Weight, bias, shrink and expand where all may be read themselves: nothing wraps them.
 
-        What a wrapper of base or adapter gathers is there only while its own module runs.
+        What a wrapper gathers is there only while its own module runs.
         """
-        settings, base = self.settings[name], self.readable_base()
-        if base is None or not settings.share_input or self.active_names() != [name]:
-            return None
-        leaves = self._leaves(name)
-        if not all(_is_plain(leaf, AdapterWeight) for leaf in leaves):
+        base, leaves = self.readable_base(), self._leaves(name)
+        if base is None or not all(_is_plain(leaf, AdapterWeight) for leaf in leaves):
             return None
         shrink, expand = (leaf._parameters.get("weight") for leaf in leaves)
         if type(shrink) is not nn.Parameter or type(expand) is not nn.Parameter:
             return None
-        tensors = (*base, shrink, expand)
+        return *base, shrink, expand
+
+    def part(self, name: str) -> Part | None:
+        """What the layer brings to one op of all that share its input; None if it runs alone."""
+        settings, tensors = self.settings[name], self.tensors(name)
+        if tensors is None or not settings.share_input or self.active_names() != [name]:
+            return None
         if any(tensor is not None and tensor.is_inference() for tensor in tensors):
             return None
+        _, _, shrink, expand = tensors
         return Part((settings, shrink.dtype, shrink.device, expand.dtype, self.training), tensors)
 
     def _mixed(self, y: Tensor, x: Tensor, names: list[str]) -> Tensor:

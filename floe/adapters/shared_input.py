@@ -63,8 +63,8 @@ class SharedInput:
         if ready is not None and ready.x is x and ready.situation == situation:
             mine: Tensor | None = ready.outputs.pop(member, None)
             if mine is not None:
-                part, (before, versions) = member.part(name), ready.parts[member]
-                same = part and all(map(operator.is_, part.tensors, before.tensors))
+                (part, versions), tensors = ready.parts[member], member.tensors(name)
+                same = tensors is not None and all(map(operator.is_, tensors, part.tensors))
                 return mine if same and part.versions() == versions else None
         parts = self._parts(name)
         if member not in parts:
