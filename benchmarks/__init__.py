@@ -1,5 +1,5 @@
 """Measurements of floe against what else could be used; each refuses to time a wrong result."""
 
-from floe.openmp import share_cores
+from floe.machine import share_cores
 
 share_cores()

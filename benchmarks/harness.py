@@ -22,9 +22,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.settings import option
-from floe.numerics import error_budget, relative_error
-from floe.openmp import wait_policy
-from floe.pipeline.run_folder import environment
+from floe.machine import environment, wait_policy
+from floe.selfcheck import error_budget, relative_error
 from floe.storage import write_json
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from floe.openmp import share_cores
+from floe.machine import share_cores
 
 if TYPE_CHECKING:
-    from floe.pipeline.run import RunResult
+    from floe.config import RunConfig
+    from floe.progress import Progress
 
 app = typer.Typer(
     add_completion=False,
@@ -109,22 +110,19 @@ def _code_of(error: Exception) -> int | None:
 
     if isinstance(error, CheckError):
         return _code_of(error.problems[0])
-    if isinstance(error, (FileError, DataError)):
-        return BAD_INPUT
-    text = str(error)
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        return OUT_OF_MEMORY
-    if isinstance(error, RuntimeError) and "can't allocate memory" in text:  # torch's, on CPUs
-        return OUT_OF_MEMORY
-    if isinstance(error, ValueError):
-        return USAGE
-    if isinstance(error, (FloatingPointError, OSError, ImportError)):
-        return FAILED
-    if any(sign in text for sign in _DISK):
-        return FAILED
-    if isinstance(error, (TypeError, RuntimeError)) and _is_told(error):
-        return USAGE if isinstance(error, TypeError) else FAILED
-    return None
+    text, own = str(error), _is_told(error)
+    rules: list[tuple[bool, int]] = [
+        (isinstance(error, (FileError, DataError)), BAD_INPUT),
+        (isinstance(error, MemoryError), OUT_OF_MEMORY),
+        (type(error).__name__ == "OutOfMemoryError", OUT_OF_MEMORY),  # torch's, on GPUs
+        (isinstance(error, RuntimeError) and "can't allocate memory" in text, OUT_OF_MEMORY),
+        (isinstance(error, ValueError), USAGE),
+        (isinstance(error, (FloatingPointError, OSError, ImportError)), FAILED),
+        (any(sign in text for sign in _DISK), FAILED),
+        (isinstance(error, TypeError) and own, USAGE),
+        (isinstance(error, RuntimeError) and own, FAILED),
+    ]
+    return next((code for holds, code in rules if holds), None)
 
 
 def _is_told(error: Exception) -> bool:
@@ -155,6 +153,21 @@ def _say(text: str) -> None:
     print(hide_secrets(text), file=sys.stderr, flush=True)
 
 
+@contextmanager
+def _work(
+    config: Path, override: list[str] | None, quiet: bool
+) -> Iterator[tuple[RunConfig, Progress]]:
+    """The settings of a run, and its progress on the terminal while it lasts."""
+    from floe.config_file import load_config
+    from floe.pipeline.inputs import calm_libraries
+    from floe.progress import open_progress
+
+    settings = load_config(config, override)
+    calm_libraries()
+    with open_progress(quiet) as progress:
+        yield settings, progress
+
+
 def _run_until(last: str) -> Callable[..., None]:
     def command(
         config: Config,
@@ -164,16 +177,11 @@ def _run_until(last: str) -> Callable[..., None]:
         dry_run: DryRun = False,
         redo: Redo = False,
     ) -> None:
-        from floe.artifacts.schema import document
-        from floe.config_file import load_config
-        from floe.pipeline.inputs import calm_libraries
-        from floe.pipeline.run import run
-        from floe.progress import open_progress
-
-        settings = load_config(config, override)
-        calm_libraries()
         helper = os.environ.get("RANK", "0") != "0"  # torchrun's first worker speaks for all
-        with open_progress(quiet or helper) as progress:
+        with _work(config, override, quiet or helper) as (settings, progress):
+            from floe.artifacts.schema import document
+            from floe.pipeline.run import run
+
             result = run(settings, until=last, progress=progress, dry_run=dry_run, redo=redo)
         if helper:
             return
@@ -182,11 +190,10 @@ def _run_until(last: str) -> Callable[..., None]:
             print(json.dumps(document(account), sort_keys=True) if as_json else account.text())
             if account.refused:
                 raise typer.Exit(BAD_INPUT)
-            return
-        if as_json:
+        elif as_json:
             print(json.dumps(result.summary(), sort_keys=True))
         else:
-            _show(result)
+            print(*filter(None, (result.table(), result.outcome())), sep="\n")
 
     return command
 
@@ -218,18 +225,13 @@ def audit_command(
     quiet: Quiet = False,
 ) -> None:
     """What the chosen layers rest on: policies, rows, budgets. Needs a finished select stage."""
-    from floe.config_file import load_config
-    from floe.pipeline.audit import audit_run
-    from floe.pipeline.inputs import calm_libraries
-    from floe.progress import open_progress
+    with _work(config, override, quiet) as (settings, progress):
+        from floe.pipeline.audit import audit_run
 
-    settings = load_config(config, override)
-    calm_libraries()
-    with open_progress(quiet) as progress:
-        found = audit_run(
+        result = audit_run(
             settings, statistics=statistics, rows=rows, bootstrap=bootstrap, progress=progress
         )
-    print(json.dumps(found.audit.document(), sort_keys=True) if as_json else found.text())
+    print(json.dumps(result.audit.document(), sort_keys=True) if as_json else result.text())
 
 
 @app.command()
@@ -240,19 +242,17 @@ def doctor(
     as_json: AsJson = False,
 ) -> None:
     """What this machine can do, which path each op takes, and why."""
-    from floe import doctor as checks
+    from floe.doctor import describe, diagnose
 
-    found: dict[str, Any] = checks.diagnose()
-    results = []
+    facts, failed = diagnose(), []
     if selftest:
+        from floe import selfcheck
+
         _say("checking every op against float64 ...")
-        results = checks.selftest()
-        found["selftest"] = [result.as_dict() for result in results]
-    if as_json:
-        print(json.dumps(found, sort_keys=True))
-    else:
-        print(checks.describe(found))
-    failed = [result for result in results if not result.passed]
+        results = selfcheck.selftest()
+        facts["selftest"] = [result.as_dict() for result in results]
+        failed = [result for result in results if not result.passed]
+    print(json.dumps(facts, sort_keys=True) if as_json else describe(facts))
     for result in failed:
         _say(f"FAILED {result}")
     if failed:
@@ -319,13 +319,6 @@ def init(path: Annotated[Path, typer.Argument(help="File to write.")] = Path("fl
     except (OSError, ValueError) as error:
         raise FileError(path, f"cannot be written: {error}") from error
     print(f"{path} written; edit model and data, then: floe run {path}")
-
-
-def _show(result: RunResult) -> None:
-    table = result.table()
-    if table:
-        print(table)
-    print(result.outcome())
 
 
 if __name__ == "__main__":

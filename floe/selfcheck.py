@@ -1,10 +1,11 @@
-"""The cases of ``floe.doctor.selftest``: every operator on one device against float64."""
+"""How far an op may be from float64, and the check of every op on one device against it."""
 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
@@ -15,7 +16,6 @@ from floe_triton.launch import runs_triton
 from torch import Tensor
 
 from floe import ops
-from floe.numerics import Result, error_budget, relative_error
 from floe.selection.masks.solvers import solve_mask, solve_two_class
 from floe.types import Flags, Floats
 
@@ -29,6 +29,102 @@ _DROPOUT = 0.25
 _SCALING = 2.0
 _ONE_TOKEN = 2.5  # times torch's error: of one token it is that of a few sums, and luck weighs more
 _SEED = 0x5EED_0F_F10E  # both words of the dropout's key are in use
+
+
+@dataclass(frozen=True)
+class Result:
+    """One output of one operator in one case, its error and the error allowed."""
+
+    op: str
+    output: str
+    device: str
+    dtype: str
+    shape: str
+    error: float
+    budget: float
+    note: str = ""
+
+    @property
+    def passed(self) -> bool:
+        """Whether the error is a number and within the budget."""
+        return self.error <= self.budget
+
+    @property
+    def excess(self) -> float:
+        """The error in parts of the budget."""
+        if self.error <= 0.0:
+            return 0.0
+        return self.error / self.budget if self.budget > 0.0 else float("inf")
+
+    def as_dict(self) -> dict[str, Any]:
+        """Ready for JSON: an infinite error, of an operator that raised or gave NaN, is None."""
+        error = self.error if math.isfinite(self.error) else None
+        return {**asdict(self), "error": error, "passed": self.passed}
+
+    def __str__(self) -> str:
+        verdict = "ok" if self.passed else "WRONG"
+        text = (
+            f"{verdict}: {self.op} {self.output} on {self.device}, {self.dtype}, {self.shape}: "
+            f"error {self.error:.3g}, budget {self.budget:.3g}"
+        )
+        return f"{text} ({self.note})" if self.note else text
+
+
+def relative_error(actual: Tensor, exact: Tensor) -> float:
+    """RMS of the error over RMS of ``exact``, in float64; infinite for a NaN or another shape."""
+    if actual.shape != exact.shape:
+        return float("inf")
+    exact = exact.detach().double()
+    error = float((actual.detach().double() - exact).norm() / exact.norm().clamp_min(1e-300))
+    return float("inf") if math.isnan(error) else error
+
+
+def error_budget(
+    torchs: Tensor, exact: Tensor, rounded_to: torch.dtype | None = None, factor: float = 2.0
+) -> float:
+    """The relative error allowed: ``factor`` times that of plain torch, or one rounding if larger.
+
+    Args:
+        torchs: What plain torch makes of the same inputs in the dtype under test.
+        exact: The result in float64.
+        rounded_to: The coarsest dtype of the computation, where that is not ``torchs``'s.
+        factor: 2 holds a kernel to its accuracy; more only asks whether it is this function.
+    Returns:
+        ``max(factor * relative_error(torchs, exact), eps / 2)``; 0 for empty results.
+    """
+    if not exact.numel():
+        return 0.0
+    rounding = torch.finfo(rounded_to or torchs.dtype).eps / 2
+    return max(factor * relative_error(torchs, exact), rounding)
+
+
+def selftest(
+    device: torch.device | str | None = None,
+    progress: Callable[[int, int, Result], None] | None = None,
+) -> list[Result]:
+    """Run every operator on this machine against float64; seconds on two cores.
+
+    Allowed error: `error_budget`. Dropout must equal its definition bit for bit, and the mask
+    solvers a search through all masks. An operator that raises is a failed result, its message in
+    the note.
+
+    Args:
+        device: The device to test; None tests the CPU and, where there is one, the CUDA device.
+        progress: Called as ``progress(done, total, worst_result)`` after each case.
+    Returns:
+        Every result, in a fixed order; ``result.passed`` tells.
+    """
+    devices = [torch.device("cpu" if device is None else device)]
+    if device is None and torch.cuda.is_available():
+        devices.append(torch.device("cuda", torch.cuda.current_device()))
+    every = [case for each in devices for case in cases(each)]
+    results: list[Result] = []
+    for done, case in enumerate(every, 1):
+        outcome = case.run()
+        results += outcome
+        if progress is not None:
+            progress(done, len(every), max(outcome, key=lambda result: result.excess))
+    return results
 
 
 @dataclass(frozen=True)
@@ -334,17 +430,6 @@ def _against_all_masks(mask: Flags, value: Floats, cost: Floats, budget: float) 
     every = (np.arange(2 ** len(value))[:, None] >> np.arange(len(value))) & 1
     best = float((every @ value)[every @ cost <= budget].max())
     reached, paid = float(mask @ value), max(budget, float(mask @ cost))
-    return [
-        (
-            "lost value",
-            torch.tensor([reached], dtype=torch.float64),
-            torch.tensor([best], dtype=torch.float64),
-            1e-12,
-        ),
-        (
-            "excess cost",
-            torch.tensor([paid], dtype=torch.float64),
-            torch.tensor([budget], dtype=torch.float64),
-            1e-12,
-        ),
-    ]
+    pairs = {"lost value": (reached, best), "excess cost": (paid, budget)}
+    exactly = partial(torch.tensor, dtype=torch.float64)
+    return [(name, exactly([a]), exactly([b]), 1e-12) for name, (a, b) in pairs.items()]

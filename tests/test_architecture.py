@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 LAYERS = [  # a module imports its own layer and those before it
-    ["errors", "numerics", "openmp", "storage", "types"],
+    ["errors", "machine", "storage", "types"],
     ["selection.policies"],
     [
         "artifacts.records",
@@ -51,10 +51,9 @@ PLACES = {  # library -> the only modules (and packages) that may import it
         "evaluation",
         "rank_search",
         "doctor",
-        "numerics",
         "selfcheck",
         "pipeline.inputs",
-        "pipeline.profile",
+        "pipeline.eval",
         "pipeline.score",  # torchrun's workers
     ],
     "floe_triton": ["ops", "selfcheck"],  # the self-test compares each op with its definition

@@ -265,10 +265,10 @@ def test_schema_is_json_schema(floe):
 
 
 def test_a_failing_selftest_is_the_exit_code(floe, monkeypatch):
-    from floe import doctor
+    from floe import selfcheck
 
-    wrong = doctor.Result("moe_lora_forward", "y", "cpu", "float32", "T17", float("inf"), 1e-6)
-    monkeypatch.setattr(doctor, "selftest", lambda: [wrong])
+    wrong = selfcheck.Result("moe_lora_forward", "y", "cpu", "float32", "T17", float("inf"), 1e-6)
+    monkeypatch.setattr(selfcheck, "selftest", lambda: [wrong])
     code, out, err = floe("doctor", "--selftest")
     assert code == 1
     assert "moe_lora_forward" in err

@@ -5,7 +5,8 @@ import torch
 from helpers import budget as rule
 
 from floe import doctor, ops, selfcheck
-from floe.doctor import auto_dtype, diagnose, error_budget, relative_error, selftest
+from floe.doctor import auto_dtype, diagnose
+from floe.selfcheck import Result, error_budget, relative_error, selftest
 
 
 @pytest.fixture
@@ -108,8 +109,8 @@ def test_describe_says_what_diagnose_found():
 def test_results_are_json_whatever_the_error():
     fields = ("moe_lora", "y", "cpu", "torch.float32", "T=1")
     good, bad = (
-        doctor.Result(*fields, 0.5, 1.0),
-        doctor.Result(*fields, float("inf"), 0.0, "raised"),
+        Result(*fields, 0.5, 1.0),
+        Result(*fields, float("inf"), 0.0, "raised"),
     )
     found = json.loads(json.dumps([good.as_dict(), bad.as_dict()], allow_nan=False))
     assert [(one["error"], one["passed"]) for one in found] == [(0.5, True), (None, False)]

@@ -31,8 +31,8 @@ def test_floe_itself_loads_next_to_nothing():
 
 
 def test_the_command_line_and_a_run_s_files_load_no_torch():
-    names = ("floe.config_file", "floe.pipeline.run_folder", "floe.errors", "floe.cli")
-    assert not loaded_by(*names) & HEAVY
+    files = ("config_file", "machine", "pipeline.run_folder", "errors", "cli")
+    assert not loaded_by(*(f"floe.{name}" for name in files)) & HEAVY
 
 
 def test_selection_and_the_report_run_without_torch():

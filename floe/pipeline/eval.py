@@ -1,7 +1,12 @@
-"""``floe eval``: every arm and the base model on the test rows, the same way; router health."""
+"""``floe eval``: every arm and the base model on the test rows, the same way; what a step costs.
+
+The profile is step time and peak memory against the number of adapted layers (paper Fig. 1b).
+"""
 
 from __future__ import annotations
 
+import statistics
+import time
 from collections.abc import Iterator
 from contextlib import nullcontext
 from functools import partial
@@ -9,18 +14,23 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
+from floe.adapters import remove_adapters
 from floe.artifacts.results import (
     ArmRows,
     Evaluation,
-    Interval,
     Outcome,
+    Point,
+    Profile,
     Routers,
     RowLosses,
     TaskOutcome,
 )
 from floe.artifacts.schema import read, write
-from floe.data.batches import fingerprint, row_order
+from floe.data.batches import TokenRow, fingerprint, row_order
+from floe.data.loss import on_device
+from floe.decoder_blocks import find_blocks
 from floe.evaluation import (
     Answers,
     Losses,
@@ -31,35 +41,41 @@ from floe.evaluation import (
     group_by_task,
     paired_difference,
     router_statistics,
+    router_statistics,
     summarise_loss,
 )
 from floe.pipeline import identity, train
 from floe.pipeline.inputs import RunInputs
 from floe.pipeline.run_folder import Stage
+from floe.selection.placement import Placement
 from floe.storage import hash_of
+from floe.training.memory import PeakMemory
+from floe.types import Batch
 
 INTERVALS = "95 %: bootstrap over rows for loss, Wilson for accuracy"
 
 
 def stages(run: RunInputs) -> Iterator[Stage]:
-    """The evaluation."""
+    """The profile, unless it is switched off; the evaluation."""
+    if run.config.profile.steps > 0:
+        rank, experts = run.size
+        sizes = {"rank": rank, "num_experts": experts, "rows": fingerprint(_rows_of_a_step(run))}
+        inputs = identity.of_stage(run, "profile") | sizes  # another machine is no reason
+        yield Stage("profile", inputs, partial(build_profile, run), results=("profile.json",))
     adapters = {arm: identity.of_adapter(run, f"train/{arm}") for arm in train.arms(run)}
+    inputs = identity.of_stage(run, "eval") | {
+        "tokenizer": run.model_digests["tokenizer"],
+        "test": hash_of([[row.index for row in run.test_rows], run.test_examples]),
+        "validation": fingerprint(run.validation_rows),  # of the router statistics
+        "arms": adapters,
+    }
     yield Stage(
         "eval",
-        inputs(run) | {"arms": adapters},
+        inputs,
         partial(build, run, adapters),
         results=("results.json", "losses.json", "router.json", "arms"),
         growing=("arms",),
     )
-
-
-def inputs(run: RunInputs) -> dict[str, Any]:
-    """What decides the figures of every arm, but for its adapter."""
-    return identity.of_stage(run, "eval") | {
-        "tokenizer": run.model_digests["tokenizer"],
-        "test": hash_of([[row.index for row in run.test_rows], run.test_examples]),
-        "validation": fingerprint(run.validation_rows),  # of the router statistics
-    }
 
 
 def build(run: RunInputs, adapters: dict[str, str], folder: Path) -> None:
@@ -75,13 +91,24 @@ def build(run: RunInputs, adapters: dict[str, str], folder: Path) -> None:
     for place, (arm, digest) in enumerate(digests.items()):
         on_rows = _rows_told(run, arm, place * each, len(digests) * each)
         measured[arm] = _measured(run, arm, digest, folder, on_rows)
-    tasks, seed = group_by_task(run.test_rows), run.config.eval.seed
-    main = measured["main"][0]
-    outcomes = {
-        arm: _outcome(losses, answers, main, tasks, seed)
+    main, seed = measured["main"][0], run.config.eval.seed
+    tasks = group_by_task(run.test_rows)
+    arms = {
+        arm: Outcome(
+            loss=summarise_loss(losses, seed=seed),
+            accuracy=None if answers is None else answers.accuracy(),
+            loss_minus_main=paired_difference(losses, main, seed=seed),
+            by_task={
+                task: TaskOutcome(
+                    loss=summarise_loss(losses.take(rows), seed=seed),
+                    accuracy=None if answers is None else answers.accuracy(rows),
+                )
+                for task, rows in tasks.items()
+            },
+        )
         for arm, (losses, answers) in measured.items()
     }
-    write(folder / "results.json", Evaluation(outcomes, INTERVALS, seed))
+    write(folder / "results.json", Evaluation(arms, INTERVALS, seed))
     nll = {arm: losses.nll.tolist() for arm, (losses, _) in measured.items()}
     numbers = [row.index for row in run.test_rows]
     write(folder / "losses.json", RowLosses(nll, main.tokens.tolist(), numbers))
@@ -94,9 +121,8 @@ def _rows_told(run: RunInputs, arm: str, done: int, total: int) -> OnRows:
     def on_rows(rows: int) -> None:
         nonlocal done
         done += rows
-        run.progress.step(
-            "eval", done, total, f"{arm}: {'answers' if done > answers else 'losses'}"
-        )
+        what = "answers" if done > answers else "losses"
+        run.progress.step("eval", done, total, f"{arm}: {what}")
 
     return on_rows
 
@@ -108,10 +134,14 @@ def _measured(
     file = folder / f"arms/{arm}.json"
     if not file.is_file() or read(ArmRows, file).adapter != digest:
         adapter = run.path / f"train/{arm}/adapter"
+        size, pad = run.config.eval.batch_size, run.tokenizer.pad_token_id or 0
         with nullcontext(run.base_model) if digest is None else run.adapted(adapter) as model:
-            losses, answers = _losses(run, model, on_rows), _answers(run, model, on_rows)
+            losses = evaluate_rows(model, run.test_rows, size, pad, on_rows)
+            answers = _answers(run, model, on_rows)
             if arm == "main":
-                _write_routers(run, model, folder)
+                rows = [run.validation_rows[i] for i in row_order(run.validation_rows, False)]
+                modules = router_statistics(model, run.batches(rows, size))
+                write(folder / "router.json", Routers(modules))
         kept = ArmRows(
             nll=losses.nll.tolist(),
             tokens=losses.tokens.tolist(),
@@ -121,16 +151,11 @@ def _measured(
         )
         write(file, kept)
     kept = read(ArmRows, file)
-    rows = np.array([row.index for row in run.test_rows], dtype=np.int64)
-    losses = Losses(np.array(kept.nll), np.array(kept.tokens, dtype=np.int64), rows)
+    numbers = np.array([row.index for row in run.test_rows], dtype=np.int64)
+    losses = Losses(np.array(kept.nll), np.array(kept.tokens, dtype=np.int64), numbers)
     if kept.given is None or kept.correct is None:
         return losses, None
-    return losses, Answers(kept.given, np.array(kept.correct, dtype=bool), rows)
-
-
-def _losses(run: RunInputs, model: Any, on_rows: OnRows) -> Losses:
-    pad = run.tokenizer.pad_token_id or 0
-    return evaluate_rows(model, run.test_rows, run.config.eval.batch_size, pad, on_rows)
+    return losses, Answers(kept.given, np.array(kept.correct, dtype=bool), numbers)
 
 
 def _answers(run: RunInputs, model: Any, on_rows: OnRows) -> Answers | None:
@@ -148,29 +173,53 @@ def _answers(run: RunInputs, model: Any, on_rows: OnRows) -> Answers | None:
     return None
 
 
-def _write_routers(run: RunInputs, model: Any, folder: Path) -> None:
-    rows = [run.validation_rows[i] for i in row_order(run.validation_rows, False)]
-    batches = run.batches(rows, run.config.eval.batch_size)
-    write(folder / "router.json", Routers(router_statistics(model, batches)))
+def build_profile(run: RunInputs, folder: Path) -> None:
+    """Time optimiser steps with k evenly spread layers adapted, for several k.
+
+    Writes ``profile.json``. Every point runs the same rows. The layers are spread so that the
+    lowest adapted one, which decides how far the backward pass goes, moves as it would for a
+    typical choice.
+    """
+    total, points = len(find_blocks(run.base_model)), run.config.profile.points
+    counts = sorted({max(1, round(total * (i + 1) / points)) for i in range(points)})
+    rows = _rows_of_a_step(run)
+    batches = run.batches(rows, run.config.train.batch_size)
+    timed = []
+    for done, count in enumerate(counts):
+        run.progress.step("profile", done, len(counts), f"{count} layers")
+        layers = [round((i + 0.5) * total / count - 0.5) for i in range(count)]
+        timed.append(_point(run, layers, batches))
+    tokens = int(sum(batch["attention_mask"].sum() for batch in batches))
+    write(folder / "profile.json", Profile(timed, run.config.profile.steps, len(rows), tokens))
 
 
-def _outcome(
-    losses: Losses, answers: Answers | None, main: Losses, tasks: dict[str, list[int]], seed: int
-) -> Outcome:
-    """Over all rows against the main arm's losses, and by task."""
+def _rows_of_a_step(run: RunInputs) -> list[TokenRow]:
+    return run.train_rows[: run.config.train.batch_size * run.config.train.grad_accum]
 
-    def accuracy(rows: list[int] | None = None) -> Interval | None:
-        return None if answers is None else answers.accuracy(rows)
 
-    by_task = {
-        task: TaskOutcome(
-            loss=summarise_loss(losses.take(rows), seed=seed), accuracy=accuracy(rows)
-        )
-        for task, rows in tasks.items()
-    }
-    return Outcome(
-        loss=summarise_loss(losses, seed=seed),
-        accuracy=accuracy(),
-        loss_minus_main=paired_difference(losses, main, seed=seed),
-        by_task=by_task,
+def _point(run: RunInputs, layers: list[int], batches: list[Batch]) -> Point:
+    """Steps with these layers adapted, timed; the first, which allocates, is not counted."""
+    model, seconds = run.fresh(*run.size, Placement(tuple(layers))), []
+    try:
+        model.train()
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+        with PeakMemory(run.device) as memory:
+            for _ in range(run.config.profile.steps + 1):
+                began = time.perf_counter()
+                for batch in batches:
+                    model(**on_device(batch, model)).loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                if run.device.type == "cuda":
+                    torch.cuda.synchronize(run.device)
+                seconds.append(time.perf_counter() - began)
+    finally:
+        remove_adapters(model)
+    return Point(
+        layers=len(layers),
+        seconds_per_step=statistics.median(seconds[1:]),
+        low=min(seconds[1:]),
+        high=max(seconds[1:]),
+        peak_memory_bytes=memory.bytes,
+        memory_kind=memory.kind,
     )

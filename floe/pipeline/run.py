@@ -16,23 +16,29 @@ from floe.artifacts.schema import document, read, write
 from floe.config import RunConfig
 from floe.config_file import dump_config, load_config
 from floe.data.rows import sample
-from floe.pipeline import eval, identity, profile, score, search, select, train
+from floe.machine import environment
+from floe.pipeline import eval, identity, score, search, select, train
 from floe.pipeline.check import Account, check
 from floe.pipeline.inputs import RunInputs
-from floe.pipeline.run_folder import RunFolder, Stage, environment
+from floe.pipeline.run_folder import RunFolder, Stage
 from floe.progress import Progress
 from floe.report import build_report
 from floe.storage import read_json, write_text
 
-VERBS: dict[str, tuple[Any, ...]] = {
-    "search": (search,),
-    "score": (score,),
-    "select": (select,),
-    "train": (train,),
-    "eval": (profile, eval),
-    "report": (),  # made anew from the artifacts whenever it is asked for
+VERBS = {"search": search, "score": score, "select": select, "train": train, "eval": eval}
+"""Command -> the module whose ``stages`` it makes, after those of the commands before it.
+
+The report is made anew from the artifacts whenever it is asked for.
+"""
+RESULTS = {
+    "search": "search/result.json",
+    "score": "score/scores.npz",
+    "select": "select/selection.json",
+    "train": "adapter",
+    "eval": "eval/results.json",
+    "report": "report.html",
 }
-"""Command -> the modules whose ``stages`` it makes, after those of the commands before it."""
+"""What each command leaves for its user."""
 
 
 def run(
@@ -62,8 +68,8 @@ def run(
         FileError, DataError: for files and rows that cannot be used, and for finished or begun work
             that was made from other inputs.
     """
-    if until not in VERBS:
-        raise ValueError(f"until must be one of {', '.join(VERBS)}, got {until!r}")
+    if until not in RESULTS:
+        raise ValueError(f"until must be one of {', '.join(RESULTS)}, got {until!r}")
     if score.worker_count() > 1 and (until != "score" or dry_run):
         asked = f"{until!r} with dry_run" if dry_run else repr(until)
         raise ValueError(
@@ -80,7 +86,7 @@ def run(
         account = check(inputs)
         for line in account.remarks():
             inputs.progress.say(line)
-        verbs = list(VERBS)[: list(VERBS).index(until) + 1]
+        verbs = list(RESULTS)[: list(RESULTS).index(until) + 1]
         if dry_run:
             account.stages = _outlook(inputs, verbs, redo)
         else:
@@ -105,9 +111,8 @@ def _make(run: RunInputs, verbs: Sequence[str], account: Account, redo: bool) ->
             describe()
         run.progress.stage(stage, what)
 
-    for verb in verbs:
-        for stage in _stages(run, verb):
-            run.folder.make(stage, announce, lambda names: redo or identity.may_discard(names))
+    for _, stage in _stages(run, verbs):
+        run.folder.make(stage, announce, lambda names: redo or identity.may_discard(names))
     describe()
     if "report" in verbs:
         run.progress.stage("report", "started")
@@ -118,23 +123,21 @@ def _make(run: RunInputs, verbs: Sequence[str], account: Account, redo: bool) ->
 def _outlook(run: RunInputs, verbs: Sequence[str], redo: bool) -> dict[str, str]:
     """What each command would do: nothing ("done"), or in words what; later ones rest on it."""
     outlook = dict.fromkeys(verbs, "to do")
-    for verb in verbs if run.path.is_dir() else ():
-        for stage in _stages(run, verb):
-            state = run.folder.outlook(stage, lambda names: redo or identity.may_discard(names))
-            if state != "done":
-                outlook[verb] = state if stage.name == verb else f"{stage.name}: {state}"
-                return outlook
-        if verb != "report":
-            outlook[verb] = "done"
+    for verb, stage in _stages(run, verbs) if run.path.is_dir() else ():
+        state = run.folder.outlook(stage, lambda names: redo or identity.may_discard(names))
+        outlook[verb] = state if stage.name == verb else f"{stage.name}: {state}"
+        if state != "done":
+            break
+        outlook[verb] = "done"
     return outlook
 
 
-def _stages(run: RunInputs, verb: str) -> Iterator[Stage]:
-    """A command's stages, each once those before it are done."""
-    for module in VERBS[verb]:
-        for stage in module.stages(run):
+def _stages(run: RunInputs, verbs: Sequence[str]) -> Iterator[tuple[str, Stage]]:
+    """The commands' stages, each once those before it are done."""
+    for verb in verbs:
+        for stage in VERBS[verb].stages(run) if verb in VERBS else ():
             kind = stage.name.partition("/")[0]
-            yield replace(stage, notes=identity.notes(run.config, kind))
+            yield verb, replace(stage, notes=identity.notes(run.config, kind))
 
 
 @dataclass(frozen=True)
@@ -173,17 +176,6 @@ class RunResult:
     def outcome(self) -> str:
         """The last line: where the result is."""
         return f"{self.until}: {self.folder / RESULTS[self.until]}"
-
-
-RESULTS = {
-    "search": "search/result.json",
-    "score": "score/scores.npz",
-    "select": "select/selection.json",
-    "train": "adapter",
-    "eval": "eval/results.json",
-    "report": "report.html",
-}
-"""What each command leaves for its user."""
 
 
 def _arms_table(evaluation: Evaluation, training: Mapping[str, Training]) -> str:

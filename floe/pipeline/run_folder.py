@@ -12,24 +12,30 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import shutil
-import subprocess
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
-from importlib import metadata
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
 from filelock import FileLock, Timeout
 
-from floe.artifacts.records import FORMAT, Environment, StageFile, StageRecord, WorkRecord
+from floe.artifacts.records import FORMAT, StageFile, StageRecord, WorkRecord
 from floe.artifacts.schema import read, write
 from floe.errors import FileError
-from floe.storage import CARD, STAGING, flush, hash_of, read_json, sha256, write_json
+from floe.storage import (
+    CARD,
+    STAGING,
+    differing,
+    flush,
+    hash_of,
+    read_json,
+    sha256,
+    write_json,
+)
 
 REFUSED = "refused without --redo"
 _ANEW, _RESUME, _GROW = "to do", "to do, from where it stopped", "to do, from what is done"
@@ -37,6 +43,7 @@ _DONE, _MARKER = "DONE.json", ".inputs.json"
 _SETTLED = 2 * 10**9  # ns: a file changed more recently may change again in the same clock tick
 
 Record = TypeVar("Record", bound=WorkRecord)
+Announce = Callable[[str, str], None]
 MayDiscard = Callable[[set[str]], bool]
 
 
@@ -102,7 +109,7 @@ class RunFolder:
     def make(
         self,
         stage: Stage,
-        announce: Callable[[str, str], None] = lambda stage, what: None,
+        announce: Announce = lambda stage, what: None,
         may_discard: MayDiscard = lambda changed: False,
     ) -> None:
         """Build the stage in its work folder, unless it is done with the same inputs.
@@ -215,11 +222,10 @@ class _Work:
     def outlook(self, may_discard: MayDiscard) -> str:
         """What :meth:`prepare` would do, in words."""
         start, lost = self.plan()
-        if not lost:
-            return start
-        record = lost[0][2]
-        again = "to do again" if self._may_go(record, may_discard) else REFUSED
-        return f"{again}: {_difference(record, self.stage)}"
+        for _, _, record in lost:
+            again = "to do again" if self._may_go(record, may_discard) else REFUSED
+            return f"{again}: {_difference(record, self.stage)}"
+        return start
 
     def prepare(self, may_discard: MayDiscard, say: Callable[[str], None]) -> None:
         """Make the work folder ready: go on with what is there, or begin anew, if that may be."""
@@ -308,12 +314,8 @@ class _Work:
 
     def _mark(self, copying: bool = False) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        marker = WorkRecord(
-            format=FORMAT,
-            inputs=self.stage.inputs,
-            notes=self.stage.notes,
-            copying=copying or None,
-        )
+        inputs, notes = self.stage.inputs, self.stage.notes
+        marker = WorkRecord(format=FORMAT, inputs=inputs, notes=notes, copying=copying or None)
         write(self.folder / _MARKER, marker)
 
     def _discard(self) -> None:
@@ -349,26 +351,23 @@ def _changed(record: WorkRecord, stage: Stage, with_notes: bool = False) -> set[
     """Names of the inputs in which a record of finished or begun work differs from the stage."""
     if record.format != FORMAT:
         return {"floe"}
-    pairs = [(record.inputs, stage.inputs)]
-    pairs += [(record.notes, stage.notes)] if with_notes else []
-    return {k for old, new in pairs for k in old.keys() | new.keys() if old.get(k) != new.get(k)}
+    notes = differing(record.notes, stage.notes) if with_notes else []
+    return {*differing(record.inputs, stage.inputs), *notes}
 
 
 def _difference(record: WorkRecord, stage: Stage) -> str:
+    """``name old -> new`` for every value that differs, and for the notes behind them."""
     if record.format != FORMAT:
         return "the inputs of another version of floe, which cannot be compared"
-    inputs, notes = _changes(record.inputs, stage.inputs), _changes(record.notes, stage.notes)
-    return f"{inputs} ({notes})" if notes else inputs
-
-
-def _changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
-    """``name old -> new`` for every value that differs, in order of name."""
-    before, after = _flat(old), _flat(new)
-    return ", ".join(
-        f"{name} {_short(before.get(name))} -> {_short(after.get(name))}"
-        for name in sorted(before.keys() | after.keys())
-        if before.get(name) != after.get(name)
+    pairs = [(_flat(record.inputs), _flat(stage.inputs)), (_flat(record.notes), _flat(stage.notes))]
+    inputs, notes = (
+        ", ".join(
+            f"{name} {_short(old.get(name))} -> {_short(new.get(name))}"
+            for name in differing(old, new)
+        )
+        for old, new in pairs
     )
+    return f"{inputs} ({notes})" if notes else inputs
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -423,44 +422,3 @@ def _free_name(path: Path) -> Path:
 def _stamp(path: Path) -> str:
     facts = path.stat()
     return f"{facts.st_size} {facts.st_mtime_ns} {facts.st_ctime_ns} {facts.st_ino}"
-
-
-def environment() -> Environment:
-    """Machine and versions, for ``env.json``; loads nothing heavy."""
-    names = ("torch", "triton", "transformers", "peft", "optuna", "datasets", "numpy", "floe-lora")
-    versions: dict[str, Any] = {}
-    for name in names:
-        try:
-            versions[name.replace("-lora", "")] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            versions[name.replace("-lora", "")] = None
-    return {
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "cpu": _cpu_name(),
-        "threads": os.cpu_count(),
-        "commit": _commit(),
-        **versions,
-    }
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
-
-
-def _commit() -> str | None:
-    """Commit of the source tree floe runs from; None where it is none, or git cannot tell."""
-    folder = Path(__file__).resolve().parents[2]
-    if not (folder / ".git").exists():
-        return None
-    command = ["git", "-C", str(folder), "rev-parse", "HEAD"]
-    try:
-        found = subprocess.run(command, capture_output=True, text=True, check=False)
-    except OSError:  # no git on this machine
-        return None
-    return found.stdout.strip() if found.returncode == 0 else None

@@ -44,11 +44,10 @@ LOSSES = "losses.json"
 
 def stages(run: RunInputs) -> Iterator[Stage]:
     """The arms of a sweep, the selection, and the places of every arm's adapters."""
-    counts = swept_counts(run)
+    settings, counts = run.config.select, swept_counts(run)
     for count in counts:
-        evidence = Evidence.load(run, {run.config.select.policy})
-        chosen = choose(run, evidence, count)
-        placement = placed(run, evidence, chosen, run.config.select.choose)
+        evidence = Evidence.load(run, {settings.policy})
+        placement = placed(run, evidence, choose(run, evidence, count), settings.choose)
         yield Stage(
             f"sweep/{count}",
             train.inputs(run, "sweep", placement),
@@ -56,11 +55,11 @@ def stages(run: RunInputs) -> Iterator[Stage]:
             results=("adapter", "metrics.json", LOSSES),
             tidy=train.tidy,
         )
+    swept = {count: run.path / f"sweep/{count}" / LOSSES for count in counts}
     yield Stage(
         "select",
-        inputs(run)
-        | {"sweep": {n: run.folder.digest(run.path / f"sweep/{n}" / LOSSES) for n in counts}},
-        partial(build, run, counts),
+        inputs(run) | {"sweep": {n: run.folder.digest(file) for n, file in swept.items()}},
+        partial(build, run, swept),
         results=("selection.json", "masks.npz", "sweep.json"),
     )
     yield Stage(
@@ -75,32 +74,31 @@ def stages(run: RunInputs) -> Iterator[Stage]:
 def inputs(run: RunInputs) -> dict[str, Any]:
     """What decides the layers, but for a sweep."""
     settings, (rank, experts) = run.config.select, run.size
-    found = identity.of_stage(run, "select") | {
+    decides = identity.of_stage(run, "select") | {
         "scores": run.folder.digest(run.path / "score/scores.npz"),
         "rank": rank,
         "num_experts": experts,
         "statistics": _statistics_digests(run, {settings.policy}),
     }
     if settings.tune is False:
-        del found["select.tune_tokens"]
+        del decides["select.tune_tokens"]
     else:
-        adapter = {"adapter": identity.of_adapter(run, "search")}
-        found |= adapter | {"rows": fingerprint(run.calibration_rows)}
+        decides["adapter"] = identity.of_adapter(run, "search")
+        decides["rows"] = fingerprint(run.calibration_rows)
     if settings.score != "path":
-        del found["select.budget_path"]
+        del decides["select.budget_path"]
     if isinstance(settings.layers, dict) and "memory" in settings.layers:
-        found["tokens"] = run.config.train.batch_size * run.config.data.max_length
-    return found
+        decides["tokens"] = run.config.train.batch_size * run.config.data.max_length
+    return decides
 
 
-def build(run: RunInputs, counts: list[int], folder: Path) -> None:
+def build(run: RunInputs, swept: dict[int, Path], folder: Path) -> None:
     """Write ``selection.json`` and ``masks.npz``; of a sweep ``sweep.json``, too."""
     count = None
-    if counts:
-        files = {n: run.path / f"sweep/{n}" / LOSSES for n in counts}
-        swept = choose_count({n: read(ValidationLosses, file).rows for n, file in files.items()})
-        write(folder / "sweep.json", swept)
-        count = swept.count
+    if swept:
+        result = choose_count({n: read(ValidationLosses, f).rows for n, f in swept.items()})
+        write(folder / "sweep.json", result)
+        count = result.count
     choose(run, Evidence.load(run, {run.config.select.policy}), count).save(folder)
 
 
@@ -119,8 +117,7 @@ def _build_places(run: RunInputs, folder: Path) -> None:
     """Write ``placements.json``: where the adapters of every arm go."""
     evidence, chosen = Evidence.load(run, run.policies), Selection.load(run.path / "select")
     arms = {"main": placed(run, evidence, chosen, run.config.select.choose)}
-    for arm in run.config.baselines:
-        arms[arm.name] = place_baseline(run, evidence, chosen, arm)
+    arms |= {arm.name: place_baseline(run, evidence, chosen, arm) for arm in run.config.baselines}
     write(folder / Path(train.PLACEMENTS).name, arms)
 
 
@@ -144,10 +141,9 @@ def swept_counts(run: RunInputs) -> list[int]:
 def _build_swept(run: RunInputs, count: int, placement: Placement, folder: Path) -> None:
     """Train one arm of a sweep, and write its losses on the validation rows, nats per token."""
     train.build(run, f"sweep/{count}", run.config.select.policy, placement, folder)
+    size, pad = run.config.eval.batch_size, run.tokenizer.pad_token_id or 0
     with run.adapted(folder / "adapter") as model:
-        losses = evaluate_rows(
-            model, run.validation_rows, run.config.eval.batch_size, run.tokenizer.pad_token_id or 0
-        )
+        losses = evaluate_rows(model, run.validation_rows, size, pad)
     write(folder / LOSSES, ValidationLosses((losses.nll / losses.tokens).tolist()))
 
 
@@ -173,12 +169,9 @@ class Evidence:
 
 
 def choose(run: RunInputs, evidence: Evidence, count: int | None = None) -> Selection:
-    """Apply ``config.select``; tuning uses the warm-up model.
-
-    ``count``: choose so many layers, whatever the configuration says.
-    """
+    """Apply ``config.select``; tuning uses the warm-up model. ``count`` replaces its layers."""
     settings = run.config.select
-    layers: Any = count or settings.layers  # a sweep brings its counts
+    layers: Any = count or settings.layers
     memory = isinstance(layers, dict) and "memory" in layers
     options = _options(run, evidence, settings.policy, settings.preset) | {
         "layers": layers,
@@ -211,33 +204,13 @@ def _options(run: RunInputs, evidence: Evidence, policy: str, preset: str) -> di
 
 def _layer_memory(run: RunInputs, size: tuple[int, int]) -> list[int]:
     """What training each layer's adapters takes, in bytes."""
-    config = run.adapter_config(*size)
+    config, element = run.adapter_config(*size), run.dtype.itemsize
     saved = [
-        saved_bytes_per_token(widths, *size, element_bytes=run.dtype.itemsize)
+        saved_bytes_per_token(widths, *size, element_bytes=element)
         for widths in input_widths(run.base_model, config)
     ]
     tokens = run.config.train.batch_size * run.config.data.max_length
     return layer_memory(parameter_counts(run.base_model, config), saved, tokens)
-
-
-def placed(run: RunInputs, evidence: Evidence, choice: Selection, kind: str) -> Placement:
-    """Where adapters go by this choice; ``kind`` is ``config.select.choose`` or an arm's.
-
-    Raises:
-        ValueError: see :func:`place`; or the search's trials do not say what capacity is worth.
-    """
-    settings, gain = run.config, None
-    if kind == "sizes" and settings.select.r0 is not None:
-        gain = Saturating(settings.select.r0)
-    elif kind == "sizes":
-        trials = [vars(trial) for trial in evidence.search.trials if trial.state == "complete"]
-        try:
-            gain = fit_gain(trials)
-        except ValueError as error:
-            problem = f"select.r0 must be set, the search does not tell it: {error}"
-            raise ValueError(problem) from error
-    options = size_options(settings.search)
-    return place(run, evidence.scores, choice, kind, evidence.size, options, gain)
 
 
 def place_baseline(
@@ -259,6 +232,25 @@ def place_baseline(
         options |= {"layers": count, "seed": arm.seed, "pick": arm.pick}
         choice = select(evidence.scores, **options)
     return placed(run, evidence, choice, arm.choose)
+
+
+def placed(run: RunInputs, evidence: Evidence, choice: Selection, kind: str) -> Placement:
+    """Where adapters go by this choice; ``kind`` is ``config.select.choose`` or an arm's.
+
+    Raises:
+        ValueError: see :func:`place`; or the search's trials do not say what capacity is worth.
+    """
+    r0, gain = run.config.select.r0, None
+    if kind == "sizes" and r0 is not None:
+        gain = Saturating(r0)
+    elif kind == "sizes":
+        try:
+            gain = fit_gain([vars(t) for t in evidence.search.trials if t.state == "complete"])
+        except ValueError as error:
+            problem = f"select.r0 must be set, the search does not tell it: {error}"
+            raise ValueError(problem) from error
+    options = size_options(run.config.search)
+    return place(run, evidence.scores, choice, kind, evidence.size, options, gain)
 
 
 def place(

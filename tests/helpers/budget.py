@@ -1,6 +1,6 @@
 """The error that tests allow a kernel: floe's own budget, asserted."""
 
-from floe.numerics import error_budget, relative_error
+from floe.selfcheck import error_budget, relative_error
 
 
 def assert_within_budget(actual, torchs, exact, name="result", rounded_to=None):

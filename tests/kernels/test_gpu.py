@@ -5,7 +5,7 @@ import torch
 from floe_triton import draw_seed, keyed_dropout, moe_lora, moe_lora_group, reference
 from helpers.budget import assert_within_budget
 
-from floe import doctor
+from floe.selfcheck import selftest
 
 pytestmark = pytest.mark.cuda
 DEVICE = torch.device("cuda")
@@ -38,7 +38,7 @@ def run(op, inputs, dtype=None, **settings):
 
 
 def test_the_self_test_passes_on_this_gpu():
-    wrong = [str(result) for result in doctor.selftest(DEVICE) if not result.passed]
+    wrong = [str(result) for result in selftest(DEVICE) if not result.passed]
     assert wrong == []
 
 
