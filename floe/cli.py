@@ -110,7 +110,7 @@ def _code_of(error: Exception) -> int | None:
 
     if isinstance(error, CheckError):
         return _code_of(error.problems[0])
-    text, own = str(error), _is_told(error)
+    text, told = str(error), _is_told(error)
     rules: list[tuple[bool, int]] = [
         (isinstance(error, (FileError, DataError)), BAD_INPUT),
         (isinstance(error, MemoryError), OUT_OF_MEMORY),
@@ -119,8 +119,8 @@ def _code_of(error: Exception) -> int | None:
         (isinstance(error, ValueError), USAGE),
         (isinstance(error, (FloatingPointError, OSError, ImportError)), FAILED),
         (any(sign in text for sign in _DISK), FAILED),
-        (isinstance(error, TypeError) and own, USAGE),
-        (isinstance(error, RuntimeError) and own, FAILED),
+        (isinstance(error, TypeError) and told, USAGE),
+        (isinstance(error, RuntimeError) and told, FAILED),
     ]
     return next((code for holds, code in rules if holds), None)
 

@@ -70,8 +70,8 @@ class _Section(BaseModel):
         for name, value in data.items() if isinstance(data, dict) else ():
             field = cls.model_fields.get(name)
             values = value if isinstance(value, list) else [value]
-            flags = any(isinstance(one, bool) for one in values[:100])
-            if flags and field is not None and field.annotation not in (bool, bool | None):
+            flag = any(isinstance(part, bool) for part in values[:100])
+            if flag and field is not None and field.annotation not in (bool, bool | None):
                 raise ValueError(f"{name} must not be true or false, got {shown(value)}")
         return data
 
@@ -394,10 +394,10 @@ def storage_url(search: SearchConfig) -> str | None:
             "configuration was written; give it as ${NAME}, from the environment"
         )
 
-    def value(found: re.Match[str]) -> str:
-        if found[1] not in os.environ:
-            raise ValueError(f"search.storage needs the environment variable {found[1]}: not set")
-        text = os.environ[found[1]]
-        return text if found[0] == url else quote(text, safe="")
+    def value(named: re.Match[str]) -> str:
+        if named[1] not in os.environ:
+            raise ValueError(f"search.storage needs the environment variable {named[1]}: not set")
+        text = os.environ[named[1]]
+        return text if named[0] == url else quote(text, safe="")
 
     return _VARIABLE.sub(value, url)

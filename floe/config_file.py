@@ -136,8 +136,8 @@ def _explain(item: Any) -> str:
         return f"{place}: unknown setting; {hint}"
     # our own rules say themselves what came, and a storage is nobody's to see
     quiet = item["type"] == "value_error" or "storage" in parts
-    came = "" if quiet else f", got {shown(item.get('input'))}"
-    return f"{place}: {one_line(item['msg'], 600)}{came}"
+    got = "" if quiet else f", got {shown(item.get('input'))}"
+    return f"{place}: {one_line(item['msg'], 600)}{got}"
 
 
 def _fields_at(location: tuple[Any, ...]) -> list[str]:
@@ -220,7 +220,7 @@ class _Reading:
         return value
 
     def _mapping(self, depth: int) -> dict[str, Any]:
-        own: dict[str, Any] = {}
+        values: dict[str, Any] = {}
         merged: dict[str, Any] = {}
         lines: dict[str, int] = {}
         while not self.loader.check_event(yaml.MappingEndEvent):
@@ -237,14 +237,14 @@ class _Reading:
             lines[name] = line
             value = self._value(depth + 1)
             if not is_merge:
-                own[name] = value
+                values[name] = value
                 continue
             for part in reversed(value if isinstance(value, list) else [value]):
                 if not isinstance(part, dict):
                     raise _wrong(key, "<< takes a map or a list of maps")
                 merged |= part
         self.loader.get_event()
-        return merged | own
+        return merged | values
 
     def _tag(self, event: Any) -> str:
         if event.tag not in (None, "!"):

@@ -43,10 +43,10 @@ class SearchError(RuntimeError):
     """A search cannot go on for a reason outside its arguments; finished trials are kept."""
 
 
-def require(fits: bool, rule: str, came: object, kind: type[Exception] = ValueError) -> None:
-    """Raise ``kind`` with the rule, "what must be what", and what came, unless it fits."""
+def require(fits: bool, rule: str, value: object, kind: type[Exception] = ValueError) -> None:
+    """Raise ``kind`` with the rule, "what must be what", and the value, unless it fits."""
     if not fits:
-        raise kind(f"{rule}, got {came!r}")
+        raise kind(f"{rule}, got {value!r}")
 
 
 def require_whole(name: str, value: object, least: int, most: int | None = None) -> None:
@@ -102,14 +102,14 @@ def hide_secrets(text: str, url: bool = False) -> str:
     return _TOKEN.sub("***", _KEYED.sub(r"\1***", text))
 
 
-def _without_password(found: re.Match[str]) -> str:
-    scheme, rest = found.groups()
+def _without_password(url: re.Match[str]) -> str:
+    scheme, rest = url.groups()
     before, at, host = rest.rpartition("@")  # a password may hold an @, a host cannot
     user, colon, password = before.partition(":")
     if not at or (not colon and len(before) < 16):  # a name alone; longer, it is a token
-        return str(found.group())
+        return str(url.group())
     if _VARIABLE.fullmatch(password):
-        return str(found.group())
+        return str(url.group())
     return f"{scheme}{user + colon if colon else ''}***@{host}"
 
 

@@ -19,10 +19,7 @@ class Progress:
         """A line the user should read."""
 
     def step(self, name: str, done: int, total: int, note: str = "") -> None:
-        """``done`` of ``total`` parts of stage ``name``.
-
-        ``note`` holds the loss or what is being done.
-        """
+        """``done`` of ``total`` parts of a stage; ``note`` is the loss or what is being done."""
 
 
 class TerminalProgress(Progress):
@@ -49,7 +46,8 @@ class TerminalProgress(Progress):
         if what == "started":
             self._began[name] = time.monotonic()
             return
-        self._drop(name)
+        for task in [t for t in self._tasks if t == name or t.startswith(f"{name} ")]:
+            self._bar.remove_task(self._tasks.pop(task))
         seconds = time.monotonic() - self._began.get(name, time.monotonic())
         mark = f"{seconds:7.1f} s" if what == "finished" else what
         self._bar.console.print(f"{name:>22}  {mark}")
@@ -67,10 +65,6 @@ class TerminalProgress(Progress):
     def close(self) -> None:
         """Take the bars away."""
         self._bar.stop()
-
-    def _drop(self, name: str) -> None:
-        for task in [t for t in self._tasks if t == name or t.startswith(f"{name} ")]:
-            self._bar.remove_task(self._tasks.pop(task))
 
 
 class LineProgress(Progress):

@@ -24,6 +24,10 @@ from floe.types import Array
 
 STAGING = ".floe-"  # how names begin that are gone when their writer is done
 CARD = "README.md"
+HEADER = "meta"  # the entry of an array file that says what the others are
+_HUGE = 10**30
+_ZIP = (zipfile.BadZipFile, NotImplementedError)
+_EPOCH = (1980, 1, 1, 0, 0, 0)  # the earliest time a zip can hold: equal content gives equal bytes
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -74,7 +78,9 @@ def publish(new: Path, final: Path) -> None:
     replace those of their names, but a README.md stays, which may be the user's; so does all else.
     An error puts back what was there; a kill between two files leaves some old, some new.
     """
-    _flush_all(new)
+    for file in new.rglob("*"):
+        if file.is_file():
+            flush(file)
     if not final.is_dir():
         new.rename(final)
         flush(final.parent)
@@ -115,12 +121,6 @@ def remove_if_empty(folder: Path) -> None:
         folder.rmdir()
 
 
-def _flush_all(folder: Path) -> None:
-    for file in folder.rglob("*"):
-        if file.is_file():
-            flush(file)
-
-
 def flush(path: Path) -> None:
     """Wait until a file's content, or a folder's entries, are on disk."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -128,9 +128,6 @@ def flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-_HUGE = 10**30
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -227,15 +224,6 @@ def sha256(path: Path) -> str:
     """sha256 of a file's bytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-HEADER = "meta"
-
-
-_ZIP = (zipfile.BadZipFile, NotImplementedError)
-
-
-_EPOCH = (1980, 1, 1, 0, 0, 0)  # the earliest time a zip can hold: equal content gives equal bytes
 
 
 def save_arrays(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -77,25 +77,31 @@ def audit_run(
         if value < 1:
             raise ValueError(f"{name} must be >= 1, got {value}")
     run = RunInputs(config, progress=progress)
-    _check_stages(run)
-    selection = Selection.load(run.path / "select")
-    if selection.pick != "top":
-        raise ValueError(
-            f"an audit is about the layers of highest score, got select.pick {selection.pick!r}"
-        )
-    if selection.policy == "all":
-        raise ValueError("an audit needs a policy that leaves layers out, got select.policy 'all'")
-    if names and POLICIES[selection.policy].statistics:
-        names = tuple(dict.fromkeys((*names, selection.policy)))
+    selection = _finished_selection(run)
+    policy = selection.policy
+    if names and POLICIES[policy].statistics:
+        names = tuple(dict.fromkeys((*names, policy)))
     strict, count = statistics not in ("cheap", "all"), len(selection.layers)
     with run.folder.locked():
         measured, failed = _statistics(run, names, rows, count, strict)
         router = _routers(run, rows) if names else []
         run.progress.stage("audit", "started")
-        result = _audit(run, selection, measured, router, bootstrap)
+        result = audit(
+            Scores.load(run.path / "score/scores.npz"),
+            layers=count,
+            policy=f"masks/{selection.preset}" if policy == "masks" else policy,
+            statistics=measured,
+            router=router,
+            trained_router=trained_routers(run.path),
+            losses=arm_losses(run.path),
+            budget=selection.budget,
+            score=selection.score,
+            seed=selection.seed,
+            bootstrap=bootstrap,
+            progress=partial(run.progress.step, "audit"),
+        )
         done = read(StageRecord, run.path / "select/DONE.json")
-        lacking = result.lacking | failed
-        result = replace(result, selection=done.inputs_hash, lacking=lacking)
+        result = replace(result, selection=done.inputs_hash, lacking=result.lacking | failed)
         (run.path / "audit").mkdir(exist_ok=True)
         result.save(run.path / "audit/audit.json")
         run.progress.stage("audit", "finished")
@@ -122,8 +128,8 @@ def statistics_of(text: str) -> tuple[str, ...]:
     return names
 
 
-def _check_stages(run: RunInputs) -> None:
-    """Raises FileError unless the stages up to select are done with the run's settings."""
+def _finished_selection(run: RunInputs) -> Selection:
+    """The selection, if an audit can be made of it, and the stages are done with these settings."""
     for stage in ("search", "score", "select"):
         done = run.folder.done(stage)
         command = f"run: floe {stage} CONFIG"
@@ -138,30 +144,14 @@ def _check_stages(run: RunInputs) -> None:
             raise FileError(
                 run.path / stage, f"was made with other settings than the config's; {command}"
             )
-
-
-def _audit(
-    run: RunInputs,
-    selection: Selection,
-    statistics: LayerStatistics | None,
-    router: list[Router],
-    bootstrap: int,
-) -> Audit:
-    policy = selection.policy
-    return audit(
-        Scores.load(run.path / "score/scores.npz"),
-        layers=len(selection.layers),
-        policy=f"masks/{selection.preset}" if policy == "masks" else policy,
-        statistics=statistics,
-        router=router,
-        trained_router=trained_routers(run.path),
-        losses=arm_losses(run.path),
-        budget=selection.budget,
-        score=selection.score,
-        seed=selection.seed,
-        bootstrap=bootstrap,
-        progress=partial(run.progress.step, "audit"),
-    )
+    selection = Selection.load(run.path / "select")
+    if selection.pick != "top":
+        raise ValueError(
+            f"an audit is about the layers of highest score, got select.pick {selection.pick!r}"
+        )
+    if selection.policy == "all":
+        raise ValueError("an audit needs a policy that leaves layers out, got select.policy 'all'")
+    return selection
 
 
 def trained_routers(run: Path) -> list[Router]:
@@ -183,13 +173,13 @@ def arm_losses(run: Path) -> dict[int, Any] | None:
     arms = {path.parent.name: read(Training, path) for path in run.glob("train/*/metrics.json")}
     policies = ("all", arms["main"].policy) if "main" in arms else ("all",)
     tokens = np.asarray(losses.tokens, dtype=np.float64)
-    found = {
+    by_count = {
         len(trained.layers): np.asarray(losses.nll[arm]) / tokens.mean()
         for arm, trained in sorted(arms.items(), key=lambda item: item[0] == "main")
         if trained.policy in policies and arm in losses.nll
         if not trained.modules and not trained.sizes
     }
-    return found if len(found) > 1 else None
+    return by_count if len(by_count) > 1 else None
 
 
 def _statistics(
@@ -204,11 +194,10 @@ def _statistics(
     parts: dict[tuple[str, ...], list[str]] = {}
     for name in names:
         parts.setdefault(POLICIES[name].statistics, []).append(name)
-    values: dict[str, Any] = {}
+    measured: list[LayerStatistics] = []
     failed: dict[str, str] = {}
-    layers = 0
-    for policies in parts.values():
-        part = f"audit/{policies[0]}"
+    for policy, *others in parts.values():
+        part = f"audit/{policy}"
         options = {
             "seed": run.config.select.seed,
             "rank": run.size[0],
@@ -216,23 +205,23 @@ def _statistics(
             "progress": partial(run.progress.step, part),
         }
 
-        def build(folder: Path, policy: str = policies[0], options: Any = options) -> None:
+        def build(folder: Path, policy: str = policy, options: Any = options) -> None:
             with _warm_up(run, rows) as (model, batches):
-                measured = measure_statistics(model, batches, [policy], **options)
-            measured.save(folder / "statistics.npz")
+                values = measure_statistics(model, batches, [policy], **options)
+            values.save(folder / "statistics.npz")
 
-        more = {"steps": count} if policies[0] == "forward_selection" else {}
+        more = {"steps": count} if policy == "forward_selection" else {}
         try:
-            _make(run, part, inputs(run, part, rows) | more, build)
+            _make(run, part, rows, build, more)
         except ValueError as error:
             if strict:
                 raise
-            failed |= dict.fromkeys(policies, f"a statistic this model does not give: {error}")
-            continue
-        found = LayerStatistics.load(run.path / part / "statistics.npz")
-        values |= dict(found.values)
-        layers = found.layers
-    return LayerStatistics(layers, values) if values else None, failed
+            reason = f"a statistic this model does not give: {error}"
+            failed |= dict.fromkeys((policy, *others), reason)
+        else:
+            measured.append(LayerStatistics.load(run.path / part / "statistics.npz"))
+    values = {name: array for part in measured for name, array in part.values.items()}
+    return LayerStatistics(measured[0].layers, values) if measured else None, failed
 
 
 def _routers(run: RunInputs, rows: int) -> list[Router]:
@@ -240,25 +229,28 @@ def _routers(run: RunInputs, rows: int) -> list[Router]:
 
     def build(folder: Path) -> None:
         with _warm_up(run, rows) as (model, batches):
-            modules = router_statistics(model, batches)
-        write(folder / "routers.json", Routers(modules))
+            write(folder / "routers.json", Routers(router_statistics(model, batches)))
 
-    _make(run, "audit/routers", inputs(run, "audit/routers", rows), build)
+    _make(run, "audit/routers", rows, build)
     return read(Routers, run.path / "audit/routers/routers.json").modules
 
 
-def inputs(run: RunInputs, part: str, rows: int) -> dict[str, Any]:
-    """What decides a measurement of the audit."""
-    return {
+def _make(
+    run: RunInputs,
+    part: str,
+    rows: int,
+    build: Callable[[Path], None],
+    more: Mapping[str, Any] | None = None,
+) -> None:
+    """A measurement of the audit, unless it is there."""
+    inputs = {
         "adapter": identity.of_adapter(run, "search"),
         "rows": rows,
         "seed": run.config.select.seed,
         "calibration": read(StageRecord, run.path / "score/DONE.json").inputs["rows"],
         "name": part,
+        **(more or {}),
     }
-
-
-def _make(run: RunInputs, part: str, inputs: dict[str, Any], build: Callable[[Path], None]) -> None:
     run.folder.make(Stage(part, inputs, build, disposable=True), run.progress.stage)
 
 

@@ -19,11 +19,9 @@ from floe.adapters.targets import (
     parameter_counts,
     projection_shapes,
 )
-from floe.artifacts.records import DataAccount, DataPart, LostRows
+from floe.artifacts.records import DataPart, LostRows
 from floe.artifacts.results import Search, Trial
-from floe.artifacts.schema import write
 from floe.data.batches import TokenRow
-from floe.data.rows import Encoded
 from floe.decoder_blocks import find_blocks, geometry
 from floe.errors import CheckError, DataError, FileError
 from floe.importance.scores import FIELDS, Scores
@@ -69,10 +67,6 @@ class Account:
     notes: list[str] = field(default_factory=list)
     stages: dict[str, str] = field(default_factory=dict)
 
-    def write(self, file: Path) -> None:
-        """``data.json`` of a run: which rows it uses, and which lost something."""
-        write(file, DataAccount({PARTS[part]: facts for part, facts in self.data.items()}))
-
     @property
     def refused(self) -> bool:
         """Whether a stage would be refused because other work lies in its place."""
@@ -80,8 +74,10 @@ class Account:
 
     def remarks(self) -> list[str]:
         """A line for each part of the data that lost something, and the notes."""
-        lost = {part: facts for part, facts in self.data.items() if facts.lost}
-        return [f"{PARTS[part]}: {facts.summary}" for part, facts in lost.items()] + self.notes
+        lost = [
+            f"{PARTS[part]}: {facts.summary}" for part, facts in self.data.items() if facts.lost
+        ]
+        return lost + self.notes
 
     def text(self) -> str:
         """The account in some lines for a terminal."""
@@ -139,8 +135,8 @@ def check(run: RunInputs) -> Account:
         CheckError: there are several; it names all.
     """
     problems, account = _Problems(), Account()
-    sources = {part: run.source(part) for part in PARTS}
-    for source in filter(None, sources.values()):
+    sources = {part: source for part in PARTS if (source := run.source(part)) is not None}
+    for source in sources.values():
         with problems.looking():
             run.read(source.model_copy(update={"limit": 1}))
     with problems.looking():
@@ -149,13 +145,13 @@ def check(run: RunInputs) -> Account:
             _check_names(run, account, problems)
         with problems.looking():
             _check_folder(run.path)
-        for part in (part for part, source in sources.items() if source is not None):
+        for part in sources:
             with problems.looking():
                 account.data[part] = _check_part(run, part)
         _check_use(run, problems)
     problems.tell()
-    account.memory, account.disk = _memory(run), _disk(run, account)
-    _check_room(run, account, problems)
+    _check_memory(run, account, problems)
+    _check_disk(run, account, problems)
     problems.tell()
     account.notes += _notes(run, account)
     return account
@@ -191,7 +187,11 @@ def _bytes(size: int) -> str:
 def _check_part(run: RunInputs, part: str) -> DataPart:
     """Encode a part of the data; what it holds, and what it lost."""
     encoded, limit = run.encoded(part), run.config.data.max_dropped
-    rows, lost = encoded.rows, _losses(encoded)
+    rows, dropped = encoded.rows, {why: gone for why, gone in encoded.dropped.items() if gone}
+    reasons = ", ".join(f"{len(gone)} {why}" for why, gone in dropped.items())
+    losses = [f"{encoded.lost} rows dropped ({reasons})"] if dropped else []
+    losses += [f"{len(encoded.cut)} prompts cut at the left"] if encoded.cut else []
+    lost = ", ".join(losses)
     if encoded.lost > limit * encoded.given:
         raise DataError(
             PARTS[part],
@@ -213,21 +213,9 @@ def _check_part(run: RunInputs, part: str) -> DataPart:
         kept=len(rows),
         tokens=tokens,
         longest=longest,
-        dropped={reason: _lost_rows(gone) for reason, gone in encoded.dropped.items() if gone},
-        cut=_lost_rows(encoded.cut),
+        dropped={why: LostRows(len(gone), gone[:_FIRST]) for why, gone in dropped.items()},
+        cut=LostRows(len(encoded.cut), encoded.cut[:_FIRST]),
     )
-
-
-def _losses(encoded: Encoded) -> str:
-    """What was dropped and cut, in words; empty if nothing was."""
-    reasons = [f"{len(gone)} {reason}" for reason, gone in encoded.dropped.items() if gone]
-    parts = [f"{encoded.lost} rows dropped ({', '.join(reasons)})"] if reasons else []
-    parts += [f"{len(encoded.cut)} prompts cut at the left"] if encoded.cut else []
-    return ", ".join(parts)
-
-
-def _lost_rows(rows: list[int]) -> LostRows:
-    return LostRows(len(rows), rows[:_FIRST])
 
 
 def _check_tokens(run: RunInputs, rows: list[TokenRow], part: str) -> None:
@@ -277,7 +265,12 @@ def _check_names(run: RunInputs, account: Account, problems: _Problems) -> None:
     with problems.looking("search"):
         if run.config.search.trials:
             SearchSpace(run.config.search.rank, run.config.search.num_experts)
-    _check_quantised(run, problems)
+    if getattr(run.structure.config, "quantization_config", None) is not None:
+        known = [POLICIES[name] for name in sorted(run.policies & POLICIES.keys())]
+        wanting = [f"policy {policy.name!r}" for policy in known if policy.plain_weights]
+        for what in (*wanting, *(["select.tune: true"] if run.config.select.tune else [])):
+            with problems.looking("model"):
+                raise ValueError(f"{what} needs plain base weights, got quantised ones")
     before = len(problems.errors)
     with problems.looking("adapter"):
         adapter_shapes(run.structure, run.adapter_config(*pairs[0]))
@@ -300,17 +293,6 @@ def _check_names(run: RunInputs, account: Account, problems: _Problems) -> None:
     for arm, (layers, parameters) in arms.items():
         highest = larger.get(arm, (layers, parameters))[1]
         account.adapters[arm] = {"layers": layers, "parameters": [parameters, highest]}
-
-
-def _check_quantised(run: RunInputs, problems: _Problems) -> None:
-    if getattr(run.structure.config, "quantization_config", None) is None:
-        return
-    known = [POLICIES[name] for name in sorted(run.policies & POLICIES.keys())]
-    wanting = [f"policy {policy.name!r}" for policy in known if policy.plain_weights]
-    wanting += ["select.tune: true"] if run.config.select.tune else []
-    for what in wanting:
-        with problems.looking("model"):
-            raise ValueError(f"{what} needs plain base weights, got quantised ones")
 
 
 def _rehearse(
@@ -389,11 +371,12 @@ def _nearest(path: Path) -> Path:
     return next(folder for folder in (path, *path.absolute().parents) if folder.exists())
 
 
-def _memory(run: RunInputs) -> dict[str, int]:
+def _check_memory(run: RunInputs, account: Account, problems: _Problems) -> None:
     """Bytes that training adapters on every layer, at the largest size, takes: an estimate.
 
     What frozen layers keep for the backward pass is counted as ten states and four widths of the
-    feed-forward part for each token.
+    feed-forward part for each token. Weights and optimiser state are no estimate: what exceeds the
+    device cannot be trained.
     """
     train, model, size = run.config.train, run.structure, max(_sizes(run))
     element, sizes = run.dtype.itemsize, geometry(run.structure)
@@ -410,47 +393,38 @@ def _memory(run: RunInputs) -> dict[str, int]:
     else:
         files = Path(run.config.model.path).glob("*.safetensors")
         weights = sum(file.stat().st_size for file in files)
-    return {
+    adapters, there = _parameters(run, size) * ADAM_BYTES, run.device_memory
+    account.memory = {
         "base model": weights,
-        "adapters and optimiser": _parameters(run, size) * ADAM_BYTES,
+        "adapters and optimiser": adapters,
         "activations": activations,
-        "there": run.device_memory,
+        "there": there,
     }
+    with problems.looking():
+        if weights + adapters > there:
+            raise ValueError(
+                f"model and adapters must fit the memory of {run.device} ({_bytes(there)}), got "
+                f"{_bytes(weights + adapters)} before any activation: take a smaller model or a "
+                "smaller model.dtype"
+            )
 
 
-def _disk(run: RunInputs, account: Account) -> dict[str, int]:
+def _check_disk(run: RunInputs, account: Account, problems: _Problems) -> None:
     """Bytes that the run folder grows by at most: adapters, checkpoints, scores; an estimate."""
     arms = [facts["parameters"][-1] for facts in account.adapters.values()]
     whole, sizes, settings = _parameters(run, max(_sizes(run))), geometry(run.structure), run.config
     rows = min(settings.score.rows, len(run.warmup_rows)) if settings.score.keep_samples else 2
-    return {
+    account.disk = {
         "adapters": 4 * (sum(arms) + whole),
         "checkpoints": 2 * 12 * whole,  # two of weights and Adam's moments
         "scores": 8 * rows * sizes.layers * (sizes.heads + sizes.neurons),
-        "there": shutil.disk_usage(_nearest(Path(settings.output_dir))).free,
     }
-
-
-def _check_room(run: RunInputs, account: Account, problems: _Problems) -> None:
-    """Weights and optimiser state are no estimate: what exceeds the device cannot be trained."""
-    memory, disk = account.memory, account.disk
-    least, there = memory["base model"] + memory["adapters and optimiser"], memory["there"]
+    needed, there = sum(account.disk.values()), _nearest(Path(settings.output_dir))
+    account.disk["there"] = free = shutil.disk_usage(there).free
     with problems.looking():
-        if least > there:
-            raise ValueError(
-                f"model and adapters must fit the memory of {run.device} ({_gib(there)}), got "
-                f"{_gib(least)} before any activation: take a smaller model or a smaller "
-                "model.dtype"
-            )
-    needed = sum(disk.values()) - disk["there"]
-    with problems.looking():
-        if needed > disk["there"]:
+        if needed > free:
             raise FileError(
-                run.config.output_dir,
-                f"must have room for about {_gib(needed)} of adapters, checkpoints and scores, "
-                f"got {_gib(disk['there'])}",
+                settings.output_dir,
+                f"must have room for about {_bytes(needed)} of adapters, checkpoints and scores, "
+                f"got {_bytes(free)}",
             )
-
-
-def _gib(size: int) -> str:
-    return f"{size / 2**30:.1f} GiB"

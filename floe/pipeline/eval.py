@@ -41,7 +41,6 @@ from floe.evaluation import (
     group_by_task,
     paired_difference,
     router_statistics,
-    router_statistics,
     summarise_loss,
 )
 from floe.pipeline import identity, train

@@ -25,7 +25,6 @@ from floe.config import DataSource, RunConfig
 from floe.data.batches import Collator, TokenRow, make_batches
 from floe.data.rows import (
     Encoded,
-    Rows,
     encode,
     encode_choices,
     encode_questions,
@@ -36,6 +35,7 @@ from floe.data.rows import (
 from floe.data.sources import Row, load_rows
 from floe.doctor import auto_dtype
 from floe.errors import FileError
+from floe.machine import memory
 from floe.pipeline import identity
 from floe.pipeline.run_folder import RunFolder
 from floe.progress import Progress
@@ -94,7 +94,7 @@ class RunInputs:
         """Bytes of the device's memory, in all."""
         if self.device.type == "cuda":
             return int(torch.cuda.get_device_properties(self.device).total_memory)
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return int(memory()["total"] or 0)
 
     @cached_property
     def dtype(self) -> torch.dtype:
@@ -197,18 +197,18 @@ class RunInputs:
             rows = self.read(source)
             numbers = list(range(len(rows)))
         chosen = {number: rows[number] for number in numbers[: settings.limit]}
-        encoded, kind = self._encode(chosen, "data.test"), settings.accuracy
+        kind = settings.accuracy
         if kind == "auto":
             kind = "choices" if all("choices" in row for row in chosen.values()) else "generation"
-        common: dict[str, Any] = {"template": data.template, "max_length": data.max_length}
-        common["source"] = "data.test"
+        common: dict[str, Any] = {
+            "template": data.template, "max_length": data.max_length, "source": "data.test",
+        }  # fmt: skip
+        encoded = other = encode(chosen, self.tokenizer, **common)
         if kind == "choices":
             other = encode_choices(chosen, self.tokenizer, **common)
         elif kind == "generation":
-            common["max_new_tokens"] = settings.max_new_tokens
-            other = encode_questions(chosen, self.tokenizer, **common)
-        else:
-            other = encoded
+            most = settings.max_new_tokens
+            other = encode_questions(chosen, self.tokenizer, max_new_tokens=most, **common)
         encoded = rows_of_both(encoded, other, data.max_length, "data.test")
         return [chosen[row.index] for row in encoded.rows], kind, encoded, other.rows
 
@@ -237,16 +237,16 @@ class RunInputs:
         if part == "test":
             return self._test[2]
         if part not in self._encoded:
-            source = self.source(part)
+            source, data = self.source(part), self.config.data
             assert source is not None
-            self._encoded[part] = self._encode(self.read(source), PARTS[part])
+            self._encoded[part] = encode(
+                self.read(source),
+                self.tokenizer,
+                template=data.template,
+                max_length=data.max_length,
+                source=PARTS[part],
+            )
         return self._encoded[part]
-
-    def _encode(self, rows: Rows, name: str) -> Encoded:
-        data = self.config.data
-        return encode(
-            rows, self.tokenizer, template=data.template, max_length=data.max_length, source=name
-        )
 
     def source(self, part: str) -> DataSource | None:
         """Where a part of the data comes from; None where the configuration names none."""
@@ -257,11 +257,9 @@ class RunInputs:
     def read(self, source: DataSource) -> list[Row]:
         """Rows of a source as text."""
         columns = {k: v for k, v in self.config.data.columns.model_dump().items() if v is not None}
-        hub = (
-            {}
-            if source.path
-            else {"split": source.split, "revision": source.revision, "subset": source.name}
-        )
+        hub: dict[str, Any] = {}
+        if source.path is None:
+            hub = {"split": source.split, "revision": source.revision, "subset": source.name}
         return load_rows(source.path or str(source.hub), columns=columns, limit=source.limit, **hub)
 
     def batches(self, rows: list[TokenRow], batch_size: int) -> list[Batch]:
@@ -289,11 +287,9 @@ class RunInputs:
             adapter |= placement.patterns
             if placement.modules:  # they name their targets themselves
                 del adapter["target_modules"]
-        named = self.config.model
-        return FloeConfig(
-            **adapter, seed=self.config.train.seed,
-            base_model_name_or_path=named.path, revision=named.revision,
-        )  # fmt: skip
+        named, seed = self.config.model, self.config.train.seed
+        adapter |= {"base_model_name_or_path": named.path, "revision": named.revision}
+        return FloeConfig(**adapter, seed=seed)
 
     def fresh(self, rank: int, experts: int, placement: Placement | None = None) -> Any:
         """The base model with fresh adapters."""
@@ -356,9 +352,9 @@ def load_base(
             name, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True,
             trust_remote_code=False, **settings,
         )  # fmt: skip
-    for tensor, came, wanted in sorted(info["mismatched_keys"]):
+    for tensor, saved, wanted in sorted(info["mismatched_keys"]):
         raise FileError(
-            name, f"{tensor} must be {list(wanted)} as config.json says, got {list(came)}"
+            name, f"{tensor} must be {list(wanted)} as config.json says, got {list(saved)}"
         )
     missing = sorted(info["missing_keys"])
     if missing:
@@ -408,9 +404,9 @@ def _refuse_no_base(name: str, revision: str | None) -> None:
     if not Path(name).exists() and (Path(name).is_absolute() or name.startswith((".", "~"))):
         raise FileError(name, "does not exist")
     with _reading(name, "cannot be loaded as a model"):
-        found = find_adapter_config_file(name, revision=revision)
-    if found is not None:
-        adapter = read_json(Path(found))
+        file = find_adapter_config_file(name, revision=revision)
+    if file is not None:
+        adapter = read_json(Path(file))
         kind, base = adapter.get("peft_type"), adapter.get("base_model_name_or_path")
         raise FileError(
             name,

@@ -11,6 +11,7 @@ from typing import Any
 
 from floe.adapters.conversion import export_lora
 from floe.adapters.folder import check_new
+from floe.artifacts.records import DataAccount
 from floe.artifacts.results import Evaluation, Interval, Placements, Training
 from floe.artifacts.schema import document, read, write
 from floe.config import RunConfig
@@ -19,7 +20,7 @@ from floe.data.rows import sample
 from floe.machine import environment
 from floe.pipeline import eval, identity, score, search, select, train
 from floe.pipeline.check import Account, check
-from floe.pipeline.inputs import RunInputs
+from floe.pipeline.inputs import PARTS, RunInputs
 from floe.pipeline.run_folder import RunFolder, Stage
 from floe.progress import Progress
 from floe.report import build_report
@@ -102,7 +103,8 @@ def _make(run: RunInputs, verbs: Sequence[str], account: Account, redo: bool) ->
     def describe() -> None:
         """Settings, rows, machine and versions, once the settings are those of the results."""
         write_text(run.path / "config.yaml", dump_config(run.config))
-        account.write(run.path / "data.json")
+        parts = {PARTS[part]: facts for part, facts in account.data.items()}
+        write(run.path / "data.json", DataAccount(parts))
         model = {"device": str(run.device), "dtype": str(run.dtype)}
         write(run.path / "env.json", environment() | model)
 
@@ -150,14 +152,14 @@ class RunResult:
 
     def summary(self) -> dict[str, Any]:
         """The run's results as plain values, for ``--json``."""
-        found: dict[str, Any] = {"folder": str(self.folder), "until": self.until}
+        results: dict[str, Any] = {"folder": str(self.folder), "until": self.until}
         for key, verb in (("search", "search"), ("selection", "select"), ("evaluation", "eval")):
             if (self.folder / RESULTS[verb]).is_file():
-                found[key] = read_json(self.folder / RESULTS[verb])
-        found["training"] = document(self.training())
+                results[key] = read_json(self.folder / RESULTS[verb])
+        results["training"] = document(self.training())
         if (self.folder / RESULTS["report"]).is_file():
-            found["report"] = str(self.folder / RESULTS["report"])
-        return found
+            results["report"] = str(self.folder / RESULTS["report"])
+        return results
 
     def training(self) -> dict[str, Training]:
         """Metrics of every trained arm of the configuration."""

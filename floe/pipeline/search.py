@@ -13,22 +13,18 @@ from pathlib import Path
 from typing import Any
 
 from floe.adapters import remove_adapters
-from floe.adapters.files import save_adapter
 from floe.artifacts.results import Search
 from floe.artifacts.schema import write
 from floe.config import storage_url
 from floe.data.batches import fingerprint
-from floe.pipeline import identity
+from floe.pipeline import identity, train
 from floe.pipeline.inputs import RunInputs
 from floe.pipeline.run_folder import Stage
 from floe.pipeline.score import worker_count
-from floe.pipeline.train import losses_to
 from floe.rank_search.search import remove_trials, search
 from floe.rank_search.space import SearchSpace
 from floe.selection.masks.tuning import NotTunable, check_tunable
 from floe.storage import copy_folder
-from floe.training.checkpoints import remove_checkpoints
-from floe.training.train import train
 
 
 def stages(run: RunInputs) -> Iterator[Stage]:
@@ -76,7 +72,7 @@ def build(run: RunInputs, folder: Path) -> None:
 
 def tidy(folder: Path) -> None:
     """Remove what only :func:`build` needs, once there is a result."""
-    remove_checkpoints(folder / "checkpoints")
+    train.tidy(folder)
     remove_trials(folder)
     for name in ("search.lock", "study.db.lock"):
         (folder / name).unlink(missing_ok=True)
@@ -98,19 +94,10 @@ def _check_tuning(run: RunInputs) -> None:
 def _warm_up(run: RunInputs, folder: Path) -> None:
     adapter, began = run.config.adapter, time.monotonic()
     model = run.fresh(adapter.r, adapter.num_experts)
-    try:
-        result = train(
-            model,
-            run.warmup_rows,
-            settings=run.settings(run.config.warmup.max_steps),
-            output_dir=folder / "checkpoints",
-            validation=run.validation_rows,
-            on_progress=losses_to(run, "search"),
-        )
-        save_adapter(model, folder / "adapter")
-    finally:
-        remove_adapters(model)
-    found = Search(
+    result = train.train_adapter(
+        run, "search", model, run.warmup_rows, run.settings(run.config.warmup.max_steps), folder
+    )
+    summary = Search(
         rank=adapter.r,
         num_experts=adapter.num_experts,
         objective=result.validation_loss[-1][1] if result.validation_loss else None,
@@ -118,7 +105,7 @@ def _warm_up(run: RunInputs, folder: Path) -> None:
         seconds=round(time.monotonic() - began, 3),
         distinct=0,
     )
-    write(folder / "result.json", found)
+    write(folder / "result.json", summary)
 
 
 def _search(run: RunInputs, folder: Path) -> None:

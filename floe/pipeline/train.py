@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
 from floe.adapters import remove_adapters
 from floe.adapters.files import save_adapter
-from floe.artifacts.results import Placements, Training
+from floe.artifacts.results import Placements, Training, TrainResult
 from floe.artifacts.schema import document, read, write
 from floe.artifacts.selection import Selection
 from floe.config import Schedule
-from floe.data.batches import fingerprint
+from floe.data.batches import TokenRow, fingerprint
 from floe.pipeline import identity
 from floe.pipeline.inputs import RunInputs
 from floe.pipeline.run_folder import Stage
 from floe.selection.placement import Placement
 from floe.storage import copy_folder
 from floe.training.checkpoints import remove_checkpoints
-from floe.training.layer_schedule import SCHEDULES
+from floe.training.layer_schedule import SCHEDULES, LayerSchedule
+from floe.training.schedule import TrainSettings
 from floe.training.train import train
 
 PLACEMENTS = "arms/placements.json"
@@ -57,19 +58,9 @@ def build(run: RunInputs, arm: str, policy: str, placement: Placement, folder: P
     model = run.fresh(rank, experts, placement)
     movement = _movement(run, arm)
     schedule = SCHEDULES[movement.pop("kind")](model, **movement) if movement else None
-    try:
-        result = train(
-            model,
-            run.train_rows,
-            settings=run.settings(),
-            output_dir=folder / "checkpoints",
-            validation=run.validation_rows,
-            on_progress=losses_to(run, f"train/{arm}"),
-            layer_schedule=schedule,
-        )
-        save_adapter(model, folder / "adapter")
-    finally:
-        remove_adapters(model)
+    result = train_adapter(
+        run, f"train/{arm}", model, run.train_rows, run.settings(), folder, schedule
+    )
     metrics = Training(
         **vars(result),
         **vars(placement),
@@ -80,6 +71,36 @@ def build(run: RunInputs, arm: str, policy: str, placement: Placement, folder: P
         seed=run.config.train.seed,
     )
     write(folder / "metrics.json", metrics)
+
+
+def train_adapter(
+    run: RunInputs,
+    stage: str,
+    model: Any,
+    rows: Sequence[TokenRow],
+    settings: TrainSettings,
+    folder: Path,
+    schedule: LayerSchedule | None = None,
+) -> TrainResult:
+    """Train the fresh adapters of ``model``, write ``adapter/``, and take them away again."""
+
+    def tell(step: int, steps: int, loss: float, seconds_left: float) -> None:
+        run.progress.step(stage, step, steps, f"loss {loss:.3f}")
+
+    try:
+        result = train(
+            model,
+            rows,
+            settings=settings,
+            output_dir=folder / "checkpoints",
+            validation=run.validation_rows,
+            on_progress=tell,
+            layer_schedule=schedule,
+        )
+        save_adapter(model, folder / "adapter")
+    finally:
+        remove_adapters(model)
+    return result
 
 
 def tidy(folder: Path) -> None:
@@ -95,15 +116,6 @@ def arms(run: RunInputs) -> dict[str, tuple[str, Placement]]:
         policies[arm.name] = f"{arm.policy}{preset}"
     places = read(Placements, run.path / PLACEMENTS)
     return {arm: (policy, places[arm]) for arm, policy in policies.items()}
-
-
-def losses_to(run: RunInputs, stage: str) -> Callable[[int, int, float, float], None]:
-    """What training calls after each step: tells the run's progress of it."""
-
-    def tell(step: int, steps: int, loss: float, seconds_left: float) -> None:
-        run.progress.step(stage, step, steps, f"loss {loss:.3f}")
-
-    return tell
 
 
 def _movement(run: RunInputs, arm: str) -> dict[str, Any] | None:
