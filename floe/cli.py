@@ -33,7 +33,7 @@ app = typer.Typer(
 )
 
 FAILED, USAGE, BAD_INPUT, OUT_OF_MEMORY, INTERRUPTED = 1, 2, 3, 4, 130
-# What libraries that write files themselves say of a disk that is full, in errors of their own.
+# What the errors of libraries that write files say when the disk is full.
 _DISK = ("No space left on device", "PytorchStreamWriter failed", "(os error ")
 
 Config = Annotated[Path, typer.Argument(help="YAML file of the run; `floe init` writes one.")]

@@ -87,14 +87,11 @@ def dump_config(config: RunConfig) -> str:
     )
 
 
-def _masked(values: dict[str, Any]) -> dict[str, Any]:
-    places = ("storage", "path", "hub")
-    return {
-        key: _masked(value) if isinstance(value, dict)
-        else hide_secrets(value, url=True) if key in places and isinstance(value, str)
-        else value
-        for key, value in values.items()
-    }  # fmt: skip
+def _masked(value: Any, key: str = "") -> Any:
+    if isinstance(value, dict):
+        return {name: _masked(part, name) for name, part in value.items()}
+    hides = key in ("storage", "path", "hub") and isinstance(value, str)
+    return hide_secrets(value, url=True) if hides else value
 
 
 def _apply(data: dict[str, Any], override: str) -> None:

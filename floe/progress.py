@@ -32,12 +32,16 @@ class TerminalProgress(Progress):
 
         self._began: dict[str, float] = {}
         self._bar: Any = RichProgress(
-            TextColumn("{task.description:>22}"), BarColumn(bar_width=28),
-            TextColumn("{task.completed:.0f}/{task.total:.0f}"), TimeElapsedColumn(),
-            TextColumn("left"), TimeRemainingColumn(),
+            TextColumn("{task.description:>22}"),
+            BarColumn(bar_width=28),
+            TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
             TextColumn("{task.fields[note]}", markup=False),  # it may quote an error
-            console=Console(stderr=True), transient=True,
-        )  # fmt: skip
+            console=Console(stderr=True),
+            transient=True,
+        )
         self._tasks: dict[str, Any] = {}
         self._bar.start()
 

@@ -353,9 +353,13 @@ def _fisher_cases(device: torch.device) -> Iterator[Case]:
         site = _Site(size, dtype, masked, device)
         yield Case("mask_gradients", device, str(dtype), text, site.check_gradients)
         yield Case(
-            "accumulate_fisher_", device, str(dtype), text, site.check_accumulate,
+            "accumulate_fisher_",
+            device,
+            str(dtype),
+            text,
+            site.check_accumulate,
             rounded_to=torch.float32,
-        )  # fmt: skip
+        )
 
 
 @dataclass(frozen=True)

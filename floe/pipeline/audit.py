@@ -72,7 +72,7 @@ def audit_run(
         FileError: a stage is missing or was made with other settings; says which command makes it.
         ValueError: an unknown policy, a number out of range.
     """
-    names = statistics_of(statistics)
+    names = policies_named(statistics)
     for name, value in (("rows", rows), ("bootstrap", bootstrap)):
         if value < 1:
             raise ValueError(f"{name} must be >= 1, got {value}")
@@ -108,7 +108,7 @@ def audit_run(
     return AuditResult(run.path / "audit/audit.json", result)
 
 
-def statistics_of(text: str) -> tuple[str, ...]:
+def policies_named(text: str) -> tuple[str, ...]:
     """Names of policies for "cheap", "all", "none" or names joined by commas.
 
     Raises:

@@ -160,9 +160,12 @@ def _measured(
 def _answers(run: RunInputs, model: Any, on_rows: OnRows) -> Answers | None:
     settings, data, kind = run.config.eval, run.config.data, run.accuracy
     common: dict[str, Any] = {
-        "template": data.template, "max_length": data.max_length, "batch_size": settings.batch_size,
-        "source": "data.test", "on_rows": on_rows,
-    }  # fmt: skip
+        "template": data.template,
+        "max_length": data.max_length,
+        "batch_size": settings.batch_size,
+        "source": "data.test",
+        "on_rows": on_rows,
+    }
     if kind == "choices":
         common["score"] = settings.choice_score
         return evaluate_choices(model, run.tokenizer, run.test_examples, **common)

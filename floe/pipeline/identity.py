@@ -24,44 +24,48 @@ _TRAINED = "search sweep train"
 
 
 def _by_setting(table: dict[str, str]) -> dict[str, str]:
-    """Stages -> settings, turned round."""
+    """Setting -> stages, from a table of stages -> settings."""
     return {name: stages for stages, names in table.items() for name in names.split()}
 
 
-BY_VALUE = _by_setting({
-    _ALL: "model.attention",
-    _TRAINED: """adapter.alpha adapter.scaling train.learning_rate train.warmup_ratio train.schedule
-        train.weight_decay train.max_grad_norm train.group_by_length train.seed""",
-    f"{_TRAINED} profile": """adapter.dropout adapter.target_modules adapter.adapter_dtype
+BY_VALUE = _by_setting(
+    {
+        _ALL: "model.attention",
+        _TRAINED: """adapter.alpha adapter.scaling train.learning_rate train.warmup_ratio
+        train.schedule train.weight_decay train.max_grad_norm train.group_by_length train.seed""",
+        f"{_TRAINED} profile": """adapter.dropout adapter.target_modules adapter.adapter_dtype
         adapter.share_input""",
-    # rank and experts without trials, else the search decides; more trials go on with a search
-    "search": """adapter.r adapter.num_experts search.trials search.rank search.num_experts
+        # rank and experts without trials, else the search decides; more trials go on with a search
+        "search": """adapter.r adapter.num_experts search.trials search.rank search.num_experts
         search.sampler search.startup_trials search.prune search.seed""",
-    "score": """score.keep_samples score.first_order score.reduction score.mask_scope
+        "score": """score.keep_samples score.first_order score.reduction score.mask_scope
         score.taylor_kind score.taylor_aggregate score.taylor_tokens""",
-    "score statistics": "score.seed",
-    "select": """select.policy select.preset select.first_order select.budget select.layers
+        "score statistics": "score.seed",
+        "select": """select.policy select.preset select.first_order select.budget select.layers
         select.pick select.score select.budget_path select.tune select.tune_tokens select.seed""",
-    "arms": "select.choose select.r0 baselines",
-    # every backend computes the same, however a step's rows are cut; here the time is measured
-    "profile": "adapter.backend train.batch_size train.grad_accum profile.steps profile.points",
-    "eval": """data.template data.max_length eval.accuracy eval.choice_score eval.max_new_tokens
+        "arms": "select.choose select.r0 baselines",
+        # every backend computes the same, however a step's rows are cut; here the time is measured
+        "profile": "adapter.backend train.batch_size train.grad_accum profile.steps profile.points",
+        "eval": """data.template data.max_length eval.accuracy eval.choice_score eval.max_new_tokens
         eval.seed""",
-})  # fmt: skip
+    }
+)
 """Setting -> the stages whose result its value decides."""
 
-BY_CONTENT = _by_setting({
-    # the model's files or its commit on the hub, what `auto` comes to here; the rows as tokens
-    _ALL: """model.path model.revision model.gguf_file model.dtype model.device data.train
+BY_CONTENT = _by_setting(
+    {
+        # the model's files or its commit on the hub, what `auto` comes to here; the rows as tokens
+        _ALL: """model.path model.revision model.gguf_file model.dtype model.device data.train
         data.validation data.columns data.template data.max_length data.val_fraction data.seed""",
-    # the rows of a step, however it is cut; the length that is in force
-    _TRAINED: "train.batch_size train.grad_accum train.epochs train.max_steps",
-    "search": "warmup.max_steps",
-    "search score": "warmup.fraction warmup.seed",
-    "score": "score.rows score.taylor_rows score.taylor_data",
-    "statistics": "score.statistic_rows",
-    "eval": "data.test eval.limit",
-})  # fmt: skip
+        # the rows of a step, however it is cut; the length that is in force
+        _TRAINED: "train.batch_size train.grad_accum train.epochs train.max_steps",
+        "search": "warmup.max_steps",
+        "search score": "warmup.fraction warmup.seed",
+        "score": "score.rows score.taylor_rows score.taylor_data",
+        "statistics": "score.statistic_rows",
+        "eval": "data.test eval.limit",
+    }
+)
 """Setting -> the stages whose result it decides by what it leads to."""
 
 NOTHING: dict[str, str] = {
@@ -84,10 +88,10 @@ _WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpac
 _OF_TRAINER = ("training_args.bin", "optimizer.pt", "optimizer.bin", "scheduler.pt", "scaler.pt")
 _TOKENIZER_FILES = (".jinja", ".model", ".tiktoken", ".spm")
 _OF_TOKENIZER = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-    "vocab.json", "vocab.txt", "merges.txt", "chat_template.json", "generation_config.json",
-    "preprocessor_config.json", "processor_config.json",
-)  # fmt: skip
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "vocab.txt", "merges.txt", "chat_template.json", "generation_config.json"),
+    *("preprocessor_config.json", "processor_config.json"),
+)
 
 
 def of_stage(run: RunInputs, stage: str) -> dict[str, Any]:

@@ -201,8 +201,10 @@ class RunInputs:
         if kind == "auto":
             kind = "choices" if all("choices" in row for row in chosen.values()) else "generation"
         common: dict[str, Any] = {
-            "template": data.template, "max_length": data.max_length, "source": "data.test",
-        }  # fmt: skip
+            "template": data.template,
+            "max_length": data.max_length,
+            "source": "data.test",
+        }
         encoded = other = encode(chosen, self.tokenizer, **common)
         if kind == "choices":
             other = encode_choices(chosen, self.tokenizer, **common)
@@ -319,10 +321,8 @@ class RunInputs:
         return Path(file).parents[wanted.count("/")].name
 
 
-PARTS = {
-    "train": "data.train", "validation": "data.validation", "test": "data.test",
-    "taylor": "score.taylor_data",
-}  # fmt: skip
+PARTS = {part: f"data.{part}" for part in ("train", "validation", "test")}
+PARTS["taylor"] = "score.taylor_data"
 """Parts of the data, and the settings that name them."""
 
 
@@ -349,9 +349,13 @@ def load_base(
         settings["attn_implementation"] = attention
     with _reading(name, _unloadable(attention)):
         model, info = AutoModelForCausalLM.from_pretrained(
-            name, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True,
-            trust_remote_code=False, **settings,
-        )  # fmt: skip
+            name,
+            dtype=dtype,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            trust_remote_code=False,
+            **settings,
+        )
     for tensor, saved, wanted in sorted(info["mismatched_keys"]):
         raise FileError(
             name, f"{tensor} must be {list(wanted)} as config.json says, got {list(saved)}"
@@ -400,7 +404,7 @@ def _configuration(name: str, **source: Any) -> Any:
 
 
 def _refuse_no_base(name: str, revision: str | None) -> None:
-    """Of an adapter transformers would load the base, and the adapter on top or not at all."""
+    """transformers would load an adapter's base, with the adapter on top or without it."""
     if not Path(name).exists() and (Path(name).is_absolute() or name.startswith((".", "~"))):
         raise FileError(name, "does not exist")
     with _reading(name, "cannot be loaded as a model"):
@@ -419,8 +423,8 @@ def _refuse_no_base(name: str, revision: str | None) -> None:
 def _reading(path: str, problem: str) -> Iterator[None]:
     """A FileError for whatever a library raises while it reads a model's files.
 
-    Which types those are is nobody's promise: tokenizers raise Exception itself, weights their own
-    errors, a missing package ImportError, a config of odd values AttributeError or TypeError.
+    Libraries promise no types: tokenizers raise Exception itself, weights their own errors, a
+    missing package ImportError, a config of odd values AttributeError or TypeError.
     """
     try:
         yield
@@ -434,5 +438,5 @@ def _reading(path: str, problem: str) -> Iterator[None]:
 
 
 def calm_libraries() -> None:
-    """Our own progress speaks; libraries keep their errors and lose their bars."""
+    """Switch off the progress bars of transformers; floe shows progress itself."""
     logging.disable_progress_bar()

@@ -194,7 +194,7 @@ class RunFolder:
 
 
 class _Work:
-    """A stage's work folder, and its way to the stage's own."""
+    """A stage's work folder, and how it becomes the stage's folder."""
 
     def __init__(self, root: Path, stage: Stage) -> None:
         self.stage, self.final = stage, root / stage.name
@@ -294,14 +294,14 @@ class _Work:
         flush(self.final.parent)
 
     def _move_into_final(self) -> None:
-        """File by file, ``DONE.json`` last: whoever is killed in between can go on."""
+        """File by file, ``DONE.json`` last: a process killed in between can go on."""
         for name in sorted(self._files(), key=lambda name: name == _DONE):
             target = self.final / name
             target.parent.mkdir(parents=True, exist_ok=True)
             if target.exists():
                 target.rename(_free_name(target))
             shutil.move(self.folder / name, target)
-        shutil.rmtree(self.folder)  # folders alone
+        shutil.rmtree(self.folder)  # only folders are left
 
     def _begin_with_result(self) -> None:
         """Copy the finished result; a copy that was cut short is known by its marker."""

@@ -64,8 +64,8 @@ def tidy(folder: Path) -> None:
 
 def _measure(run: RunInputs, folder: Path) -> Scores:
     settings = run.config.score
-    options = ("reduction", "mask_scope", "first_order", "taylor_kind", "taylor_aggregate",
-               "taylor_tokens", "keep_samples", "seed")  # fmt: skip
+    options = ["reduction", "mask_scope", "first_order", "keep_samples", "seed"]
+    options += [f"taylor_{name}" for name in ("kind", "aggregate", "tokens")]
     with run.adapted(run.path / "search/adapter") as model:
         return score(
             model,
@@ -99,10 +99,15 @@ def build_statistics(run: RunInputs, policy: str, folder: Path) -> None:
     measured.save(folder / "statistics.npz")
 
 
+def statistics_files(run: RunInputs, policies: Set[str]) -> dict[str, Path]:
+    """Name of each measurement that the policies need -> its file."""
+    names = statistics_of(policies)
+    return {name: run.path / f"statistics/{name}/statistics.npz" for name in names}
+
+
 def load_statistics(run: RunInputs, policies: Set[str]) -> LayerStatistics | None:
     """The layer statistics that these policies need, put together; None if they need none."""
-    files = [run.path / f"statistics/{name}/statistics.npz" for name in statistics_of(policies)]
-    parts = [LayerStatistics.load(file) for file in files]
+    parts = [LayerStatistics.load(file) for file in statistics_files(run, policies).values()]
     values = {name: array for part in parts for name, array in part.values.items()}
     return LayerStatistics(parts[0].layers, values) if parts else None
 

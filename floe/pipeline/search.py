@@ -25,6 +25,7 @@ from floe.rank_search.search import remove_trials, search
 from floe.rank_search.space import SearchSpace
 from floe.selection.masks.tuning import NotTunable, check_tunable
 from floe.storage import copy_folder
+from floe.training.checkpoints import remove_checkpoints
 
 
 def stages(run: RunInputs) -> Iterator[Stage]:
@@ -72,7 +73,7 @@ def build(run: RunInputs, folder: Path) -> None:
 
 def tidy(folder: Path) -> None:
     """Remove what only :func:`build` needs, once there is a result."""
-    train.tidy(folder)
+    remove_checkpoints(folder / "checkpoints")
     remove_trials(folder)
     for name in ("search.lock", "study.db.lock"):
         (folder / name).unlink(missing_ok=True)

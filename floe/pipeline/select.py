@@ -26,7 +26,7 @@ from floe.importance.statistics import LayerStatistics
 from floe.pipeline import identity, train
 from floe.pipeline.inputs import RunInputs
 from floe.pipeline.run_folder import Stage
-from floe.pipeline.score import load_statistics, statistics_of
+from floe.pipeline.score import load_statistics, statistics_files
 from floe.selection.masks.determine import PRESETS
 from floe.selection.placement import (
     Options,
@@ -104,13 +104,14 @@ def build(run: RunInputs, swept: dict[int, Path], folder: Path) -> None:
 
 def _place_inputs(run: RunInputs) -> dict[str, Any]:
     search = run.config.search
-    return inputs(run) | identity.values(run.config, "arms") | {
+    decides = inputs(run) | identity.values(run.config, "arms")
+    return decides | {
         "selection": run.folder.digest(run.path / "select/selection.json"),
         "search.rank": search.rank,
         "search.num_experts": search.num_experts,
         "trials": run.folder.digest(run.path / "search/result.json"),
         "measured": _statistics_digests(run, run.policies),
-    }  # fmt: skip
+    }
 
 
 def _build_places(run: RunInputs, folder: Path) -> None:
@@ -122,7 +123,7 @@ def _build_places(run: RunInputs, folder: Path) -> None:
 
 
 def _statistics_digests(run: RunInputs, policies: Set[str]) -> dict[str, str]:
-    files = {n: run.path / f"statistics/{n}/statistics.npz" for n in statistics_of(policies)}
+    files = statistics_files(run, policies)
     return {name: run.folder.digest(file) for name, file in files.items()}
 
 
@@ -279,9 +280,11 @@ def place(
     shapes = projection_shapes(run.base_model, run.adapter_config(*size))
     names = [str(name) for name in scores.meta["adapter_modules"]]
     parameters = np.array(
-        [[option_costs([block[n]], [size])[0] if n in block else 0 for n in names]
-         for block in shapes]
-    )  # fmt: skip
+        [
+            [option_costs([block[name]], [size])[0] if name in block else 0 for name in names]
+            for block in shapes
+        ]
+    )
     budget = int(parameters[list(choice.layers)].sum())
     if kind == "modules":
         return Placement.of_modules(module_scores(scores, choice.policy), parameters, budget, names)
