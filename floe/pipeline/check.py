@@ -48,24 +48,15 @@ _UNITS = 3  # heads and neurons of made-up scores: their number decides nothing 
 
 @dataclass
 class Account:
-    """What a run will work on.
+    """What a run will work on; memory and disk in bytes, estimated, and what there is."""
 
-    Attributes:
-        data: by part of the data: rows, kept, tokens, longest row, and which rows were dropped or
-            cut, and why; as in ``data.json``.
-        adapters: by arm: adapted layers, and parameters at the smallest and the largest size that
-            the search may choose.
-        memory, disk: estimates in bytes, and what there is.
-        notes: what is no error but should be known.
-        stages: by command: "done", or what is to be done; of a dry run alone.
-    """
-
-    data: dict[str, DataPart] = field(default_factory=dict)
+    data: dict[str, DataPart] = field(default_factory=dict)  # by part of the data
+    # by arm: adapted layers, parameters at the smallest and the largest size of the search
     adapters: dict[str, dict[str, Any]] = field(default_factory=dict)
     memory: dict[str, int] = field(default_factory=dict)
     disk: dict[str, int] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
-    stages: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)  # what is no error but should be known
+    stages: dict[str, str] = field(default_factory=dict)  # of a dry run: "done", or what to do
 
     @property
     def refused(self) -> bool:

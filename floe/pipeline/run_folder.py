@@ -49,30 +49,22 @@ MayDiscard = Callable[[set[str]], bool]
 
 @dataclass(frozen=True)
 class Stage:
-    """One folder of a run: what decides its result, and what builds it.
+    """One folder of a run, named as it is: what decides its result, and what builds it.
 
-    Attributes:
-        name: of the stage, and of its folder.
-        inputs: what decides the result: JSON values by name.
-        build: writes the result into the folder it is given. It finds there what an interrupted
-            attempt with the same inputs left, and an exception leaves that for the next attempt.
-        results: files and folders that are the result; empty = all that ``build`` leaves.
-        tidy: removes from the work folder what only ``build`` needs, when the result is sealed or
-            discarded. May be called again.
-        growing: inputs whose change lets ``build`` go on from the finished result, and so does
-            another program's change of its files: ``build`` must check what it finds.
-        disposable: made so quickly that work of other inputs is discarded without a question.
-        notes: settings behind the inputs, for the sentence that says what differs.
+    ``build`` writes into the folder it is given. It finds there what an interrupted attempt with
+    the same inputs left; an exception leaves that for the next attempt. Where ``growing`` inputs
+    alone changed it goes on from the finished result, and so it does where another program changed
+    the result's files: it must check what it finds.
     """
 
     name: str
-    inputs: Mapping[str, Any]
+    inputs: Mapping[str, Any]  # what decides the result: JSON values by name
     build: Callable[[Path], None]
-    results: Collection[str] = ()
-    tidy: Callable[[Path], None] = lambda work: None
+    results: Collection[str] = ()  # files and folders that are the result; empty = all
+    tidy: Callable[[Path], None] = lambda work: None  # removes what only build needs; may repeat
     growing: Collection[str] = ()
-    disposable: bool = False
-    notes: Mapping[str, Any] = field(default_factory=dict)
+    disposable: bool = False  # made so quickly that nobody is asked before it is made anew
+    notes: Mapping[str, Any] = field(default_factory=dict)  # settings behind the inputs, to be told
 
     def __post_init__(self) -> None:
         for name in ("inputs", "notes"):  # as they will be read back
