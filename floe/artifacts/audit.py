@@ -184,7 +184,7 @@ class Verdicts(TypedDict):
 
 
 def _check_policy(value: str, info: ValidationInfo) -> str:
-    names = {one.name for one in info.data.get("policies", ())}
+    names = {policy.name for policy in info.data.get("policies", ())}
     agreement = info.data.get("agreement")
     if agreement is not None and (value not in names or set(agreement.names) != names):
         raise broken("one of the policies that agreement names")
@@ -247,13 +247,13 @@ class Audit:
 
     def document(self) -> dict[str, Any]:
         """Plain JSON values, with the format's number and what the routers' values mean."""
-        found: dict[str, Any] = document(self) | {"format": self.FORMAT}
+        plain: dict[str, Any] = document(self) | {"format": self.FORMAT}
         for name in ("routers", "trained_routers"):
-            for router, values in zip(getattr(self, name), found[name], strict=True):
+            for router, values in zip(getattr(self, name), plain[name], strict=True):
                 values["cv2"] = router.cv2
                 values["collapsed"] = router.collapsed
                 values["unspecialised"] = router.unspecialised
-        return found
+        return plain
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write ``path`` as JSON, whole or not at all; equal audits give equal bytes.
@@ -273,9 +273,9 @@ class Audit:
         Raises:
             FileError: another format, or a missing or wrong value; names file and key.
         """
-        found = read_json(Path(path))
+        values = read_json(Path(path))
         for name, wanted in (("format", cls.FORMAT), ("layers", layers)):
-            if found[name] != wanted:
+            if values[name] != wanted:
                 rule = f"{name} must be {wanted}{' as in the scores' * (name == 'layers')}"
-                raise FileError(path, f"{rule}; audit again, got {shown(found[name])}")
-        return parse(cls, found, path, layers)
+                raise FileError(path, f"{rule}; audit again, got {shown(values[name])}")
+        return parse(cls, values, path, layers)

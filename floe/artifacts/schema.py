@@ -49,8 +49,8 @@ def parse(kind: type[T], value: Any, path: str | os.PathLike[str], layers: int |
     """:func:`read` of JSON that is in memory already; ``path`` is where it came from."""
     adapter, context = _adapter(kind), {"layers": layers}  # type: ignore[arg-type]
     try:
-        found: T = adapter.validate_python(value, context=context)
-        return found
+        parsed: T = adapter.validate_python(value, context=context)
+        return parsed
     except ValidationError as error:
         item = error.errors(include_url=False)[0]
     # raised out here: the text of pydantic's error would hold values, passwords among them
@@ -88,23 +88,15 @@ def _adapter(kind: Any) -> TypeAdapter[Any]:
 
 # what is wrong, in words
 
-_RULES = {
-    "int_type": "a whole number",
-    "float_type": "a number",
-    "is_instance_of": "a string",
-    "bool_type": "true or false",
-    "tuple_type": "a list",
-    "list_type": "a list",
-    "dict_type": "an object",
-    "dataclass_type": "an object",
-}
-_SEVERAL = {
-    "int_type": "whole numbers",
-    "float_type": "numbers",
-    "is_instance_of": "strings",
-    "bool_type": "true or false",
-    "dataclass_type": "objects",
-    "dict_type": "objects",
+_RULES = {  # pydantic's kind of error -> the rule of one value, and of each in a list
+    "int_type": ("a whole number", "whole numbers"),
+    "float_type": ("a number", "numbers"),
+    "is_instance_of": ("a string", "strings"),
+    "bool_type": ("true or false", "true or false"),
+    "tuple_type": ("a list", "lists"),
+    "list_type": ("a list", "lists"),
+    "dict_type": ("an object", "objects"),
+    "dataclass_type": ("an object", "objects"),
 }
 
 
@@ -115,7 +107,7 @@ def broken(rule: str) -> PydanticCustomError:
 
 def _explain(item: Any, rule_of_missing: str) -> str:
     """One of pydantic's errors as: name, rule, what came."""
-    kind, place, came = item["type"], item["loc"], shown(item["input"])
+    kind, place, got = item["type"], item["loc"], shown(item["input"])
     if kind == "value_error":  # a class's own check, which says all of it
         return f"{_name(place)}: {item['ctx']['error']}".removeprefix(": ")
     if kind == "missing":
@@ -123,11 +115,11 @@ def _explain(item: Any, rule_of_missing: str) -> str:
     if kind == "unexpected_keyword_argument":
         return f"{_name(place)} is no key that is known here"
     if place and place[-1] == "[key]":
-        return f"{_name(place[:-2])} must have whole numbers as keys, got {came}"
-    if len(place) > 1 and isinstance(place[-1], int) and kind in _SEVERAL:
+        return f"{_name(place[:-2])} must have whole numbers as keys, got {got}"
+    if len(place) > 1 and isinstance(place[-1], int) and kind in _RULES:
         name, index = _name(place[:-1]), place[-1]
-        return f"{name} must be a list of {_SEVERAL[kind]}, got {came} as number {index}"
-    return f"{_name(place)} must be {_rule(item)}, got {came}"
+        return f"{name} must be a list of {_RULES[kind][1]}, got {got} as number {index}"
+    return f"{_name(place)} must be {_rule(item)}, got {got}"
 
 
 def _rule(item: Any) -> str:
@@ -136,7 +128,8 @@ def _rule(item: Any) -> str:
         return str(context["rule"])
     if item["type"] == "literal_error":
         return str(context["expected"]).replace("'", "")
-    return _RULES.get(item["type"], str(item["msg"]))
+    rule, _ = _RULES.get(item["type"], (str(item["msg"]), ""))
+    return rule
 
 
 def _rule_of_missing(

@@ -168,14 +168,14 @@ class Selection:
             FileError: a file is missing, damaged, or of another format.
         """
         target, masks_path = _places(path)
-        found: dict[str, Any] = dict(read_json(target))
-        number = found.pop("format", None)
+        values: dict[str, Any] = dict(read_json(target))
+        number = values.pop("format", None)
         if number == 2:
-            found["untuned"] = ""
+            values["untuned"] = ""
         elif number != cls.FORMAT:
             raise FileError(target, f"format must be {cls.FORMAT}, got {number!r}; select again")
-        masks = _read_masks(masks_path, target, found.get("masks"))
-        return parse(cls, found | {"masks": masks}, target, layers=len(masks.head_mask))
+        masks = _read_masks(masks_path, target, values.get("masks"))
+        return parse(cls, values | {"masks": masks}, target, layers=len(masks.head_mask))
 
 
 def _places(path: str | os.PathLike[str]) -> tuple[Path, Path]:

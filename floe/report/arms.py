@@ -1,26 +1,63 @@
-"""What training bought: curves, intervals by arm and task, cost against adapted layers."""
+"""The arms: where their adapters are, how they trained, what they reached overall and by task."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from floe.artifacts.results import Evaluation, Interval, TaskOutcome
+from floe.artifacts.results import Interval, TaskOutcome, Training
 from floe.report.run import Run
-from floe.report.tables import Cell, Picture, Table, decimals, label, percent, plural
-from floe.report.theme import Theme, new_figure
+from floe.report.scores import layer_axis
+from floe.report.tables import (
+    Picture,
+    Section,
+    Table,
+    decimals,
+    flat,
+    label,
+    percent,
+    plural,
+)
+from floe.report.theme import DASHED, Theme, legend_below, new_figure, note
 from floe.types import Floats
 
 _MARKERS = ("^", "v", "P", "X", ">", "<", "p", "h")
 _TASKS_WITH_EVERY_ARM = 14
-_MEASURES = ("loss", "loss_minus_main", "accuracy")
-_COLUMNS = ("measure", "value", "low", "high", "rows")
+_HEADER = "measure | value | low | high | rows"
+
+
+def training_section(run: Run) -> Section:
+    """Where the adapters of each arm are, and its loss during training."""
+    section = partial(Section, key="training", title="Training")
+    if not run.training:
+        return section(missing="No training was run.")
+    lead = (
+        "Every arm starts from the same base model with fresh adapters; arms differ in which "
+        "layers carry them."
+    )
+    alone = (
+        "No baseline was trained: nothing here says whether other layers would have done as well."
+    )
+    placed = [training for training in run.trained.values() if training.modules or training.sizes]
+    pictures = (adapted(run), *([placements(run, placed)] if placed else []), curves(run))
+    missing = alone if set(run.training) == {"main"} else ""
+    return section(lead=lead, pictures=pictures, missing=missing)
+
+
+def results_section(run: Run) -> Section:
+    """What the arms reach on held-out rows."""
+    section = partial(Section, key="results", title="Results")
+    if run.evaluation is None:
+        return section(missing="The evaluation was not run.")
+    pictures = [outcomes(run), *tasks(run)]
+    return section(lead="Held-out rows, each arm with its 95 % interval.", pictures=pictures)
 
 
 @dataclass(frozen=True)
@@ -33,63 +70,141 @@ class Look:
     line: str
 
 
-def arm_names(run: Run) -> list[str]:
-    """Every arm: base, main, those adapting all layers, then the rest by name."""
-    names = set(run.training) | (set(run.evaluation.arms) if run.evaluation else set())
-
-    def order(name: str) -> tuple[int, str]:
-        if name in ("base", "main"):
-            return (name == "main", name)
-        return (2 if adapts_all(run, name) else 3, name)
-
-    return sorted(names, key=order)
-
-
-def adapts_all(run: Run, arm: str) -> bool:
-    """Whether an arm adapts every layer of the model."""
-    return arm in run.training and len(run.training[arm].layers) == run.layer_count
-
-
 def looks(run: Run, theme: Theme) -> dict[str, Look]:
     """Colour, marker and line of every arm; the marker differs too, so colour never decides."""
-    found: dict[str, Look] = {}
+    # In the paper's colour: the first arm that adapts the layers the paper's masks chose.
+    theirs = run.choice.paper.layers
+    arms = (arm for arm in sorted(run.training) if arm != "main")
+    paper = next((arm for arm in arms if run.training[arm].layers == theirs), None)
+    styles: dict[str, Look] = {}
     spare = 0
-    for arm in arm_names(run):
+    for arm in run.arms:
         text = label(arm)
         if arm in run.training and arm != "base":
             text += f" ({len(run.training[arm].layers)})"
         if arm == "base":
-            found[arm] = Look(text, theme.muted, "D", "-")
+            styles[arm] = Look(text, theme.muted, "D", "-")
         elif arm == "main":
-            found[arm] = Look(text, theme.chosen, "o", "-")
-        elif adapts_all(run, arm):
-            found[arm] = Look(text, theme.ink, "s", "--")
-        elif arm == _masks_arm(run):
-            found[arm] = Look(text, theme.contrast, "d", "-")
+            styles[arm] = Look(text, theme.chosen, "o", "-")
+        elif run.adapts_all(arm):
+            styles[arm] = Look(text, theme.ink, "s", "--")
+        elif arm == paper:
+            styles[arm] = Look(text, theme.contrast, "d", "-")
         else:
             color = theme.others[spare % len(theme.others)]
             line = ("-", "-.", ":")[spare // len(theme.others) % 3]
-            found[arm] = Look(text, color, _MARKERS[spare % len(_MARKERS)], line)
+            styles[arm] = Look(text, color, _MARKERS[spare % len(_MARKERS)], line)
             spare += 1
-    return found
+    return styles
 
 
-def _masks_arm(run: Run) -> str | None:
-    """The arm in the paper's colour: the first that adapts the layers the paper's masks chose."""
-    theirs = run.choice.paper.layers
-    arms = (arm for arm in sorted(run.training) if arm != "main")
-    return next((arm for arm in arms if run.training[arm].layers == theirs), None)
+def adapted(run: Run) -> Picture:
+    """Which layers each trained arm adapts."""
+    layers, arms = range(run.layer_count), run.trained
+
+    def draw(theme: Theme) -> Figure:
+        figure = new_figure(0.27 * len(arms) + 0.75)
+        ax = figure.subplots()
+        style = looks(run, theme)
+        for row, (arm, training) in enumerate(arms.items()):
+            ax.plot(layers, [row] * len(layers), "s", color=theme.grid, markersize=8)
+            mine = [row] * len(training.layers)
+            ax.plot(training.layers, mine, "s", color=style[arm].color, markersize=11)
+        layer_axis(ax, run, theme, name="layer")
+        ax.set_yticks(range(len(arms)), [style[arm].text for arm in arms])
+        ax.tick_params(axis="y", labelcolor=theme.ink)
+        ax.set_ylim(len(arms) - 0.4, -0.6)
+        ax.spines[:].set_visible(False)
+        return figure
+
+    rows = [(arm, k, int(k in training.layers)) for arm, training in arms.items() for k in layers]
+    return Picture(
+        key="layers",
+        title="Which layers each arm adapts",
+        alt=f"{len(arms)} arms by {len(layers)} layers; a filled square is an adapted layer.",
+        caption="A filled square is a layer with an adapter; the number in brackets counts them. "
+        f"{plural(len(arms), 'arm')}: a sample of the possible sets, too small to say which layers "
+        "matter on their own.",
+        tables=[Table("layers", "arm | layer | adapted", rows)],
+        draw=draw,
+    )
 
 
-def points(curve: Sequence[tuple[float, float]]) -> Floats:
-    """A curve as ``[n, 2]`` float64 of step and loss."""
-    return np.asarray(curve, dtype=np.float64).reshape(-1, 2)
+def placements(run: Run, arms: Sequence[Training]) -> Picture:
+    """Of arms that chose by projection or size: projections, or rank and experts, by layer."""
+    rows = [
+        (
+            training.arm,
+            layer,
+            " ".join(training.modules.get(layer, ())),
+            *training.sizes.get(layer, (training.rank, training.num_experts)),
+        )
+        for training in arms
+        for layer in training.layers
+    ]
+    return Picture(
+        key="placements",
+        title="Where in the layers the adapters are",
+        alt=f"{plural(len(arms), 'arm')} whose adapters differ by projection or in size, by layer.",
+        caption="Squares: adapted projections. Bars: rank, with the number of experts above. Each "
+        "of these arms may spend the parameters that whole layers at the searched rank would take, "
+        "as many layers as the run chose.",
+        tables=[Table("placements", "arm | layer | projections | rank | experts", rows)],
+        draw=partial(_draw_placements, run, arms),
+    )
 
 
-def flat(interval: Interval) -> tuple[Cell, ...]:
-    """A value, its ends and its rows, as cells."""
-    low, high = interval.ends or (None, None)
-    return interval.value, low, high, interval.rows
+def _draw_placements(run: Run, arms: Sequence[Training], theme: Theme) -> Figure:
+    names = [sorted({n for mine in training.modules.values() for n in mine}) for training in arms]
+    heights = [0.24 * len(mine) + 0.1 if mine else 0.9 for mine in names]
+    figure = new_figure(sum(heights) + 0.45 * len(arms) + 0.4)
+    axes = figure.subplots(len(arms), 1, squeeze=False, height_ratios=heights)[:, 0]
+    style = looks(run, theme)
+    for ax, training, projections in zip(axes, arms, names, strict=True):
+        color = style[training.arm].color
+        if projections:
+            for row, name in enumerate(projections):
+                mine = [layer for layer, adapted in training.modules.items() if name in adapted]
+                every = range(run.layer_count)
+                ax.plot(every, [row] * len(every), "s", color=theme.grid, markersize=6)
+                ax.plot(mine, [row] * len(mine), "s", color=color, markersize=8)
+            ax.set_yticks(range(len(projections)), projections)
+            ax.set_ylim(len(projections) - 0.4, -0.6)
+        else:
+            ranks = [rank for rank, _ in training.sizes.values()]
+            ax.bar(list(training.sizes), ranks, color=color, width=0.7)
+            text = {"ha": "center", "fontsize": 6.5, "color": theme.muted}
+            for layer, (rank, experts) in training.sizes.items():
+                note(ax, str(experts), (layer, rank), (0, 2), **text)
+            ax.set_ylabel("rank")
+            ax.set_ylim(0, 1.2 * max(ranks))
+        layer_axis(ax, run, theme, name="layer" if ax is axes[-1] else "")
+        ax.set_title(style[training.arm].text, loc="left", fontsize=8, color=theme.ink)
+        ax.spines[:].set_visible(False)
+    return figure
+
+
+def curves(run: Run) -> Picture:
+    """Training and validation loss of every arm against the step."""
+    rows = [
+        (arm, kind, float(step), float(value))
+        for arm, training in run.trained.items()
+        for kind in ("train_loss", "validation_loss")
+        for step, value in getattr(training, kind)
+    ]
+    seeds = sorted({str(training.seed) for training in run.training.values()})
+    return Picture(
+        key="curves",
+        title="Loss during training",
+        alt=f"Training and validation loss against the step for {len(run.training)} arms.",
+        caption="Nats per response token; the number in brackets counts adapted layers. Left: "
+        "running mean over a tenth of the steps, with the raw loss of the main arm behind it. "
+        "Middle and right: held-out rows, the right with an axis of its own. One run per arm, "
+        f"training seed {', '.join(seeds)}: n = 1, so a gap between two curves contains seed noise "
+        "that nothing here measures.",
+        tables=[Table("curves", "arm | curve | step | loss", rows)],
+        draw=partial(_draw_curves, run),
+    )
 
 
 def smooth(values: Floats) -> Floats:
@@ -99,131 +214,95 @@ def smooth(values: Floats) -> Floats:
     return np.array([window.mean() for window in windows])
 
 
-def curves(run: Run) -> Picture:
-    """Training and validation loss of every arm against the step."""
-    arms = [arm for arm in arm_names(run) if arm in run.training]
-    rows: list[tuple[Cell, ...]] = []
-    for arm in arms:
-        for kind in ("train_loss", "validation_loss"):
-            rows += [(arm, kind, float(s), float(v)) for s, v in getattr(run.training[arm], kind)]
-    seeds = sorted({str(run.training[arm].seed) for arm in arms})
-
-    def draw(theme: Theme) -> Figure:
-        return _draw_curves(run, arms, theme)
-
-    return Picture(
-        key="curves",
-        title="Loss during training",
-        alt=f"Training and validation loss against the step for {len(arms)} arms.",
-        caption="Nats per response token; the number in brackets counts adapted layers. Left: "
-        "running mean "
-        "over a tenth of the steps, with the raw loss of the main arm behind it. Middle and "
-        "right: held-out rows, the right with an axis of its own. One "
-        f"run per arm, training seed {', '.join(seeds)}: n = 1, so a gap between two curves "
-        "contains "
-        "seed noise that nothing here measures.",
-        tables=(Table("curves", ("arm", "curve", "step", "loss"), tuple(rows)),),
-        draw=draw,
-    )
-
-
-def _draw_curves(run: Run, arms: list[str], theme: Theme) -> Figure:
+def _draw_curves(run: Run, theme: Theme) -> Figure:
     figure = new_figure(3.7)
     axes = figure.subplots(1, 3)
     style = looks(run, theme)
-    for arm in reversed(arms):
-        look, one = style[arm], run.training[arm]
-        front = {"zorder": 3 if arm == "main" else 2, "linewidth": 2.1 if arm == "main" else 1.3}
-        (steps, losses), held_out = points(one.train_loss).T, points(one.validation_loss)
+    for arm, training in reversed(run.trained.items()):
+        look = style[arm]
+        order, width = (3, 2.1) if arm == "main" else (2, 1.3)
+        line: dict[str, Any] = {"color": look.color, "zorder": order, "linewidth": width}
+        mark: dict[str, Any] = {"marker": look.marker, "markersize": 4.2, "label": look.text}
+        trained, held_out = (
+            np.asarray(curve, dtype=np.float64).reshape(-1, 2)
+            for curve in (training.train_loss, training.validation_loss)
+        )
         if arm == "main":
-            axes[0].plot(steps, losses, color=look.color, linewidth=0.7, alpha=0.35)
-        axes[0].plot(steps, smooth(losses), look.line, color=look.color, **front)
-        late = held_out[held_out[:, 0] >= one.steps / 2]
-        for ax, curve in ((axes[1], held_out), (axes[2], late)):
-            ax.plot(*curve.T, look.line, color=look.color, marker=look.marker, markersize=4.2,
-                    label=look.text, **front)  # fmt: skip
+            axes[0].plot(*trained.T, color=look.color, linewidth=0.7, alpha=0.35)
+        axes[0].plot(trained[:, 0], smooth(trained[:, 1]), look.line, **line)
+        axes[1].plot(*held_out.T, look.line, **line, **mark)
+        late = held_out[held_out[:, 0] >= training.steps / 2]
+        axes[2].plot(*late.T, look.line, **line, **mark)
     titles = ("Training rows", "Validation rows", "Validation rows, second half")
     for ax, title in zip(axes, titles, strict=True):
         ax.set(title=title, xlabel="step")
         ax.grid(axis="y")
     axes[0].set_ylabel("loss, nats per token")
     handles, names = axes[1].get_legend_handles_labels()
-    figure.legend(handles[::-1], names[::-1], loc="outside lower center", ncols=min(7, len(arms)))
+    legend_below(figure, len(names), handles[::-1], names[::-1])
     return figure
 
 
-def outcomes(run: Run, evaluation: Evaluation) -> Picture:
+def outcomes(run: Run) -> Picture:
     """Loss and accuracy of every arm with intervals, over all tasks."""
-    rows: list[tuple[Cell, ...]] = []
-    for arm in arm_names(run):
-        if arm in evaluation.arms:
-            one = evaluation.arms[arm]
-            rows += [
-                (arm, what, *flat(interval))
-                for what in _MEASURES
-                if (interval := getattr(one, what)) is not None
-            ]
-
-    def draw(theme: Theme) -> Figure:
-        return _draw_outcomes(run, evaluation, theme)
-
+    rows = [
+        (arm, what, *flat(interval))
+        for arm, outcome in run.evaluated.items()
+        for what in ("loss", "loss_minus_main", "accuracy")
+        if (interval := getattr(outcome, what)) is not None
+    ]
+    intervals = (run.evaluation and run.evaluation.intervals) or "95 %"
     return Picture(
         key="outcomes",
         title="Loss and accuracy of every arm",
-        alt=f"Loss and accuracy with 95 % intervals for {len(evaluation.arms)} arms.",
-        caption=f"Intervals: {evaluation.intervals or '95 %'}. The band repeats the main arm's "
-        "interval; an arrow gives the value of a model beyond the axis. Differences whose "
-        "intervals overlap are not established; where a paired difference is shown, it is the "
-        "sharper test, and is not established if its interval holds zero. All intervals cover the "
-        "rows that were evaluated, not the training seed: each arm was trained once.",
-        tables=(Table("outcomes", ("arm", *_COLUMNS), tuple(rows)),),
-        draw=draw,
+        alt=f"Loss and accuracy with 95 % intervals for {len(run.evaluated)} arms.",
+        caption=f"Intervals: {intervals}. The band repeats the main arm's interval; an "
+        "arrow gives the value of a model beyond the axis. Differences whose intervals overlap are "
+        "not established; where a paired difference is shown, it is the sharper test, and is not "
+        "established if its interval holds zero. All intervals cover the rows that were evaluated, "
+        "not the training seed: each arm was trained once.",
+        tables=[Table("outcomes", f"arm | {_HEADER}", rows)],
+        draw=partial(_draw_outcomes, run),
     )
 
 
-def _draw_outcomes(run: Run, evaluation: Evaluation, theme: Theme) -> Figure:
-    arms = [arm for arm in arm_names(run) if arm in evaluation.arms]
+def _draw_outcomes(run: Run, theme: Theme) -> Figure:
+    arms, style = run.evaluated, looks(run, theme)
     panels = {
         "loss": ("Loss (left is better)", "nats per response token"),
         "loss_minus_main": ("Loss minus main's, paired", "nats per response token"),
         "accuracy": ("Accuracy (right is better)", "share of rows answered correctly"),
     }
-    if all(one.loss_minus_main is None for one in evaluation.arms.values()):
+    if all(outcome.loss_minus_main is None for outcome in arms.values()):
         del panels["loss_minus_main"]
     figure = new_figure(0.3 * len(arms) + 1.05)
     axes = figure.subplots(1, len(panels), sharey=True)
-    style = looks(run, theme)
     for ax, (what, (title, unit)) in zip(axes, panels.items(), strict=True):
-        _mark_main(ax, evaluation, what, theme)
-        for row, arm in enumerate(arms):
+        main = getattr(arms.get("main"), what, None)
+        if what == "loss_minus_main":
+            ax.axvline(0, color=theme.chosen, linewidth=1, linestyle=DASHED)
+        elif main is not None and main.ends is not None:
+            ax.axvspan(*main.ends, color=theme.chosen, alpha=0.1, linewidth=0)
+        for row, (arm, outcome) in enumerate(arms.items()):
             if (what, arm) != ("loss_minus_main", "main"):
-                forest_mark(ax, row, getattr(evaluation.arms[arm], what), style[arm], theme)
-        _finish(ax, evaluation.arms, what, theme)
+                _forest_mark(ax, row, getattr(outcome, what), style[arm], theme)
+        _finish(ax, arms, what, theme)
         ax.set(title=title, xlabel=unit)
     axes[0].set_yticks(range(len(arms)), [style[arm].text for arm in arms])
     axes[0].set_ylim(len(arms) - 0.4, -0.6)
-    axes[-1].xaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
+    axes[-1].xaxis.set_major_formatter(lambda value, _: percent(value, 0))
     return figure
 
 
-def _mark_main(ax: Any, evaluation: Evaluation, what: str, theme: Theme) -> None:
-    """The main arm's interval as a band, or the line at zero of a difference to it."""
-    if what == "loss_minus_main":
-        ax.axvline(0, color=theme.chosen, linewidth=1, linestyle=(0, (4, 3)))
-        return
-    main = getattr(evaluation.arms.get("main"), what, None)
-    if main is not None and main.ends is not None:
-        ax.axvspan(*main.ends, color=theme.chosen, alpha=0.1, linewidth=0)
-
-
-def forest_mark(ax: Any, row: float, interval: Interval | None, look: Look, theme: Theme) -> None:
+def _forest_mark(ax: Any, row: float, interval: Interval | None, look: Look, theme: Theme) -> None:
     """A dot with its interval as a line; hollow where there is no interval; nothing for None."""
     if interval is None or not math.isfinite(interval.value):
         return
     if interval.ends is not None:
         ax.plot(interval.ends, [row, row], color=look.color, linewidth=1.6)
-    ax.plot([interval.value], [row], look.marker, color=look.color, markersize=6, gid="value",
-            markerfacecolor=look.color if interval.ends else theme.paper)  # fmt: skip
+    face = look.color if interval.ends else theme.paper
+    dot: dict[str, Any] = {"markersize": 6, "markerfacecolor": face, "gid": "value"}
+    ax.plot([interval.value], [row], look.marker, color=look.color, **dot)
 
 
 def _finish(ax: Any, results: Mapping[str, TaskOutcome], what: str, theme: Theme) -> None:
@@ -231,107 +310,85 @@ def _finish(ax: Any, results: Mapping[str, TaskOutcome], what: str, theme: Theme
     ax.grid(axis="x")
     ax.spines["left"].set_visible(False)
     ax.tick_params(axis="y", length=0, labelcolor=theme.ink)
-    trained = [_ends(getattr(one, what)) for name, one in results.items() if not _is_base(name)]
-    base = [_ends(getattr(one, what)) for name, one in results.items() if _is_base(name)]
-    ends = [end for pair in trained or base for end in pair]
-    if not ends:
+    trained: list[float] = []
+    base: list[float] = []
+    for name, outcome in results.items():
+        if (interval := getattr(outcome, what)) is not None:
+            ends = (interval.value, *(interval.ends or ()))
+            group = base if name.split("/")[0] == "base" else trained
+            group += filter(math.isfinite, ends)
+    if not (trained or base):
         return
-    low, high = min(ends), max(ends)
+    low, high = min(trained or base), max(trained or base)
     reach = high - low
-    near = [end for pair in base for end in pair if low - reach <= end <= high + reach]
+    near = [end for end in base if low - reach <= end <= high + reach]
     low, high = min([low, *near]), max([high, *near])
     margin = 0.06 * (high - low) or 0.05
     ax.set_xlim(low - margin, high + margin)
     ax.xaxis.set_major_locator(MaxNLocator(nbins=5))
-    for line in [line for line in ax.lines if line.get_gid() == "value"]:
-        _point_beyond(ax, line, percent if what == "accuracy" else decimals)
-
-
-def _is_base(name: str) -> bool:
-    return name == "base" or name.startswith("base/")
-
-
-def _ends(interval: Interval | None) -> list[float]:
-    """The finite ones of a value and its bounds."""
-    if interval is None:
-        return []
-    return [end for end in (interval.value, *(interval.ends or ())) if math.isfinite(end)]
-
-
-def _point_beyond(ax: Any, line: Any, number: Callable[[float], str]) -> None:
-    """The value of a dot outside the axis, with an arrow at the edge it lies behind."""
-    (x,), (row,) = line.get_xdata(), line.get_ydata()
     low, high = ax.get_xlim()
-    if low <= x <= high:
-        return
-    text = f"{number(x)} →" if x > high else f"← {number(x)}"
-    edge, side = (1, "right") if x > high else (0, "left")
-    style = {"va": "center", "ha": side, "fontsize": 7.4, "color": line.get_color()}
-    ax.annotate(text, (edge, row), xycoords=("axes fraction", "data"), **style)
+    for line in [line for line in ax.lines if line.get_gid() == "value"]:
+        (x,), (row,) = line.get_xdata(), line.get_ydata()
+        if not low <= x <= high:
+            number = percent(x) if what == "accuracy" else decimals(x)
+            text, edge, side = (
+                (f"{number} →", 1, "right") if x > high else (f"← {number}", 0, "left")
+            )
+            style = {"va": "center", "ha": side, "fontsize": 7.4, "color": line.get_color()}
+            ax.annotate(text, (edge, row), xycoords=("axes fraction", "data"), **style)
 
 
-def tasks(run: Run, evaluation: Evaluation) -> Picture | None:
-    """Accuracy (or loss, where no arm has accuracy) by task; None without tasks."""
-    names = sorted({task for arm in evaluation.arms.values() for task in arm.by_task})
+def tasks(run: Run) -> list[Picture]:
+    """Loss and accuracy by task; nothing without tasks."""
+    names = sorted({task for outcome in run.outcomes.values() for task in outcome.by_task})
     if not names:
-        return None
-    rows: list[tuple[Cell, ...]] = []
-    for task in names:
-        for arm in arm_names(run):
-            one = evaluation.arms[arm].by_task.get(task) if arm in evaluation.arms else None
-            for what in ("loss", "accuracy") if one else ():
-                interval = getattr(one, what)
-                if interval is not None:
-                    rows.append((task, arm, what, *flat(interval)))
-    arms = [arm for arm in arm_names(run) if arm in evaluation.arms]
+        return []
+    rows = [
+        (task, arm, what, *flat(interval))
+        for task in names
+        for arm, outcome in run.evaluated.items()
+        for what in ("loss", "accuracy")
+        if (interval := getattr(outcome.by_task.get(task), what, None)) is not None
+    ]
+    arms = list(run.evaluated)
     if len(names) > _TASKS_WITH_EVERY_ARM:
-        arms = [arm for arm in arms if arm in ("base", "main") or adapts_all(run, arm)]
+        arms = [arm for arm in arms if arm in ("base", "main") or run.adapts_all(arm)]
     sizes = sorted({row[-1] for row in rows if isinstance(row[-1], int)})
-    per_task = "rows a task not recorded"
-    if sizes:
-        per_task = (
-            f"{sizes[0]} rows each"
-            if sizes[0] == sizes[-1]
-            else f"{sizes[0]} to {sizes[-1]} rows each"
-        )
-
-    def draw(theme: Theme) -> Figure:
-        return _draw_tasks(run, evaluation, names, arms, theme)
-
-    return Picture(
+    per_task = (
+        f"{' to '.join(map(str, dict.fromkeys((sizes[0], sizes[-1]))))} rows each"
+        if sizes
+        else "rows a task not recorded"
+    )
+    picture = Picture(
         key="tasks",
         title="The same by task",
         alt=f"Results with 95 % intervals for {len(names)} tasks and {len(arms)} arms.",
         caption=f"{plural(len(names), 'task')}, {per_task}, intervals of 95 %. Few rows give wide "
-        "intervals, and among many tasks some "
-        "differ by chance: a single task is no evidence for an arm. "
-        f"Shown: {', '.join(label(arm) for arm in arms)}; the CSV holds every arm.",
-        tables=(Table("tasks", ("task", "arm", *_COLUMNS), tuple(rows)),),
-        draw=draw,
+        "intervals, and among many tasks some differ by chance: a single task is no evidence for "
+        f"an arm. Shown: {', '.join(map(label, arms))}; the CSV holds every arm.",
+        tables=[Table("tasks", f"task | arm | {_HEADER}", rows)],
+        draw=partial(_draw_tasks, run, names, arms),
     )
+    return [picture]
 
 
-def _draw_tasks(
-    run: Run, evaluation: Evaluation, names: list[str], arms: list[str], theme: Theme
-) -> Figure:
+def _draw_tasks(run: Run, names: list[str], arms: list[str], theme: Theme) -> Figure:
     figure = new_figure(len(names) * (0.1 * len(arms) + 0.14) + 1.0)
     axes = figure.subplots(1, 2, sharey=True)
     style = looks(run, theme)
     offsets = np.linspace(-0.33, 0.33, len(arms)) if len(arms) > 1 else np.zeros(1)
+    by_task = {
+        f"{arm}/{task}": outcome
+        for arm in arms
+        for task, outcome in run.outcomes[arm].by_task.items()
+    }
     for ax, what in zip(axes, ("loss", "accuracy"), strict=True):
         for row, task in enumerate(names):
             if row % 2:
                 ax.axhspan(row - 0.5, row + 0.5, color=theme.grid, alpha=0.35, linewidth=0)
             for arm, offset in zip(arms, offsets, strict=True):
-                one = evaluation.arms[arm].by_task.get(task)
-                forest_mark(
-                    ax, row + offset, getattr(one, what) if one else None, style[arm], theme
-                )
-        by_task = {
-            f"{arm}/{task}": one
-            for arm in arms
-            for task, one in evaluation.arms[arm].by_task.items()
-        }
+                interval = getattr(run.outcomes[arm].by_task.get(task), what, None)
+                _forest_mark(ax, row + offset, interval, style[arm], theme)
         _finish(ax, by_task, what, theme)
     for arm in arms:
         look = style[arm]
@@ -340,6 +397,6 @@ def _draw_tasks(
     axes[0].set_ylim(len(names) - 0.5, -0.5)
     axes[0].set(title="Loss by task", xlabel="nats per response token")
     axes[1].set(title="Accuracy by task", xlabel="share of rows answered correctly")
-    axes[1].xaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
-    figure.legend(loc="outside lower center", ncols=min(7, len(arms)))
+    axes[1].xaxis.set_major_formatter(lambda value, _: percent(value, 0))
+    legend_below(figure, len(arms))
     return figure

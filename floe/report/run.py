@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path, PurePath
 from typing import TypeVar
 
@@ -11,6 +12,7 @@ from floe.artifacts.audit import Audit
 from floe.artifacts.records import DataAccount, DataPart, Environment, StageRecord
 from floe.artifacts.results import (
     Evaluation,
+    Outcome,
     Placements,
     Profile,
     Router,
@@ -66,6 +68,32 @@ class Run:
         """Whether the chosen policy is the paper's masks, so that there is nothing to compare."""
         return self.choice.policy == "masks"
 
+    @property
+    def outcomes(self) -> Mapping[str, Outcome]:
+        """What the evaluation says of each arm."""
+        return self.evaluation.arms if self.evaluation else {}
+
+    @cached_property
+    def arms(self) -> list[str]:
+        """Every arm: base, main, those adapting all layers, then the rest by name."""
+        places = {"base": 0, "main": 1}
+        names = self.training.keys() | self.outcomes.keys()
+        return sorted(names, key=lambda arm: (places.get(arm, 3 - self.adapts_all(arm)), arm))
+
+    @property
+    def trained(self) -> dict[str, Training]:
+        """The training of each arm that was trained, in the order of the arms."""
+        return {arm: self.training[arm] for arm in self.arms if arm in self.training}
+
+    @property
+    def evaluated(self) -> dict[str, Outcome]:
+        """The outcome of each arm that was evaluated, in the order of the arms."""
+        return {arm: self.outcomes[arm] for arm in self.arms if arm in self.outcomes}
+
+    def adapts_all(self, arm: str) -> bool:
+        """Whether an arm adapts every layer of the model."""
+        return arm in self.training and len(self.training[arm].layers) == self.layer_count
+
 
 def read_run(folder: Path) -> Run:
     """Reads a run folder.
@@ -77,13 +105,15 @@ def read_run(folder: Path) -> Run:
     """
     if not folder.is_dir():
         raise FileError(folder, "is not a folder; give the folder of a run")
-    scores_path = folder / "score/scores.npz"
-    if not scores_path.is_file():
-        raise FileError(scores_path, "is missing; the report needs it")
-    config, env = _read_text(folder / "config.yaml"), read(Environment, folder / "env.json")
-    scores = Scores.load(scores_path)
-    layers = scores.layer_count
-    choice = Selection.load(folder / "select")
+    for name in ("score/scores.npz", "config.yaml"):
+        if not (folder / name).is_file():
+            raise FileError(folder / name, "is missing; the report needs it")
+    try:
+        config = (folder / "config.yaml").read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise FileError(folder / "config.yaml", f"cannot be read: {error}") from error
+    env, scores = read(Environment, folder / "env.json"), Scores.load(folder / "score/scores.npz")
+    layers, choice = scores.layer_count, Selection.load(folder / "select")
     if len(choice.layer_scores) != layers:
         rule = f"layer_scores must be of the {layers} layers of the scores"
         raise FileError(folder / "select/selection.json", f"{rule}, got {len(choice.layer_scores)}")
@@ -97,6 +127,8 @@ def read_run(folder: Path) -> Run:
     profile = optional(Profile, "profile/profile.json")
     stages = _stages(folder, placed)
     audit = folder / "audit/audit.json"
+    files = sorted(folder.glob("train/*/metrics.json"))
+    arms = [read(Training, f, layers) for f in files if placed is None or f.parent.name in placed]
     return Run(
         name=folder.resolve().name,
         config=hide_secrets(config),  # of a run that wrote it before passwords were masked
@@ -104,7 +136,7 @@ def read_run(folder: Path) -> Run:
         scores=scores,
         choice=choice,
         search=search and replace(search, trials=sorted(search.trials, key=lambda t: t.number)),
-        training=_training(folder, layers, placed),
+        training={arm.arm: arm for arm in arms},
         evaluation=optional(Evaluation, "eval/results.json"),
         routers=routers.modules if routers else [],
         profile=profile and replace(profile, points=sorted(profile.points, key=lambda p: p.layers)),
@@ -115,32 +147,14 @@ def read_run(folder: Path) -> Run:
     )
 
 
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise FileError(path, "is missing; the report needs it") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise FileError(path, f"cannot be read: {error}") from error
-
-
-def _training(folder: Path, layers: int, placed: Placements | None) -> dict[str, Training]:
-    files = sorted(folder.glob("train/*/metrics.json"))
-    arms = [read(Training, f, layers) for f in files if placed is None or f.parent.name in placed]
-    return {one.arm: one for one in arms}
-
-
 def _stages(folder: Path, placed: Placements | None) -> dict[str, StageRecord]:
     """Finished stages in pipeline order; the report's own record would change what it reports."""
-    found = {}
+    names = []
     for path in (*folder.glob("*/DONE.json"), *folder.glob("*/*/DONE.json")):
         name = path.parent.relative_to(folder).as_posix()
         stage, _, part = name.partition("/")
         gone = stage == "train" and placed is not None and part not in placed
         if stage in _STAGES and not gone and not name.endswith(".work"):
-            found[name] = read(StageRecord, path)
-
-    def order(name: str) -> tuple[int, bool, str]:
-        return _STAGES.index(name.split("/")[0]), name != "train/main", name
-
-    return {name: found[name] for name in sorted(found, key=order)}
+            names.append(name)
+    names.sort(key=lambda name: (_STAGES.index(name.split("/")[0]), name != "train/main", name))
+    return {name: read(StageRecord, folder / name / "DONE.json") for name in names}

@@ -1,11 +1,11 @@
-"""Tables beside the pictures, and how numbers read in text."""
+"""What a page is made of: sections, pictures, tables; and how numbers read in text."""
 
 from __future__ import annotations
 
 import csv
 import io
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from floe.artifacts.results import Interval
@@ -16,11 +16,16 @@ Cell = str | int | float | None
 
 @dataclass(frozen=True)
 class Table:
-    """Numbers of a picture under column names; ``name`` is the CSV file's stem."""
+    """Numbers of a picture; ``name`` is the CSV file's stem, bars part the names in ``header``."""
 
     name: str
-    columns: tuple[str, ...]
-    rows: tuple[tuple[Cell, ...], ...]
+    header: str
+    rows: Sequence[Sequence[Cell]]
+
+    @property
+    def columns(self) -> list[str]:
+        """Names of the columns."""
+        return self.header.split(" | ")
 
     def csv(self) -> str:
         """RFC 4180 text. Floats are written in full, so reading them back gives the same number."""
@@ -28,9 +33,7 @@ class Table:
         writer = csv.writer(buffer, lineterminator="\n")
         writer.writerow(self.columns)
         for row in self.rows:
-            writer.writerow(
-                ["" if c is None else repr(c) if isinstance(c, float) else c for c in row]
-            )
+            writer.writerow([repr(cell) if isinstance(cell, float) else cell for cell in row])
         return buffer.getvalue()
 
 
@@ -42,14 +45,33 @@ class Picture:
     title: str
     alt: str
     caption: str
-    tables: tuple[Table, ...]
+    tables: Sequence[Table]
     draw: Draw
 
 
-def significant(value: float | None, digits: int = 3) -> str:
+@dataclass(frozen=True, kw_only=True)
+class Section:
+    """A heading with its pictures; ``missing`` says what was not run where there are none.
+
+    ``verdicts`` are sentences, each with its kind; ``lacking`` pairs of a name and what it needs.
+    """
+
+    key: str
+    title: str
+    lead: str = ""
+    pictures: Sequence[Picture] = ()
+    missing: str = ""
+    verdicts: Sequence[tuple[str, str]] = ()
+    lacking: Sequence[tuple[str, str]] = ()
+
+
+def or_dash(number: Callable[[float], str], value: float | None) -> str:
+    """A number as text, a dash for None."""
+    return "–" if value is None else number(value)
+
+
+def significant(value: float, digits: int = 3) -> str:
     """A number to some significant digits, plain where that is short: 0.0123, 1.2e-07, 45,100."""
-    if value is None:
-        return "–"
     if not math.isfinite(value):
         return str(value)
     if value == 0:
@@ -60,44 +82,41 @@ def significant(value: float | None, digits: int = 3) -> str:
     return f"{value:.{digits - 1}e}"
 
 
-def decimals(value: float | None, places: int = 3) -> str:
+def plain(value: float) -> str:
+    """A number to six significant digits, without padding zeros."""
+    return f"{value:,.6g}" if abs(value) < 1e6 else f"{value:.6g}"
+
+
+def decimals(value: float, places: int = 3) -> str:
     """A number with a fixed count of decimals, so that columns line up."""
-    if value is None:
-        return "–"
-    return f"{value:.{places}f}" if math.isfinite(value) else str(value)
+    return f"{value:.{places}f}"
 
 
-def percent(value: float | None, places: int = 1) -> str:
+def percent(value: float, places: int = 1) -> str:
     """A fraction as percent."""
-    return "–" if value is None else f"{100 * value:.{places}f} %"
+    return f"{100 * value:.{places}f} %"
 
 
-def count(value: int | None) -> str:
-    """A whole number with thousands separated."""
-    return "–" if value is None else f"{value:,}"
-
-
-def compact(value: float | None) -> str:
+def compact(value: float) -> str:
     """A large count in short: 1.19 M."""
-    if value is None:
-        return "–"
     for size, unit in ((1e9, " B"), (1e6, " M"), (1e3, " k")):
         if abs(value) >= size:
             return f"{value / size:.3g}{unit}"
     return f"{value:g}"
 
 
-def size(value: float | None) -> str:
+def size(value: float) -> str:
     """Bytes in GiB or MiB."""
-    if value is None:
-        return "–"
     return f"{value / 2**30:.2f} GiB" if value >= 2**30 else f"{value / 2**20:.0f} MiB"
 
 
-def duration(seconds: float | None) -> str:
+def seconds(value: float) -> str:
+    """Seconds with milliseconds, so that a column of step times lines up."""
+    return f"{value:,.3f} s"
+
+
+def duration(seconds: float) -> str:
     """Seconds as 45 ms, 8.2 s, 3 min 05 s or 2 h 10 min."""
-    if seconds is None:
-        return "–"
     if not math.isfinite(seconds):
         return str(seconds)
     if seconds < 1:
@@ -108,37 +127,6 @@ def duration(seconds: float | None) -> str:
     if minutes < 60:
         return f"{minutes} min {rest:02d} s"
     return f"{minutes // 60} h {minutes % 60:02d} min"
-
-
-def decimal(value: float | None) -> float | None:
-    """A number as tables write it, also where it is whole."""
-    return None if value is None else float(value)
-
-
-def spread(interval: Interval | None, number: Callable[[float], str]) -> str:
-    """The interval behind a value as [low, high], or a word where there is none."""
-    if interval is None:
-        return ""
-    if interval.ends is None:
-        return "no interval"
-    return f"[{', '.join(map(number, interval.ends))}]"
-
-
-def overlaps(one: Interval | None, other: Interval | None) -> bool | None:
-    """Whether two intervals share a point; None where either is missing."""
-    if one is None or other is None or one.ends is None or other.ends is None:
-        return None
-    return one.ends[0] <= other.ends[1] and other.ends[0] <= one.ends[1]
-
-
-def plain(value: float) -> str:
-    """A number to six significant digits, without padding zeros."""
-    return f"{value:,.6g}" if abs(value) < 1e6 else f"{value:.6g}"
-
-
-def seconds(value: float | None) -> str:
-    """Seconds with milliseconds, so that a column of step times lines up."""
-    return "–" if value is None else f"{value:,.3f} s"
 
 
 def plural(number: int, noun: str) -> str:
@@ -153,3 +141,29 @@ def label(text: str, length: int = 30) -> str:
         return clean
     keep = length - 1
     return clean[: keep - keep // 3] + "…" + clean[len(clean) - keep // 3 :]
+
+
+def as_float(value: float | None) -> float | None:
+    """A number as tables write it, also where it is whole."""
+    return None if value is None else float(value)
+
+
+def flat(interval: Interval | None) -> tuple[Cell, ...]:
+    """A value, its ends and its number of rows, as cells."""
+    if interval is None:
+        return (None,) * 4
+    return (interval.value, *(interval.ends or (None, None)), interval.rows)
+
+
+def spread(interval: Interval | None, number: Callable[[float], str]) -> str:
+    """The interval behind a value as [low, high], or a word where there is none."""
+    if interval is None:
+        return ""
+    return f"[{', '.join(map(number, interval.ends))}]" if interval.ends else "no interval"
+
+
+def overlaps(first: Interval | None, second: Interval | None) -> bool | None:
+    """Whether two intervals share a point; None where either is missing."""
+    if first is None or second is None or first.ends is None or second.ends is None:
+        return None
+    return first.ends[0] <= second.ends[1] and second.ends[0] <= first.ends[1]

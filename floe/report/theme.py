@@ -1,4 +1,4 @@
-"""Colours, type and rendering of the figures: light and dark, deterministic, without pyplot."""
+"""Style, drawing helpers and rendering of the figures: deterministic, without pyplot."""
 
 from __future__ import annotations
 
@@ -8,16 +8,18 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import matplotlib
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.colors import Colormap, LinearSegmentedColormap
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 WIDTH = 10.4  # inches; 998 CSS pixels, the width of the page's figure column
 PNG_DPI = 144
+DASHED = (0, (4, 3))
 
 # The page's own fonts: the browser sets the text of an SVG, so it matches the page.
 FONTS = (
@@ -75,9 +77,51 @@ DARK = Theme(
 Draw = Callable[[Theme], Figure]
 
 
-def new_figure(height: float, width: float = WIDTH) -> Figure:
-    """An empty figure of the page's width, laid out by constraint; sizes in inches."""
-    return Figure(figsize=(width, height), layout="constrained")
+def new_figure(height: float) -> Figure:
+    """An empty figure of the page's width, laid out by constraint; ``height`` in inches."""
+    return Figure(figsize=(WIDTH, height), layout="constrained")
+
+
+def bare(ax: Any, axis: Literal["x", "y", "both"] = "both") -> None:
+    """Hide the frame, and the ticks of ``axis``."""
+    ax.spines[:].set_visible(False)
+    ax.tick_params(axis=axis, length=0)
+
+
+def tiles(
+    ax: Any, shape: tuple[int, int], theme: Theme, rows: float = 1.4, columns: float = 1.4
+) -> None:
+    """Lines of paper between the rows and columns of a map, of so many points, and no frame."""
+    for edge in range(1, shape[0]):
+        ax.axhline(edge - 0.5, color=theme.paper, linewidth=rows)
+    for edge in range(1, shape[1]):
+        ax.axvline(edge - 0.5, color=theme.paper, linewidth=columns)
+    ax.spines[:].set_visible(False)
+
+
+def colorbar(figure: Figure, shades: Any, ax: Any, label: str = "", **place: Any) -> Any:
+    """The scale of a map beside it, without a frame."""
+    bar = figure.colorbar(shades, ax=ax, **place)
+    bar.outline.set_visible(False)
+    bar.set_label(label)
+    return bar
+
+
+def note(
+    ax: Any, text: str, at: tuple[float, float], by: tuple[float, float], **style: Any
+) -> None:
+    """Text ``by`` so many points beside the place ``at``."""
+    ax.annotate(text, at, xytext=by, textcoords="offset points", **style)
+
+
+def legend_below(figure: Figure, count: int, *entries: Any) -> None:
+    """The legend of ``count`` entries under all panels, in at most seven columns."""
+    figure.legend(*entries, loc="outside lower center", ncols=min(7, count))
+
+
+def whole_numbers(ax: Any, **options: Any) -> None:
+    """Ticks of the x axis at whole numbers only."""
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True, **options))
 
 
 @contextmanager

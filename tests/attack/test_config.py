@@ -14,10 +14,17 @@ from helpers.report_fixture import write_run
 from floe import FileError, RunConfig, load_config
 from floe.config import storage_url
 from floe.config_file import TEMPLATE, dump_config, parse_config
-from floe.report.facts import arm_rows, arm_table, facts, verdicts
 from floe.report.page import sections
-from floe.report.provenance import certificate_rows, environment_rows, stage_table
 from floe.report.run import read_run
+from floe.report.summary import (
+    arm_rows,
+    arm_table,
+    certificate_rows,
+    environment_rows,
+    facts,
+    stage_table,
+    verdicts,
+)
 
 SECRET = "S3CRET"
 URL = f"postgresql://u:{SECRET}@h/db"

@@ -22,15 +22,22 @@ from floe.artifacts.results import Interval, Router, Trial
 from floe.errors import FileError
 from floe.importance.scores import Scores
 from floe.report import build_report, page
-from floe.report.arms import arm_names, curves, looks, outcomes, smooth, tasks
-from floe.report.facts import arm_rows, facts, verdicts
-from floe.report.maps import normalised, sorted_bins
+from floe.report.arms import curves, looks, outcomes, smooth, tasks
+from floe.report.experts import best_so_far
 from floe.report.page import sections
-from floe.report.placements import placements
-from floe.report.ranks import chance_overlap, rankings
 from floe.report.run import read_run
-from floe.report.searching import best_so_far
-from floe.report.tables import Table, decimals, duration, label, overlaps, significant, size
+from floe.report.scores import chance_overlap, normalised, rankings, sorted_bins
+from floe.report.summary import arm_rows, facts, verdicts
+from floe.report.tables import (
+    Table,
+    decimals,
+    duration,
+    label,
+    or_dash,
+    overlaps,
+    significant,
+    size,
+)
 from floe.report.theme import DARK, LIGHT, render_svg, themed
 
 HOSTILE = 'evil/"model" & \'<script>alert(1)</script>'
@@ -236,11 +243,11 @@ def test_verdicts_follow_the_intervals_where_nothing_is_paired(fresh):
 def test_pictures_draw_the_numbers_of_their_tables(run_dir):
     run = read_run(run_dir)
     with themed(LIGHT):
-        axes = outcomes(run, run.evaluation).draw(LIGHT).axes
+        axes = outcomes(run).draw(LIGHT).axes
         lines = rankings(run).draw(LIGHT).axes[0].lines
     for ax, what in zip(axes, ("loss", "loss_minus_main", "accuracy"), strict=True):
         dots = [float(line.get_xdata()[0]) for line in ax.lines if line.get_gid() == "value"]
-        arms = [arm for arm in arm_names(run) if (arm, what) != ("main", "loss_minus_main")]
+        arms = [arm for arm in run.arms if (arm, what) != ("main", "loss_minus_main")]
         assert dots == [getattr(run.evaluation.arms[arm], what).value for arm in arms]
     slopes = [tuple(line.get_ydata()) for line in lines if len(line.get_ydata()) == 2]
     theirs = list(run.choice.paper.ranking)
@@ -262,8 +269,8 @@ def test_every_picture_is_there_as_svg_png_and_csv(run_dir):
 
 def test_every_name_a_report_can_write_is_known():
     sources = "".join(path.read_text() for path in Path(page.__file__).parent.glob("*.py"))
-    found = re.findall(r'\bkey="(\w+)"|\bTable\(\s*"(\w+)"', sources)
-    assert {name for pair in found for name in pair if name} == page._NAMES
+    found = re.findall(r'\bPicture\(\s*key="(\w+)"|\bTable\(\s*"(\w+)"', sources)
+    assert {name for pair in found for name in pair if name} == set(page._NAMES.split())
 
 
 def test_arms_that_chose_by_projection_or_size_are_drawn(fresh):
@@ -284,7 +291,8 @@ def test_arms_that_chose_by_projection_or_size_are_drawn(fresh):
     assert layers.value == f"2 of {LAYERS}"
     assert layers.note.endswith("; 3 projections")
     assert size.note.startswith("rank")
-    figure = placements(run).draw(LIGHT)
+    (picture,) = [p for part in sections(run) for p in part.pictures if p.key == "placements"]
+    figure = picture.draw(LIGHT)
     marks = [set(line.get_xdata()) for line in figure.axes[0].lines]
     assert marks == [
         set(range(LAYERS)),
@@ -335,7 +343,7 @@ def test_names_are_escaped(run_dir):
     assert "<script" not in text
     assert "evil/&#34;model&#34; &amp; &#39;&lt;script&gt;alert(1)" in text
     run = read_run(run_dir)
-    svg = render_svg(tasks(run, run.evaluation).draw, LIGHT)
+    svg = render_svg(tasks(run)[0].draw, LIGHT)
     assert "quote &quot;and&quot; &amp; ampersand" in svg or 'quote "and" &amp; ampersand' in svg
     assert "$x_1$ math" in svg
 
@@ -391,7 +399,7 @@ def test_missing_optional_artifact_leaves_one_line(fresh, name, section, line):
         path.unlink()
     (part,) = [part for part in sections(read_run(fresh)) if part.key == section]
     assert part.missing.startswith(line)
-    assert part.pictures == ()
+    assert not part.pictures
 
 
 def test_missing_baselines_profile_and_tuning_are_said(fresh):
@@ -513,8 +521,8 @@ def test_unusual_runs_still_draw(tmp_path):
         ElementTree.fromstring(svg.encode("utf-8"))
         for table in picture.tables:
             assert table.csv().count("\n") > len(table.rows)
-    assert arm_rows(run)[0].loss_interval == "no interval"
-    assert "問答 \ufffd \ufffd" in render_svg(tasks(run, run.evaluation).draw, LIGHT)
+    assert arm_rows(run)[0]["loss_interval"] == "no interval"
+    assert "問答 \ufffd \ufffd" in render_svg(tasks(run)[0].draw, LIGHT)
 
 
 def test_many_tasks_show_the_arms_that_matter(fresh):
@@ -525,7 +533,7 @@ def test_many_tasks_show_the_arms_that_matter(fresh):
 
     edit(fresh, change, "eval", "results.json")
     run = read_run(fresh)
-    picture = tasks(run, run.evaluation)
+    picture = tasks(run)[0]
     assert "Shown: base, main, all;" in picture.caption
     assert {row[1] for row in picture.tables[0].rows} == set(run.evaluation.arms)
 
@@ -658,7 +666,7 @@ def test_numbers_read_as_text():
         "3 min 05 s",
         "2 h 10 min",
     ]
-    assert (decimals(1.0), decimals(None), decimals(math.nan)) == ("1.000", "–", "nan")
+    assert (decimals(1.0), or_dash(decimals, None), decimals(math.nan)) == ("1.000", "–", "nan")
     assert (size(2**29), size(3 * 2**30)) == ("512 MiB", "3.00 GiB")
     assert label("a\x00b\ud800") == "a\ufffdb\ufffd"
     assert len(label("x" * 100)) == 30
@@ -666,7 +674,7 @@ def test_numbers_read_as_text():
 
 @given(st.floats())
 def test_csv_floats_survive(value):
-    text = Table("t", ("a",), ((value,),)).csv().splitlines()[1]
+    text = Table("t", "a", ((value,),)).csv().splitlines()[1]
     assert float(text) == value or (math.isnan(value) and math.isnan(float(text)))
 
 
