@@ -22,7 +22,8 @@ _HOMES = {
     "floe.errors": ("DataError", "FileError"),
     "floe.importance.score": ("score",),
     "floe.importance.layer_statistics": ("measure_statistics",),
-    "floe.importance.scores": ("LayerStatistics", "Scores"),
+    "floe.importance.scores": ("Scores",),
+    "floe.importance.statistics": ("LayerStatistics",),
     "floe.ops": (
         "accumulate_fisher_",
         "mask_gradients",

@@ -276,8 +276,53 @@ def _refuse_derivatives(name: str) -> None:
     _library.impl(name, call, "Autograd", with_keyset=True)
 
 
-for _name in ("mask_gradients", "accumulate_fisher_"):
+for _name in (
+    "mask_gradients",
+    "accumulate_fisher_",
+    "solve_two_class",
+    "solve_mask",
+    "refine_masks",
+):
     _refuse_derivatives(_name)
+
+
+def _check_vectors(flags: Tensor | None = None, **vectors: Tensor) -> None:
+    """The vectors of a mask problem: float64, the flags bool, all on one device."""
+    given = {**vectors, "mask": flags} if flags is not None else vectors
+    device = next(iter(given.values())).device
+    for name, tensor in given.items():
+        dtype = torch.bool if tensor is flags else torch.float64
+        if tensor.dtype != dtype or tensor.dim() != 1 or tensor.device != device:
+            raise ValueError(
+                f"{name} must be a {dtype} vector on the CPU, got {tensor.dtype} of shape "
+                f"{tuple(tensor.shape)} on {tensor.device}"
+            )
+
+
+def _new_flags(like: Tensor) -> Tensor:
+    return like.new_empty(like.shape, dtype=torch.bool)
+
+
+@torch.library.register_fake("floe::solve_two_class")
+def _fake_solve_two_class(
+    head_value: Tensor, neuron_value: Tensor, *settings: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    _check_vectors(head_value=head_value, neuron_value=neuron_value)
+    return _new_flags(head_value), _new_flags(neuron_value), head_value.new_empty(6)
+
+
+@torch.library.register_fake("floe::solve_mask")
+def _fake_solve_mask(value: Tensor, cost: Tensor, *settings: Any) -> tuple[Tensor, Tensor]:
+    _check_vectors(value=value, cost=cost)
+    return _new_flags(value), value.new_empty(8)
+
+
+@torch.library.register_fake("floe::refine_masks")
+def _fake_refine_masks(
+    value: Tensor, cost: Tensor, budget: float, mask: Tensor, *settings: Any
+) -> tuple[Tensor, Tensor]:
+    _check_vectors(mask, value=value, cost=cost)
+    return _new_flags(mask), value.new_empty(8)
 
 
 @torch.library.register_fake("floe::moe_lora_experts")
@@ -288,16 +333,17 @@ def _fake_experts(
     router_biases: list[Tensor | None],
     biases: list[Tensor | None],
     base_outputs: list[Tensor],
-    *settings: Any,
+    *arguments: Any,
 ) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
-    group = Group(
-        [], biases, base_outputs, shrink_weights, expand_weights, router_biases, *settings
-    )
+    *settings, gates, top_k = arguments
+    of_op = biases, base_outputs, shrink_weights, expand_weights, router_biases, *settings
+    group = Group([], *of_op)
+    group.gates, group.top_k = gates, top_k
     _check_experts(x, group)
     tokens, wide, linears = x.shape[0], _wide(x.dtype), len(group)
     return (
         [x.new_empty((tokens, expand.shape[0])) for expand in expand_weights],
-        x.new_empty((linears, tokens, group.rank), dtype=wide),
+        x.new_empty((linears, tokens, group.hidden_size), dtype=wide),
         x.new_empty((linears, tokens, group.experts), dtype=wide),
         x.new_empty((linears, tokens, group.experts * group.rank)),
     )
@@ -313,9 +359,10 @@ def _fake_experts_backward(
     gate: Tensor,
     z: Tensor,
     *arguments: Any,
-) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor]:
-    *settings, needs_x, needs_shrink, needs_expand = arguments
+) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor, Tensor]:
+    *settings, needs_x, needs_shrink, needs_expand, gated = arguments
     group = Group([], [], [], shrink_weights, expand_weights, [], *settings)
+    group.gates = list(gate) if gated else []
     _check_experts(x, group)
     check_backward(grad_ys, x, group, Routed(hidden, gate, z))
     rows = sum(shrink.shape[0] for shrink in shrink_weights)
@@ -324,6 +371,7 @@ def _fake_experts_backward(
         [weight.new_empty(weight.shape) for weight in shrink_weights if needs_shrink],
         [weight.new_empty(weight.shape) for weight in expand_weights if needs_expand],
         x.new_empty((x.shape[0], rows), dtype=_wide(x.dtype)),
+        x.new_empty(gate.shape if gated else (0,), dtype=_wide(x.dtype)),
     )
 
 
@@ -336,7 +384,7 @@ def _experts_flops(x: Any, shrink_weights: Any, expand_weights: Any, *rest: Any,
 def _experts_backward_flops(
     grad_ys: Any, x: Any, shrink_weights: Any, expand_weights: Any, *rest: Any, **out: Any
 ) -> int:
-    needs = Needs(rest[-3], rest[-2], rest[-1], True)
+    needs = Needs(rest[-4], rest[-3], rest[-2], True)
     return count_gradients(x, [], shrink_weights, expand_weights, needs)
 
 

@@ -26,7 +26,8 @@ from floe.artifacts.schema import document
 from floe.data.batches import TokenRow, fingerprint
 from floe.importance.layer_statistics import measure_statistics
 from floe.importance.score import score
-from floe.importance.scores import LayerStatistics, Scores
+from floe.importance.scores import Scores
+from floe.importance.statistics import LayerStatistics
 from floe.pipeline.inputs import RunInputs
 from floe.pipeline.run_folder import Stage
 from floe.pipeline.select import place
@@ -34,8 +35,7 @@ from floe.selection.placement import Placement, Saturating
 from floe.selection.policies import POLICIES
 from floe.selection.select import select
 from floe.storage import write_json
-from floe.training.schedule import TrainSettings
-from floe.training.train import train
+from floe.training.train import TrainSettings, train
 
 SIZES = (2, 4, 6, 8, 12, 16, 24, 32)
 """Ranks an arm ``@sizes`` may give a layer, with the study's number of experts."""

@@ -97,7 +97,7 @@ inline Dropout check_dropout(double p, const std::optional<Tensor>& seed) {
 // the raw pointers of a call point into.
 struct GroupArguments {
   Tensor x;                            // [T, K]
-  std::vector<Tensor> shrink, expand;  // of each linear [r + M, K] and [N, M, r]
+  std::vector<Tensor> shrink, expand;  // of each linear [H + Q, K] and [N, M, r]
   moe_lora::Group group;
   double scaling, temperature;
   Dropout dropout;
@@ -139,7 +139,7 @@ inline Tensor check_parameter(const char* name, const Tensor& tensor, Sizes size
 inline GroupArguments check_group(const Tensor& x, const std::vector<Tensor>& shrink,
                                   const std::vector<Tensor>& expand, double scaling,
                                   double temperature, double dropout_p,
-                                  const std::optional<Tensor>& seed) {
+                                  const std::optional<Tensor>& seed, bool gated) {
   STD_TORCH_CHECK(x.defined() && x.is_cpu() && x.dim() == 2, "floe: x must be [T, K]");
   with_float_type(x.scalar_type(), [](auto) {});  // refuses other dtypes
   STD_TORCH_CHECK(!expand.empty() && expand.size() == shrink.size(),
@@ -151,18 +151,26 @@ inline GroupArguments check_group(const Tensor& x, const std::vector<Tensor>& sh
   STD_TORCH_CHECK(temperature > 0.0 && std::isfinite(temperature),
                   "floe: temperature must be finite and > 0, got ", temperature);
   const std::int64_t experts = expand[0].size(1), rank = expand[0].size(2);
+  const std::int64_t logits = gated ? 0 : experts;
+  STD_TORCH_CHECK(!gated || temperature == 1.0,
+                  "floe: temperature must be 1 where gates are given, got ", temperature);
+  STD_TORCH_CHECK(shrink[0].defined() && shrink[0].dim() == 2,
+                  "floe: shrink_weights has a wrong shape or device");
+  const std::int64_t rows = shrink[0].size(0);
+  const bool shared = rows - logits == rank;  // one A for all experts
   GroupArguments arguments{as_contiguous(x),
                            {},
                            {},
-                           {static_cast<std::int64_t>(expand.size()), rank, experts},
+                           {static_cast<std::int64_t>(expand.size()), rank, experts,
+                            shared ? rank : experts * rank, logits},
                            scaling,
                            temperature,
                            check_dropout(dropout_p, seed)};
   for (std::size_t g = 0; g < expand.size(); ++g) {
     STD_TORCH_CHECK(expand[g].defined() && expand[g].dim() == 3,
                     "floe: expand_weights must be [N, M, r]");
-    arguments.shrink.push_back(
-        check_parameter("shrink_weights", shrink[g], {rank + experts, x.size(1)}, x));
+    arguments.shrink.push_back(check_parameter("shrink_weights", shrink[g],
+                                               {arguments.group.stored_rows(), x.size(1)}, x));
     arguments.expand.push_back(
         check_parameter("expand_weights", expand[g], {expand[g].size(0), experts, rank}, x));
     STD_TORCH_CHECK(shrink[g].scalar_type() == shrink[0].scalar_type(),

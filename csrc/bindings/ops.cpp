@@ -73,14 +73,14 @@ STABLE_TORCH_LIBRARY_FRAGMENT(floe, m) {
   m.def(
       "moe_lora_experts(Tensor x, Tensor[] shrink_weights, Tensor[] expand_weights, "
       "Tensor?[] router_biases, Tensor?[] biases, Tensor[] base_outputs, float scaling, "
-      "float temperature, float dropout_p, Tensor? seed) -> (Tensor[] ys, Tensor hidden, "
-      "Tensor gate, Tensor z)");
+      "float temperature, float dropout_p, Tensor? seed, Tensor[] gates, int top_k) -> "
+      "(Tensor[] ys, Tensor hidden, Tensor gate, Tensor z)");
   m.def(
       "moe_lora_experts_backward(Tensor[] grad_ys, Tensor x, Tensor[] shrink_weights, "
       "Tensor[] expand_weights, Tensor hidden, Tensor gate, Tensor z, float scaling, "
       "float temperature, float dropout_p, Tensor? seed, bool needs_x, bool needs_shrink, "
-      "bool needs_expand) -> (Tensor grad_x, Tensor[] grad_shrink, Tensor[] grad_expand, "
-      "Tensor grad_products)");
+      "bool needs_expand, bool gated) -> (Tensor grad_x, Tensor[] grad_shrink, "
+      "Tensor[] grad_expand, Tensor grad_products, Tensor grad_gates)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(floe, CPU, m) {

@@ -49,14 +49,14 @@ struct Outputs {
 };
 
 Outputs new_outputs(const GroupArguments& in) {
-  const auto& [linears, rank, experts] = in.group;
+  const std::int64_t linears = in.group.linears, experts = in.group.experts;
   std::vector<Tensor> ys;
   for (std::size_t g = 0; g < in.expand.size(); ++g) {
     ys.push_back(new_tensor({in.tokens(), in.features(g)}, in.type()));
   }
-  return {ys, new_tensor({linears, in.tokens(), rank}, in.wide()),
+  return {ys, new_tensor({linears, in.tokens(), in.group.hidden}, in.wide()),
           new_tensor({linears, in.tokens(), experts}, in.wide()),
-          new_tensor({linears, in.tokens(), experts * rank}, in.type())};
+          new_tensor({linears, in.tokens(), in.group.width()}, in.type())};
 }
 
 // [G, M] of the accumulator's type; none where no linear has one.
@@ -80,6 +80,23 @@ std::optional<Tensor> stack_router_biases(const OptionalTensors& biases, const G
     target += bytes;
   }
   return stacked;
+}
+
+// The given gates [T, M] of every linear into gate [G, T, M].
+void take_gates(const std::vector<Tensor>& gates, const GroupArguments& in, const Tensor& gate) {
+  STD_TORCH_CHECK(gates.size() == in.expand.size(),
+                  "floe: gates must have one entry per linear or none");
+  auto* target = static_cast<char*>(gate.mutable_data_ptr());
+  for (const Tensor& given : gates) {
+    check_shape("gates", given, {in.tokens(), in.group.experts});
+    with_float_type(given.scalar_type(), [](auto) {});  // refuses other dtypes
+    const Tensor dense = as_contiguous(given);
+    const Tensor wide =
+        given.scalar_type() == in.wide() ? dense : torch::stable::to(dense, in.wide());
+    const auto bytes = static_cast<std::size_t>(wide.numel()) * wide.element_size();
+    if (bytes > 0) std::memcpy(target, wide.const_data_ptr(), bytes);
+    target += bytes;
+  }
 }
 
 // What is added to the experts' output of every linear, contiguous.
@@ -153,7 +170,7 @@ inline constexpr std::int64_t kTasksInCache = 8;
 // Every parameter is packed once; then each run of tokens takes all three steps in a row.
 template <typename T>
 void run_experts(const GroupArguments& in, const std::optional<Tensor>& router_bias,
-                 const Added& added, const Outputs& out) {
+                 std::int64_t top_k, const Added& added, const Outputs& out) {
   using A = Accumulator<T>;
   using moe_lora::kTokens;
   const std::int64_t tokens = in.tokens(), columns = in.columns();
@@ -170,7 +187,8 @@ void run_experts(const GroupArguments& in, const std::optional<Tensor>& router_b
                                  tokens,
                                  in.group,
                                  static_cast<A>(in.scaling),
-                                 static_cast<A>(in.temperature)};
+                                 static_cast<A>(in.temperature),
+                                 top_k == 0 ? in.group.experts : top_k};
   auto expands = expand_calls<T>(in, added, out);
   const Tensor packed = pack(in, shrink, expands);
   const std::int64_t grain = 1 + kElementsPerThread / (1 + kTokens * (columns + in.all_features()));
@@ -188,13 +206,20 @@ std::tuple<std::vector<Tensor>, Tensor, Tensor, Tensor> experts_cpu(
     const Tensor& x, const std::vector<Tensor>& shrink_weights,
     const std::vector<Tensor>& expand_weights, const OptionalTensors& router_biases,
     const OptionalTensors& biases, const std::vector<Tensor>& base_outputs, double scaling,
-    double temperature, double dropout_p, const std::optional<Tensor>& seed) {
-  const GroupArguments in =
-      check_group(x, shrink_weights, expand_weights, scaling, temperature, dropout_p, seed);
+    double temperature, double dropout_p, const std::optional<Tensor>& seed,
+    const std::vector<Tensor>& gates, std::int64_t top_k) {
+  const GroupArguments in = check_group(x, shrink_weights, expand_weights, scaling, temperature,
+                                        dropout_p, seed, !gates.empty());
+  STD_TORCH_CHECK(top_k >= 0 && top_k <= in.group.experts, "floe: top_k must be in [0, M], got ",
+                  top_k);
   const std::optional<Tensor> router_bias = stack_router_biases(router_biases, in);
+  STD_TORCH_CHECK(gates.empty() || (top_k == 0 && !router_bias),
+                  "floe: top_k must be 0 and router_biases None where gates are given");
   const Added added = check_added(biases, base_outputs, in);
   const Outputs out = new_outputs(in);
-  with_float_type(in.type(), [&]<typename T>(T) { run_experts<T>(in, router_bias, added, out); });
+  if (!gates.empty()) take_gates(gates, in, out.gate);
+  with_float_type(in.type(),
+                  [&]<typename T>(T) { run_experts<T>(in, router_bias, top_k, added, out); });
   return {out.ys, out.hidden, out.gate, out.z};
 }
 

@@ -23,22 +23,26 @@ struct Gradients {
   Tensor x;                            // empty where not needed
   std::vector<Tensor> shrink, expand;  // one a linear, or none
   Tensor products;                     // [T, P]
+  Tensor gates;                        // [G, T, M], empty where the gates are a router's
 };
 
 Gradients new_gradients(const GroupArguments& in, bool needs_x, bool needs_shrink,
                         bool needs_expand) {
-  const auto& [linears, rank, experts] = in.group;
+  const moe_lora::Group& group = in.group;
   const std::int64_t tokens = in.tokens(), columns = in.columns();
   Gradients out{needs_x ? new_tensor({tokens, columns}, in.type()) : new_tensor({0}, in.type()),
                 {},
                 {},
-                new_tensor({tokens, in.group.row_count()}, in.wide())};
+                new_tensor({tokens, group.row_count()}, in.wide()),
+                group.logits > 0 ? new_tensor({0}, in.wide())
+                                 : new_tensor({group.linears, tokens, group.experts}, in.wide())};
   for (std::size_t g = 0; g < in.expand.size(); ++g) {
     if (needs_shrink) {
-      out.shrink.push_back(new_tensor({rank + experts, columns}, in.shrink[g].scalar_type()));
+      out.shrink.push_back(new_tensor({group.stored_rows(), columns}, in.shrink[g].scalar_type()));
     }
     if (needs_expand) {
-      out.expand.push_back(new_tensor({in.features(g), experts, rank}, in.expand[g].scalar_type()));
+      out.expand.push_back(
+          new_tensor({in.features(g), group.experts, group.rank}, in.expand[g].scalar_type()));
     }
   }
   return out;
@@ -52,12 +56,12 @@ struct Saved {
 
 Saved check_saved(const std::vector<Tensor>& grad_ys, const Tensor& hidden, const Tensor& gate,
                   const Tensor& z, const GroupArguments& in) {
-  const auto& [linears, rank, experts] = in.group;
+  const moe_lora::Group& group = in.group;
   STD_TORCH_CHECK(grad_ys.size() == in.expand.size(),
                   "floe: grad_ys must have one entry per linear");
-  check_shape("hidden", hidden, {linears, in.tokens(), rank});
-  check_shape("gate", gate, {linears, in.tokens(), experts});
-  check_shape("z", z, {linears, in.tokens(), experts * rank});
+  check_shape("hidden", hidden, {group.linears, in.tokens(), group.hidden});
+  check_shape("gate", gate, {group.linears, in.tokens(), group.experts});
+  check_shape("z", z, {group.linears, in.tokens(), group.width()});
   check_type("hidden", hidden, in.wide());
   check_type("gate", gate, in.wide());
   check_type("z", z, in.type());
@@ -117,6 +121,7 @@ void run_route_backward(const GroupArguments& in, const Saved& saved, const Tens
                                         data<A>(saved.hidden),
                                         data<A>(saved.gate),
                                         mutable_data<A>(out.products),
+                                        in.group.logits > 0 ? nullptr : mutable_data<A>(out.gates),
                                         in.tokens(),
                                         in.group,
                                         static_cast<A>(in.scaling),
@@ -156,13 +161,14 @@ void run_grad_x(const GroupArguments& in, bool needs_x, const Gradients& out) {
   }
 }
 
-std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>, Tensor> experts_backward_cpu(
+std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>, Tensor, Tensor> experts_backward_cpu(
     const std::vector<Tensor>& grad_ys, const Tensor& x, const std::vector<Tensor>& shrink_weights,
     const std::vector<Tensor>& expand_weights, const Tensor& hidden, const Tensor& gate,
     const Tensor& z, double scaling, double temperature, double dropout_p,
-    const std::optional<Tensor>& seed, bool needs_x, bool needs_shrink, bool needs_expand) {
+    const std::optional<Tensor>& seed, bool needs_x, bool needs_shrink, bool needs_expand,
+    bool gated) {
   const GroupArguments in =
-      check_group(x, shrink_weights, expand_weights, scaling, temperature, dropout_p, seed);
+      check_group(x, shrink_weights, expand_weights, scaling, temperature, dropout_p, seed, gated);
   const Saved saved = check_saved(grad_ys, hidden, gate, z, in);
   const std::int64_t tokens = in.tokens();
   const Gradients out = new_gradients(in, needs_x, needs_shrink, needs_expand);
@@ -172,7 +178,7 @@ std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>, Tensor> experts_bac
     run_route_backward<T>(in, saved, grad_z, out);
     if (needs_x || needs_shrink) run_grad_x<T>(in, needs_x, out);
   });
-  return {out.x, out.shrink, out.expand, out.products};
+  return {out.x, out.shrink, out.expand, out.products, out.gates};
 }
 
 }  // namespace

@@ -36,23 +36,27 @@ struct Parameter {
   bool wide;
 };
 
-// G linears that read one x, of one rank r and number of experts M. Of x's P = G (r + M) products,
-// first come r of hidden for every linear, then M logits for every linear.
+// G linears that read one x, of one rank r and number of experts M. Of x's P = G (H + Q) products,
+// first come H of hidden for every linear, then Q logits for every linear. H is r, or M r where
+// every expert has an A of its own; Q is M, or 0 where gates are given.
 struct Group {
-  std::int64_t linears, rank, experts;
+  std::int64_t linears, rank, experts, hidden, logits;
 
-  std::int64_t hidden_rows() const { return linears * rank; }
-  std::int64_t row_count() const { return linears * (rank + experts); }
+  std::int64_t stored_rows() const { return hidden + logits; }
+  std::int64_t hidden_rows() const { return linears * hidden; }
+  std::int64_t row_count() const { return linears * stored_rows(); }
   std::int64_t width() const { return experts * rank; }
+  // What expert i + 1's hidden values lie behind expert i's.
+  std::int64_t hidden_step() const { return hidden == rank ? 0 : rank; }
 
-  // Of the P rows, row p is this row of what that linear stores, [r + M, K].
+  // Of the P rows, row p is this row of what that linear stores, [H + Q, K].
   struct Stored {
     std::int64_t linear, row;
   };
   Stored stored(std::int64_t p) const {
-    if (p < hidden_rows()) return {p / rank, p % rank};
+    if (p < hidden_rows()) return {p / hidden, p % hidden};
     const std::int64_t logit = p - hidden_rows();
-    return {logit / experts, rank + logit % experts};
+    return {logit / logits, hidden + logit % logits};
   }
 };
 

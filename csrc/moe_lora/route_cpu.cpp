@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 
 #include "moe_lora/scratch.h"
 
@@ -26,34 +27,69 @@ FLOE_INLINE float exponential(float x) {
 
 FLOE_INLINE double exponential(double x) { return std::exp(x); }
 
-// hidden, and the softmax's exponents, of one linear; the largest exponent of a token is 0.
+// Keeps the k largest of `count` logits, equal ones by the lower index; the others become -inf. NaN
+// is neither above nor below another, so that it stays.
+template <typename A>
+FLOE_INLINE void keep_largest(A* __restrict__ logits, std::int64_t count, std::int64_t k,
+                              A* __restrict__ copy) {
+  std::copy_n(logits, count, copy);
+  for (std::int64_t i = 0; i < count; ++i) {
+    std::int64_t above = 0;
+    for (std::int64_t j = 0; j < count; ++j) {
+      above += copy[j] > copy[i] || (copy[j] == copy[i] && j < i) ? 1 : 0;
+    }
+    if (above >= k) logits[i] = -std::numeric_limits<A>::infinity();
+  }
+}
+
+// hidden of one linear.
 template <typename T, typename A = Accumulator<T>>
-FLOE_INLINE void take_products(const Route<T>& call, std::int64_t g, std::int64_t first,
-                               std::int64_t last, A* __restrict__ gate) {
-  const auto& [linears, rank, experts] = call.group;
+FLOE_INLINE void take_hidden(const Route<T>& call, std::int64_t g, std::int64_t first,
+                             std::int64_t last) {
+  const std::int64_t hidden = call.group.hidden;
+  for (std::int64_t t = first; t < last; ++t) {
+    const A* products = call.products + t * call.group.row_count() + g * hidden;
+    std::copy_n(products, hidden, call.hidden + (g * call.tokens + t) * hidden);
+  }
+}
+
+// The softmax's exponents of one linear; the largest exponent of a token is 0.
+template <typename T, typename A = Accumulator<T>>
+FLOE_INLINE void take_logits(const Route<T>& call, std::int64_t g, std::int64_t first,
+                             std::int64_t last, A* __restrict__ gate) {
+  const std::int64_t experts = call.group.experts;
   const A* bias = call.bias != nullptr ? call.bias + g * experts : nullptr;
+  const Scratch<A> copy(experts);
   for (std::int64_t t = first; t < last; ++t, gate += experts) {
     const A* products = call.products + t * call.group.row_count();
-    const A* logits = products + linears * rank + g * experts;
-    std::copy_n(products + g * rank, rank, call.hidden + (g * call.tokens + t) * rank);
+    const A* logits = products + call.group.hidden_rows() + g * experts;
     for (std::int64_t i = 0; i < experts; ++i) {
       gate[i] = (logits[i] + (bias != nullptr ? bias[i] : A{0})) / call.temperature;
     }
+    if (call.top_k < experts) keep_largest(gate, experts, call.top_k, copy.get());
     const A largest = *std::max_element(gate, gate + experts);
     for (std::int64_t i = 0; i < experts; ++i) gate[i] -= largest;
   }
 }
 
-// gate [M] and z [M r] of one token; `gate` holds the exponentials.
+// From exponentials to weights whose sum is 1.
+template <typename A>
+FLOE_INLINE void normalise(A* __restrict__ gate, std::int64_t experts) {
+  A sum = 0;
+  for (std::int64_t i = 0; i < experts; ++i) sum += gate[i];
+  for (std::int64_t i = 0; i < experts; ++i) gate[i] /= sum;
+}
+
+// z [M r] of one token.
 template <typename T, typename A = Accumulator<T>>
 FLOE_INLINE void write_gated(const Group& group, A scaling, const A* __restrict__ hidden,
-                             A* __restrict__ gate, A* __restrict__ wide, T* __restrict__ z) {
-  A sum = 0;
-  for (std::int64_t i = 0; i < group.experts; ++i) sum += gate[i];
+                             const A* __restrict__ gate, A* __restrict__ wide, T* __restrict__ z) {
+  const std::int64_t step = group.hidden_step();
   for (std::int64_t i = 0; i < group.experts; ++i) {
-    gate[i] /= sum;
     const A factor = scaling * gate[i];
-    for (std::int64_t j = 0; j < group.rank; ++j) wide[i * group.rank + j] = factor * hidden[j];
+    for (std::int64_t j = 0; j < group.rank; ++j) {
+      wide[i * group.rank + j] = factor * hidden[i * step + j];
+    }
   }
   for (std::int64_t k = 0; k < group.width(); ++k) z[k] = narrow<T>(wide[k]);
 }
@@ -61,15 +97,20 @@ FLOE_INLINE void write_gated(const Group& group, A scaling, const A* __restrict_
 template <typename T>
 FLOE_INLINE void route(const Route<T>& call, std::int64_t first, std::int64_t last) {
   using A = Accumulator<T>;
-  const auto& [linears, rank, experts] = call.group;
+  const std::int64_t experts = call.group.experts;
   const Scratch<A> wide(call.group.width());
-  for (std::int64_t g = 0; g < linears; ++g) {
+  for (std::int64_t g = 0; g < call.group.linears; ++g) {
     A* gate = call.gate + (g * call.tokens + first) * experts;
-    take_products(call, g, first, last, gate);
-    for (std::int64_t k = 0; k < (last - first) * experts; ++k) gate[k] = exponential(gate[k]);
+    take_hidden(call, g, first, last);
+    const bool routes = call.group.logits > 0;
+    if (routes) {
+      take_logits(call, g, first, last, gate);
+      for (std::int64_t k = 0; k < (last - first) * experts; ++k) gate[k] = exponential(gate[k]);
+    }
     for (std::int64_t t = first; t < last; ++t, gate += experts) {
       const std::int64_t row = g * call.tokens + t;
-      write_gated(call.group, call.scaling, call.hidden + row * rank, gate, wide.get(),
+      if (routes) normalise(gate, experts);
+      write_gated(call.group, call.scaling, call.hidden + row * call.group.hidden, gate, wide.get(),
                   call.z + row * call.group.width());
     }
   }
@@ -80,28 +121,32 @@ FLOE_INLINE void route(const Route<T>& call, std::int64_t first, std::int64_t la
 template <typename A>
 FLOE_INLINE void route_backward(const RouteBackward<A>& call, std::int64_t first,
                                 std::int64_t last) {
-  const auto& [linears, rank, experts] = call.group;
+  const Group& group = call.group;
+  const std::int64_t rank = group.rank, experts = group.experts, step = group.hidden_step();
   for (std::int64_t t = first; t < last; ++t) {
-    A* grads = call.grads + t * call.group.row_count();
-    for (std::int64_t g = 0; g < linears; ++g) {
-      const A* grad_z = call.grad_z + (g * call.tokens + t) * experts * rank;
-      const A* hidden = call.hidden + (g * call.tokens + t) * rank;
-      const A* gate = call.gate + (g * call.tokens + t) * experts;
-      A* grad_hidden = grads + g * rank;
-      A* grad_logits = grads + linears * rank + g * experts;
-      std::fill_n(grad_hidden, rank, A{0});
+    A* grads = call.grads + t * group.row_count();
+    for (std::int64_t g = 0; g < group.linears; ++g) {
+      const std::int64_t row = g * call.tokens + t;
+      const A* grad_z = call.grad_z + row * group.width();
+      const A* hidden = call.hidden + row * group.hidden;
+      const A* gate = call.gate + row * experts;
+      A* grad_hidden = grads + g * group.hidden;
+      A* grad_gates = call.grad_gates != nullptr ? call.grad_gates + row * experts
+                                                 : grads + group.hidden_rows() + g * experts;
+      std::fill_n(grad_hidden, group.hidden, A{0});
       A mean = 0;
       for (std::int64_t i = 0; i < experts; ++i, grad_z += rank) {
         A grad_gate = 0;
         for (std::int64_t j = 0; j < rank; ++j) {
-          grad_hidden[j] += gate[i] * (call.scaling * grad_z[j]);
-          grad_gate += call.scaling * grad_z[j] * hidden[j];
+          grad_hidden[i * step + j] += gate[i] * (call.scaling * grad_z[j]);
+          grad_gate += call.scaling * grad_z[j] * hidden[i * step + j];
         }
-        grad_logits[i] = grad_gate;
+        grad_gates[i] = grad_gate;
         mean += gate[i] * grad_gate;
       }
+      if (call.grad_gates != nullptr) continue;
       for (std::int64_t i = 0; i < experts; ++i) {
-        grad_logits[i] = gate[i] * (grad_logits[i] - mean) / call.temperature;
+        grad_gates[i] = gate[i] * (grad_gates[i] - mean) / call.temperature;
       }
     }
   }

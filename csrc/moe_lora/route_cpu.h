@@ -1,7 +1,7 @@
 // The router of a group of linears that read one x, between its products: softmax, the gated
 // hidden z, and both backwards. Small beside every product: T (r + M r) numbers a linear.
 //
-// products and grads [T, P], hidden [G, T, r], gate [G, T, M], z and grad_z [G, T, M r].
+// products and grads [T, P], hidden [G, T, H], gate [G, T, M], z and grad_z [G, T, M r].
 #pragma once
 
 #include <cstdint>
@@ -10,7 +10,8 @@
 
 namespace floe::moe_lora {
 
-// gate = softmax((logits + bias) / temperature), z = (scaling * gate_i * hidden_j) rounded to T.
+// gate = softmax((logits + bias) / temperature) over the top_k largest, equal ones by the lower
+// index; z = (scaling * gate_i * hidden_j) rounded to T. Where gates are given, gate holds them.
 template <typename T>
 struct Route {
   using A = Accumulator<T>;
@@ -22,15 +23,17 @@ struct Route {
   std::int64_t tokens;
   Group group;
   A scaling, temperature;
+  std::int64_t top_k;  // M where the softmax is over all
 };
 
-// The products' gradients.
+// The products' gradients, and those of given gates.
 template <typename A>
 struct RouteBackward {
   const A* grad_z;
   const A* hidden;
   const A* gate;
   A* grads;
+  A* grad_gates;  // [G, T, M], null where the gates are a router's
   std::int64_t tokens;
   Group group;
   A scaling, temperature;

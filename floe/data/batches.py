@@ -6,7 +6,6 @@ import hashlib
 import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -112,13 +111,18 @@ class Collator:
         return batch
 
 
-def row_order(rows: Sequence[TokenRow]) -> list[int]:
-    """The order of rows in :func:`make_batches`: longest first, ties by place."""
+def row_order(rows: Sequence[TokenRow], sort_by_length: bool = True) -> list[int]:
+    """The order of rows in :func:`make_batches`: longest first, ties by place; or as they are."""
+    if not sort_by_length:
+        return list(range(len(rows)))
     return sorted(range(len(rows)), key=lambda i: (-len(rows[i]), i))
 
 
 def make_batches(
-    rows: Sequence[TokenRow], batch_size: int, collator: Collator | None = None
+    rows: Sequence[TokenRow],
+    batch_size: int,
+    sort_by_length: bool = True,
+    collator: Collator | None = None,
 ) -> list[Batch]:
     """Cut the rows into batches of at most ``batch_size``, in the order of :func:`row_order`.
 
@@ -128,8 +132,12 @@ def make_batches(
     require(batch_size >= 1, "batch_size must be at least 1", batch_size)
     if not rows:
         raise ValueError("rows must not be empty")
-    ordered, collator = [rows[i] for i in row_order(rows)], collator or Collator()
-    return [collator(ordered[n : n + batch_size]) for n in range(0, len(ordered), batch_size)]
+    collator = collator or Collator()
+    order = row_order(rows, sort_by_length)
+    return [
+        collator([rows[i] for i in order[start : start + batch_size]])
+        for start in range(0, len(order), batch_size)
+    ]
 
 
 def in_batches(rows: Sequence[TokenRow], batch_size: int) -> list[TokenRow]:
@@ -157,9 +165,10 @@ def _unpadded(batch: Batch, number: int, first: int) -> list[TokenRow]:
     inputs = {k: v for k, v in batch.items() if k not in _NOT_PER_TOKEN and v is not None}
     for name, value in inputs.items():
         if not isinstance(value, Tensor) or value.shape != ids.shape:
+            given = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
             raise ValueError(
                 f"{name} of a calibration batch must be one value a token, a tensor of shape "
-                f"{tuple(ids.shape)}, got {_shape(value)}"
+                f"{tuple(ids.shape)}, got {given}"
             )
     labels = _whole_labels(batch, ids)
     rows = []
@@ -181,21 +190,18 @@ def _unpadded(batch: Batch, number: int, first: int) -> list[TokenRow]:
     return rows
 
 
-def _shape(value: Any) -> Any:
-    return tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-
-
 def _whole_labels(batch: Batch, ids: Tensor) -> Tensor:
     """A batch's labels, or those of its last positions alone, as labels of all, [S, T]."""
     labels, whole = batch.get("labels"), torch.full_like(ids, IGNORE_INDEX)
     if labels is None:
         return whole
     integers = isinstance(labels, Tensor) and not labels.is_floating_point() and labels.dim() == 2
+    shape = tuple(labels.shape) if isinstance(labels, Tensor) else type(labels).__name__
     fits = integers and len(labels) == len(ids) and labels.shape[1] <= ids.shape[1]
     if not fits or (labels.shape != ids.shape and batch.get("logits_to_keep") is None):
         raise ValueError(
             "labels of a calibration batch must be one whole number a token, a tensor of shape "
-            f"{tuple(ids.shape)}, got {_shape(labels)}; fewer only with logits_to_keep"
+            f"{tuple(ids.shape)}, got {shape}; fewer only with logits_to_keep"
         )
     whole[:, ids.shape[1] - labels.shape[1] :] = labels.cpu()
     return whole

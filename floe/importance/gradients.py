@@ -36,9 +36,10 @@ Sink = Callable[[Tensor, Tensor], None]
 class RowGradients:
     """S rows' gradients; L layers, H heads, I neurons, P projections; None where not asked.
 
-    All float64: ``head`` [S, L, H] and ``neuron`` [S, L, I] d L_n / d m of row n, ``adapter``
-    [S, L, P] its || d L_n / d phi ||^2, 0 where there is none, ``gate`` [S, L, P] d L_n / d g of a
-    factor g = 1 on what an adapter adds. ``tokens`` [S] int64: labels in the loss.
+    ``head`` [S, L, H] and ``neuron`` [S, L, I] float64: d L_n / d m of row n. ``adapter`` [S, L, P]
+    float64: || d L_n / d phi ||^2 of the adapter of projection p in layer k, 0 where there is none;
+    ``gate`` [S, L, P] float64: d L_n / d g of a factor g = 1 on what that adapter adds. ``tokens``
+    [S] int64: labels in the loss.
     """
 
     head: Floats | None
@@ -51,9 +52,10 @@ class RowGradients:
 class Capture:
     """Context manager that turns batches into :class:`RowGradients`; one forward and backward each.
 
-    The sum of the rows' mean NLLs is backpropagated, so no row's gradient depends on its batch.
-    Within the context the model is in eval mode and frozen; on leaving, every flag and hook is as
-    before. Gradient checkpointing keeps working: activations are kept through autograd.
+    The loss of row n is its mean NLL, and the sum of the rows' losses is backpropagated, so each
+    row's gradient is its own whatever batch it came in. Within the context the model is in eval
+    mode and wholly frozen; on leaving, every flag and hook is as before. Gradient checkpointing
+    keeps working: activations are kept through autograd.
 
     Args:
         model: causal language model, plain or a PeftModel with floe adapters.
@@ -86,6 +88,7 @@ class Capture:
             raise ValueError("model must carry floe adapters to measure their gradients, got none")
         names = (name for modules in self.modules.values() for name in modules)
         self.projections = tuple(dict.fromkeys(names))
+        self._rows = 0
         self._mask = torch.empty(0, 0, dtype=torch.bool)
         self._gradients: dict[tuple[str, int], Tensor] = {}
         self._adapter: dict[tuple[int, str], AdapterGradients] = {}
@@ -127,13 +130,16 @@ class Capture:
         return RowGradients(*(joined(field.name) for field in fields(RowGradients)))
 
     def step(self, batch: Batch, numbers: Sequence[int] | None = None) -> RowGradients:
-        """Gradients of one batch's rows; ``numbers`` names them in errors, None counts from 0.
+        """Gradients of one batch's rows.
+
+        ``numbers`` names the rows in errors; None counts on from the batch before.
 
         Raises:
             ValueError: a row without labels; a loss or gradient that is not finite, named by layer,
                 unit and row.
         """
-        numbers = range(len(batch["input_ids"])) if numbers is None else numbers
+        if numbers is None:
+            numbers = range(self._rows, self._rows + len(batch["input_ids"]))
         self._mask = token_mask(batch)
         self._gradients.clear()
         self._adapter.clear()
@@ -149,6 +155,7 @@ class Capture:
             "gate gradient of adapter": gate,
         }
         self._check_finite(named, numbers)
+        self._rows += len(loss)
         counts = tokens.cpu().numpy()
         return RowGradients(masks.get("head"), masks.get("neuron"), adapter, gate, counts)
 

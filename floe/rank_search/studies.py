@@ -101,19 +101,21 @@ def begin_trial(
     Raises:
         ValueError: if a trial of another program has other kinds of parameters of these names.
     """
-    number = _add(
+    mine = {"owner": dataclasses.asdict(owner), "index": index, "redraws": redraws}
+    mine |= {MEMORY: study.user_attrs.get(MEMORY)}
+    _add(
         study,
         state=TrialState.RUNNING,
         params={"rank": point[0], "num_experts": point[1]},
         distributions=distributions,
-        user_attrs={
-            "owner": dataclasses.asdict(owner),
-            "index": index,
-            "redraws": redraws,
-            MEMORY: study.user_attrs.get(MEMORY),
-        },
+        user_attrs=mine,
     )
-    return optuna.trial.Trial(study, number)
+    added = [
+        trial
+        for trial in study.get_trials(deepcopy=False)
+        if {name: trial.user_attrs.get(name) for name in mine} == mine
+    ]
+    return optuna.trial.Trial(study, added[-1]._trial_id)
 
 
 @dataclass
@@ -175,17 +177,14 @@ def _while_running(write: Callable[[], None]) -> bool:
     return True
 
 
-def _add(study: optuna.Study, **facts: Any) -> int:
-    """Add a trial as ``study.add_trial`` does; its id in the storage."""
-    trial = optuna.trial.create_trial(**facts)
+def _add(study: optuna.Study, **facts: Any) -> None:
     try:
-        number: int = study._storage.create_new_trial(study._study_id, template_trial=trial)
+        study.add_trial(optuna.trial.create_trial(**facts))
     except ValueError as error:
         raise ValueError(
             f"the study {study.study_name!r} must hold whole-number rank and num_experts, got "
             f"others in a trial of another program ({error}); use another directory or storage"
         ) from None
-    return number
 
 
 def finished(study: optuna.Study) -> list[Trial]:
@@ -223,7 +222,8 @@ def _ended(study: optuna.Study) -> list[FrozenTrial]:
     """Those that ran out of memory under other settings of memory count as never begun."""
     first: dict[int, FrozenTrial] = {}
     memory = study.user_attrs.get(MEMORY)
-    for trial in sorted(study.get_trials(deepcopy=False, states=_ENDED), key=_ran_out_of_memory):
+    trials = study.get_trials(deepcopy=False, states=_ENDED)
+    for trial in sorted(trials, key=_ran_out_of_memory):
         other = trial.user_attrs.get(MEMORY) != memory and _ran_out_of_memory(trial)
         if _is_own(trial) and _is_recorded(trial) and not other:
             first.setdefault(trial.user_attrs["index"], trial)
@@ -255,16 +255,16 @@ def _is_recorded(trial: FrozenTrial) -> bool:
 
 
 def _trial(trial: FrozenTrial) -> Trial:
-    written, complete = trial.user_attrs, trial.state == TrialState.COMPLETE
-    reason = written.get("reason", "")
+    reason = trial.user_attrs.get("reason", "")
+    complete = trial.state == TrialState.COMPLETE
     return Trial(
-        number=written["index"],
+        number=trial.user_attrs["index"],
         rank=trial.params["rank"],
         num_experts=trial.params["num_experts"],
         state="complete" if complete else "failed" if reason.startswith("failed") else "pruned",
         value=trial.value if complete else None,
-        seconds=written["seconds"],
-        redraws=written["redraws"],
+        seconds=trial.user_attrs["seconds"],
+        redraws=trial.user_attrs["redraws"],
         reason=reason,
     )
 
@@ -296,12 +296,15 @@ def fail_orphans(study: optuna.Study, me: Owner, alone: bool) -> list[int]:
 @contextmanager
 def one_process(lock: Path) -> Iterator[None]:
     """Hold a file lock; SearchError at once if another process does."""
+    held = FileLock(lock)
     try:
-        held = FileLock(lock).acquire(timeout=0)
+        held.acquire(timeout=0)
     except Timeout:
         raise SearchError(f"another process is searching in {lock.parent}; one at a time") from None
-    with held:
+    try:
         yield
+    finally:
+        held.release()
 
 
 @contextmanager
@@ -322,12 +325,16 @@ def _boot() -> str:
 
 def _started(pid: int) -> str:
     """Start time of a process in clock ticks since boot; empty if there is none."""
+    if sys.platform == "linux":
+        try:
+            stat = Path(f"/proc/{pid}/stat").read_text()
+        except OSError:
+            return ""
+        return stat.rpartition(")")[2].split()[19]
     try:
-        if sys.platform == "linux":
-            return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
         os.kill(pid, 0)
-    except PermissionError:  # of another user
-        return "unknown"
-    except OSError:
+    except ProcessLookupError:
         return ""
+    except PermissionError:
+        pass
     return "unknown"

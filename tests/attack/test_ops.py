@@ -13,6 +13,7 @@ from helpers.attack import trials
 from helpers.budget import relative_error
 
 from floe import ops
+from floe.selection.masks import solvers
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 CALLS = 5000  # of all ops together
@@ -38,17 +39,21 @@ def linears(rng, count):
     rank, dtype = rng.choice([1, 2, 5]), rng.choice(FLOATS)
     adapter = rng.choice([dtype, torch.float64 if dtype == torch.float64 else torch.float32])
     features = [sizes(rng)[2] for _ in range(count)]
-    biased, routed = rng.random() < 0.5, rng.random() < 0.5
+    biased, routed, gated = (rng.random() < 0.5 for _ in range(3))
+    hidden = rng.choice([rank, experts * rank])
+    rows = hidden + (0 if gated else experts)
     return {
         "x": draw(rng, tokens, columns, dtype=dtype),
         "weights": [draw(rng, n, columns, dtype=dtype) for n in features],
         "biases": [draw(rng, n, dtype=dtype) if biased else None for n in features],
         "base_outputs": [draw(rng, tokens, n, dtype=dtype) for n in features],
-        "shrink_weights": [draw(rng, rank + experts, columns, dtype=adapter) for _ in features],
+        "shrink_weights": [draw(rng, rows, columns, dtype=adapter) for _ in features],
         "expand_weights": [draw(rng, n, experts, rank, dtype=adapter) for n in features],
-        "router_biases": [draw(rng, experts) if routed else None for _ in features],
+        "router_biases": [draw(rng, experts) if routed and not gated else None for _ in features],
+        "gates": [draw(rng, tokens, experts) for _ in features] if gated else [],
+        "top_k": 0 if gated else rng.randint(0, experts),
         "scaling": rng.choice([0.5, 2.0]),
-        "temperature": rng.choice([1.0, 0.7]),
+        "temperature": 1.0 if gated else rng.choice([1.0, 0.7]),
         "dropout_p": rng.choice([0.0, 0.4]),
         "seed": torch.tensor(rng.getrandbits(60)),
         "backend": rng.choice(["auto", "eager", "native"]),
@@ -57,7 +62,11 @@ def linears(rng, count):
 
 def group_of(given):
     fields = inspect.signature(Group).parameters
-    return Group(**{name: given.get(name, []) for name in fields})
+    group = Group(**{name: given.get(name, []) for name in fields if name != "top_k"})
+    group.top_k = given.get("top_k", 0)
+    if given.get("gated"):
+        group.gates = list(given["gate"])
+    return group
 
 
 def forward_of(given):
@@ -73,13 +82,15 @@ def backward_of(given, products=False):
         given["x"],
         group_of(given),
         routed,
-        Needs(*needs, given.get("needs_router_bias", False)),
+        Needs(*needs, given.get("needs_router_bias", False), given.get("needs_gates", False)),
     )
     empty = given["x"].new_empty(0)
     given_x = found.x if given["needs_x"] else empty
-    own = found.router_bias
+    own = [*found.router_bias, *found.gates]
     if products:
-        own = [product_form.grads_of_products(given["grad_ys"], group_of(given), routed)]
+        group = group_of(given)
+        grads, gates = product_form.grads_of_products(given["grad_ys"], group, routed)
+        own = [grads, torch.stack(list(gates)) if group.gates else grads.new_empty(0)]
     return [given_x, *found.shrink, *found.expand, *own]
 
 
@@ -104,6 +115,7 @@ def raw_backward(rng):
     _, given, _ = raw_forward(rng)
     given = saved_for(given, rng)
     given["needs_router_bias"] = given["router_biases"][0] is not None
+    given["needs_gates"] = len(given["gates"]) > 0
     return torch.ops.floe.moe_lora_backward, given, backward_of
 
 
@@ -130,6 +142,8 @@ def experts(rng):
 def experts_backward(rng):
     given = without(linears(rng, rng.choice([1, 2])), "weights", "biases", "backend")
     given = without(saved_for(given, rng), "base_outputs", "router_biases")
+    given["gated"] = len(given["gates"]) > 0
+    given = without(given, "gates", "top_k")
     op = torch.ops.floe.moe_lora_experts_backward
     return op, given, lambda given: backward_of(given, products=True)
 
@@ -145,6 +159,13 @@ def public_group_add(rng):
     return floe_triton.moe_lora_group_add, given, by_definition
 
 
+def single(given):
+    """The arguments of a group of one, in the singular."""
+    gates = given["gates"]
+    given = {SINGLE.get(k, k): v[0] if k in SINGLE else v for k, v in given.items()}
+    return {**given, "gates": gates[0] if gates else None}
+
+
 SINGLE = {
     "weights": "weight",
     "biases": "bias",
@@ -156,21 +177,19 @@ SINGLE = {
 
 
 def public(rng):
-    given = without(linears(rng, 1), "base_outputs")
-    given = {SINGLE.get(k, k): v[0] if k in SINGLE else v for k, v in given.items()}
+    given = single(without(linears(rng, 1), "base_outputs"))
     return floe_triton.moe_lora, given, by_definition
 
 
 def public_add(rng):
-    given = without(linears(rng, 1), "weights", "biases")
-    given = {SINGLE.get(k, k): v[0] if k in SINGLE else v for k, v in given.items()}
+    given = single(without(linears(rng, 1), "weights", "biases"))
     return floe_triton.moe_lora_add, given, by_definition
 
 
 def by_definition(given):
     """Of the public functions: ``reference.moe_lora`` of each linear, or its delta on a base."""
     given = without(given, "backend")
-    settings = without(given, *SINGLE, *SINGLE.values(), "x")
+    settings = without(given, *SINGLE, *SINGLE.values(), "x", "gates")
     ys = []
     for g in range(len(given["expand_weights"]) if "expand_weights" in given else 1):
         own = {
@@ -179,7 +198,10 @@ def by_definition(given):
         }
         base, weight = own.pop("base_output", None), own.pop("weight", None)
         bias = own.pop("bias", None)
-        y = reference.moe_lora_delta(given["x"], **own, **settings)
+        gates = given["gates"]
+        if isinstance(gates, list):
+            gates = gates[g] if gates else None
+        y = reference.moe_lora_delta(given["x"], gates=gates, **own, **settings)
         linear = torch.nn.functional.linear
         ys.append(y + (base if base is not None else linear(given["x"], weight, bias)))
     return ys
@@ -237,8 +259,76 @@ def accumulate(op):
     return make
 
 
+def units(rng, count):
+    return draw(rng, count, dtype=torch.float64).abs()
+
+
+def totals(solution, *names):
+    names = "value", "cost", "masked_value", "masked_cost", *names
+    numbers = [float(getattr(solution, name)) for name in names]
+    return torch.tensor(numbers, dtype=torch.float64)
+
+
+def two_class(rng):
+    given = {name: units(rng, rng.choice([0, 1, 7])) for name in ("head_value", "neuron_value")}
+    given |= {"head_cost": 0.3, "neuron_cost": 0.1, "budget": rng.choice([0.5, 2, float("inf")])}
+    given["literal"] = rng.random() < 0.3
+
+    def expected(given):
+        *numbers, literal = [float(v) if i > 1 else v for i, v in enumerate(given.values())]
+        solve = solvers.solve_two_class_literal if literal else solvers.solve_two_class
+        found = solve(*numbers)
+        masks = torch.from_numpy(found.head_mask), torch.from_numpy(found.neuron_mask)
+        return [*masks, totals(found, "upper_bound", "lambda_")]
+
+    return RAW.solve_two_class, given, expected
+
+
+def mask(rng):
+    count = rng.choice([0, 1, 12])
+    given = {"value": units(rng, count), "cost": units(rng, count)}
+    given |= {"budget": rng.choice([0.0, 2.0, 5]), "max_nodes": rng.choice([0, 1000])}
+
+    def expected(given):
+        value, cost, budget, nodes = given.values()
+        found = solvers.solve_mask(value, cost, float(budget), max_nodes=int(nodes))
+        names = "upper_bound", "lambda_", "optimal", "nodes"
+        return [torch.from_numpy(found.mask), totals(found, *names)]
+
+    return RAW.solve_mask, given, expected
+
+
+def refinement(rng):
+    layers, heads, neurons = rng.choice([1, 3]), rng.choice([0, 2]), rng.choice([0, 5])
+    count = layers * (heads + neurons)
+    given = {"value": units(rng, count), "cost": units(rng, count), "budget": rng.choice([1.0, 4])}
+    given |= {"mask": units(rng, count) > 0.5, "layers": layers, "heads": heads, "neurons": neurons}
+    given |= {"pairs": rng.choice(["same_layer_cross", "all"]), "literal": rng.random() < 0.3}
+
+    def expected(given):
+        value, cost, budget, start, layers, heads, neurons, pairs, literal = given.values()
+        sizes = [(int(layers), int(heads)), (int(layers), int(neurons))]
+        first = sizes[0][0] * sizes[0][1]
+        parts = [
+            [t[:first].view(sizes[0]).numpy(), t[first:].view(sizes[1]).numpy()]
+            for t in (value, cost, start)
+        ]
+        problem = solvers.Units(*parts[0], *parts[1])
+        found = solvers.refine_masks(
+            problem, float(budget), *parts[2], pairs=pairs, literal=bool(literal)
+        )
+        both = [found.head_mask.ravel(), found.neuron_mask.ravel()]
+        refined = torch.cat([torch.from_numpy(each) for each in both])
+        return [refined, totals(found, "repairs", "adds", "swaps", "converged")]
+
+    return RAW.refine_masks, given, expected
+
+
 RAW = torch.ops.floe
 MAKERS = {
+    "solve_two_class": two_class,
+    "solve_mask": mask,
+    "refine_masks": refinement,
     "moe_lora": public,
     "moe_lora_add": public_add,
     "moe_lora_group": public_group,

@@ -41,12 +41,16 @@ class Case:
     wide_adapter: bool = False  # float32 beside a 16-bit x
     biased: bool = False  # linears and routers
     on_base: bool = False
+    top_k: int = 0
+    own_a: bool = False  # an A for each expert
+    gated: bool = False  # gates are given
 
     def run(self, dtype):
         """Forward and backward on the meta device."""
         x, group = self._inputs(dtype)
         ys, routed = gpu.forward(x, group)
-        needs = Needs(x=True, shrink=True, expand=True, router_bias=self.biased)
+        of_router = self.biased and not self.gated
+        needs = Needs(x=True, shrink=True, expand=True, router_bias=of_router, gates=self.gated)
         gpu.backward([torch.empty_like(y) for y in ys], x, group, routed, needs)
         if self.dropout:
             dropout(x, self.dropout, group.seed)
@@ -59,20 +63,26 @@ class Case:
             return [empty(*shape, dtype=dtype) for _ in range(self.linears)] if given else []
 
         adapter = torch.float32 if self.wide_adapter else dtype
+        hidden = self.rank * (self.experts if self.own_a else 1)
+        rows = hidden + (0 if self.gated else self.experts)
         none = [None] * self.linears
         bare = not self.on_base
         group = Group(
             weights=each(self.features, self.columns, given=bare),
             biases=each(self.features) if self.biased else none,
             base_outputs=each(self.tokens, self.features, given=self.on_base),
-            shrink_weights=each(self.rank + self.experts, self.columns, dtype=adapter),
+            shrink_weights=each(rows, self.columns, dtype=adapter),
             expand_weights=each(self.features, self.experts, self.rank, dtype=adapter),
-            router_biases=each(self.experts, dtype=adapter) if self.biased else none,
+            router_biases=each(self.experts, dtype=adapter)
+            if self.biased and not self.gated
+            else none,
             scaling=2.0,
             temperature=1.0,
             dropout_p=self.dropout,
             seed=empty(dtype=torch.int64) if self.dropout else None,
             backend=self.path,
+            gates=each(self.tokens, self.experts, given=self.gated),
+            top_k=self.top_k,
         )
         return empty(self.tokens, self.columns), group
 
@@ -93,6 +103,13 @@ CASES = {
     "decode": Case(tokens=8, linears=3, dropout=0.0),
     "ragged": Case(tokens=1001, columns=1009, features=1511, rank=5, experts=3, path="fused"),
     "by library": Case(rank=64, experts=10),
+    "top 2 of 8": Case(experts=8, top_k=2),
+    "top 2, decode": Case(experts=8, top_k=2, tokens=8, linears=3, dropout=0.0),
+    "an A each": Case(own_a=True, linears=2),
+    "an A each, decode": Case(own_a=True, tokens=8, linears=3, dropout=0.0),
+    "rank-wise": Case(rank=1, experts=32, own_a=True, top_k=8),
+    "gates given": Case(gated=True),
+    "gates given, decode": Case(gated=True, tokens=8, linears=3, dropout=0.0),
 }
 # All cases are compiled on one architecture of each size of shared memory, for bfloat16 and, of
 # these, for every dtype; elsewhere the common cases for bfloat16, which code differs in little.

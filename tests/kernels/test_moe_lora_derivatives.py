@@ -262,7 +262,7 @@ def test_curvature_of_an_adapted_model():
 
 def forward(x):
     _, weight, bias, shrink, expand, _ = case()
-    return x, [weight], [bias], [], [shrink], [expand], [None], 1.0, 1.0, 0.0, None, "auto"
+    return x, [weight], [bias], [], [shrink], [expand], [None], 1.0, 1.0, 0.0, None, "auto", [], 0
 
 
 DIRECT = {

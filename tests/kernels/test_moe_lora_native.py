@@ -82,10 +82,11 @@ def expands_of(shape, dtype, adapter):
     return parameters(adapter, dtype, shapes, seed=30, scale=rank**-0.5)
 
 
-def experts(x, shrinks, expands, *, routers=(), biases=(), bases=(), p=0.0):
+def experts(x, shrinks, expands, *, routers=(), biases=(), bases=(), p=0.0, gates=(), top_k=0):
     seed = SEED if p else None
     numbers = SCALING, TEMPERATURE, p, seed
-    return OPS.moe_lora_experts(x, shrinks, expands, [*routers], [*biases], [*bases], *numbers)
+    added = [*routers], [*biases], [*bases]
+    return OPS.moe_lora_experts(x, shrinks, expands, *added, *numbers, [*gates], top_k)
 
 
 def gated(logits, router):
@@ -196,7 +197,7 @@ def grad_products(grad_ys, expands, hidden, gate):
 def test_backward(shape, dtype, adapter, p, needs_x, needs_shrink, needs_expand):
     tokens, columns, features, rank, _ = shape
     x, shrinks, expands, saved, grad_ys = backward_case(shape, dtype, adapter)
-    grad_x, grad_shrink, grad_expand, grads = OPS.moe_lora_experts_backward(
+    grad_x, grad_shrink, grad_expand, grads, _ = OPS.moe_lora_experts_backward(
         grad_ys,
         x,
         shrinks,
@@ -209,6 +210,7 @@ def test_backward(shape, dtype, adapter, p, needs_x, needs_shrink, needs_expand)
         needs_x,
         needs_shrink,
         needs_expand,
+        False,
     )
     hidden, gate, z = saved
     plain = grad_products(
@@ -287,6 +289,7 @@ def test_the_dropout_is_that_of_the_definition(dtype):
         True,
         False,
         False,
+        False,
     )
     assert torch.equal(grad_x != 0, expected != 0)
 
@@ -319,6 +322,7 @@ def test_dropped_values_may_be_infinite(dtype):
             False,
             True,
             False,
+            False,
         )[1][0][:3]
         for one in (infinite, zeros)
     )
@@ -339,8 +343,8 @@ def test_strides_do_not_matter():
     ):
         x, shrink, expand, grad_y = given
         ys, *saved = experts(x, [shrink], [expand], p=0.2)
-        grad_x, grad_shrink, grad_expand, grads = OPS.moe_lora_experts_backward(
-            [grad_y], x, [shrink], [expand], *saved, 1.0, 1.0, 0.2, SEED, True, True, True
+        grad_x, grad_shrink, grad_expand, grads, _ = OPS.moe_lora_experts_backward(
+            [grad_y], x, [shrink], [expand], *saved, 1.0, 1.0, 0.2, SEED, True, True, True, False
         )
         runs.append([*ys, *saved, grad_x, *grad_shrink, *grad_expand, grads])
     assert all(torch.equal(*pair) for pair in zip(*runs, strict=True))

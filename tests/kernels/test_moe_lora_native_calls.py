@@ -29,9 +29,9 @@ for dtype in (torch.bfloat16, torch.float16, torch.float32):
         x = draw(tokens, columns)
         shrink = [draw(12, columns), draw(12, columns)]
         expand = [draw(features, 4, 8), draw(5, 4, 8)]
-        ys, *saved = ops.moe_lora_experts(x, shrink, expand, [], [], [], 1.0, 1.0, 0.1, seed)
-        grad_x, grad_shrink, grad_expand, grads = ops.moe_lora_experts_backward(
-            ys, x, shrink, expand, *saved, 1.0, 1.0, 0.1, seed, True, True, True
+        ys, *saved = ops.moe_lora_experts(x, shrink, expand, [], [], [], 1.0, 1.0, 0.1, seed, [], 0)
+        grad_x, grad_shrink, grad_expand, grads, _ = ops.moe_lora_experts_backward(
+            ys, x, shrink, expand, *saved, 1.0, 1.0, 0.1, seed, True, True, True, False
         )
         for one in (*ys, *saved, grad_x, *grad_shrink, *grad_expand, grads):
             assert one.isfinite().all()
@@ -83,15 +83,22 @@ def calls(dtype, adapter):
     routers, biases = [draw(2).to(adapter)] * 2, [draw(33).to(dtype), None]
     bases = [draw(6, count).to(dtype) for count in (33, 8)]
     adapters, numbers = (x, shrink, expand), (2.0, 0.5, 0.0, None)
-    ys, *saved = OPS.moe_lora_experts(*adapters, [], [], [], *numbers)
+    routed = [], 0
+    ys, *saved = OPS.moe_lora_experts(*adapters, [], [], [], *numbers, *routed)
     dropped = (2.0, 1.0, 0.2, SEED)
+    separate = (x, [draw(6, 40).to(adapter) for _ in range(2)], expand)  # an A each, gates given
+    gates = [draw(6, 2).to(adapter) for _ in range(2)]
+    plain = (2.0, 1.0, 0.0, None)
+    gated_ys, *gated = OPS.moe_lora_experts(*separate, [], [], [], *plain, gates, 0)
     return [
-        (OPS.moe_lora_experts, (*adapters, [], [], [], *numbers)),
-        (OPS.moe_lora_experts, (*adapters, [None, None], [None, None], [], *dropped)),
-        (OPS.moe_lora_experts, (*adapters, routers, biases, [], *numbers)),
-        (OPS.moe_lora_experts, (*adapters, routers, [], bases, *dropped)),
+        (OPS.moe_lora_experts, (*adapters, [], [], [], *numbers, *routed)),
+        (OPS.moe_lora_experts, (*adapters, [None, None], [None, None], [], *dropped, *routed)),
+        (OPS.moe_lora_experts, (*adapters, routers, biases, [], *numbers, [], 1)),
+        (OPS.moe_lora_experts, (*adapters, routers, [], bases, *dropped, *routed)),
+        (OPS.moe_lora_experts, (*separate, [], [], [], *plain, gates, 0)),
+        (OPS.moe_lora_experts_backward, (gated_ys, *separate, *gated, *plain, *[True] * 4)),
         *(
-            (OPS.moe_lora_experts_backward, (ys, *adapters, *saved, *numbers, *needs))
+            (OPS.moe_lora_experts_backward, (ys, *adapters, *saved, *numbers, *needs, False))
             for numbers, needs in [
                 (numbers, (True, True, True)),
                 (dropped, (True, True, True)),
@@ -124,18 +131,21 @@ def forward(**changes):
         "temperature": 1.0,
         "dropout_p": 0.0,
         "seed": None,
+        "gates": [],
+        "top_k": 0,
     }
     return OPS.moe_lora_experts, {**given, **changes}
 
 
 def backward(**changes):
     _, given = forward()
-    for name in ("router_biases", "biases", "base_outputs"):
+    for name in ("router_biases", "biases", "base_outputs", "gates", "top_k"):
         del given[name]
     saved = {"hidden": (1, 2, 3), "gate": (1, 2, 2), "z": (1, 2, 6)}
     given |= {name: torch.ones(shape) for name, shape in saved.items()}
     given |= {"grad_ys": [torch.ones(2, 4)]}
     given |= dict.fromkeys(("needs_x", "needs_shrink", "needs_expand"), True)
+    given["gated"] = False
     return OPS.moe_lora_experts_backward, {**given, **changes}
 
 

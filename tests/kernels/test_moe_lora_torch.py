@@ -49,7 +49,7 @@ def op_arguments(
     experts = expands[0].shape[1]
     router_biases = [draw(experts).to(adapter) if router_bias else None for _ in drawn]
     seed = SEED if dropout_p else None
-    settings = (1.5, 0.7, dropout_p, seed, "auto")
+    settings = (1.5, 0.7, dropout_p, seed, "auto", [], 0)
     group = (weights, biases, base_outputs, shrinks, expands, router_biases, *settings)
     _, hidden, gate, z = torch.ops.floe.moe_lora_forward(x, *group)
     return (x, *group), (grads, x, *group, hidden, gate, z)
@@ -69,7 +69,7 @@ def test_opcheck_forward(arguments, dtype):
 def test_opcheck_backward(arguments, needs):
     _, backward = op_arguments(**arguments)
     biased = needs[1] and arguments.get("router_bias", False)
-    torch.library.opcheck(torch.ops.floe.moe_lora_backward, (*backward, *needs, biased))
+    torch.library.opcheck(torch.ops.floe.moe_lora_backward, (*backward, *needs, biased, False))
 
 
 @pytest.mark.parametrize("learning", ["x", "shrink", "expand", "router", "all"])
@@ -109,10 +109,10 @@ def test_flops_of_the_native_operators():
     x, _, _, shrink, expand, grad = case((5,))
     products = 2 * 5 * (shrink.numel() + expand.numel())
     with FlopCounterMode(display=False) as counter:
-        _, *saved = ops.moe_lora_experts(x, [shrink], [expand], [], [], [], *settings)
+        _, *saved = ops.moe_lora_experts(x, [shrink], [expand], [], [], [], *settings, [], 0)
         assert counter.get_total_flops() == products
         ops.moe_lora_experts_backward(
-            [grad], x, [shrink], [expand], *saved, *settings, True, True, True
+            [grad], x, [shrink], [expand], *saved, *settings, True, True, True, False
         )
         assert counter.get_total_flops() == 3 * products
 

@@ -121,30 +121,47 @@ def test_a_load_without_its_mask_is_found(triton_viz):
     assert list(planted.reports()) == ["unmasked_kernel"]
 
 
-def run(tokens, columns, features, rank, experts, linears, dropout, path, on_base, dtype):
+def run(
+    tokens,
+    columns,
+    features,
+    rank,
+    experts,
+    linears,
+    dropout,
+    path,
+    on_base,
+    dtype,
+    top_k=0,
+    own_a=False,
+    gated=False,
+):
     """Forward, backward and dropout, with H100's block sizes; only addresses mean anything."""
 
     def each(*shape, given=True):
         return [torch.ones(shape, dtype=dtype) for _ in range(linears)] if given else []
 
     x = torch.ones(tokens, columns, dtype=dtype)
+    rows = rank * (experts if own_a else 1) + (0 if gated else experts)
     group = Group(
         weights=each(features, columns, given=not on_base),
         biases=[None] * linears if on_base else each(features),
         base_outputs=each(tokens, features, given=on_base),
-        shrink_weights=each(rank + experts, columns),
+        shrink_weights=each(rows, columns),
         expand_weights=each(features, experts, rank),
-        router_biases=each(experts),
+        router_biases=[None] * linears if gated else each(experts),
         scaling=2.0,
         temperature=1.0,
         dropout_p=dropout,
         seed=torch.tensor(7) if dropout else None,
         backend=path,
+        gates=each(tokens, experts, given=gated),
+        top_k=top_k,
     )
     with launch.assume(90):
         ys, routed = gpu.forward(x, group)
         grad_ys = [torch.ones_like(y) for y in ys]
-        gpu.backward(grad_ys, x, group, routed, Needs(True, True, True, True))
+        gpu.backward(grad_ys, x, group, routed, Needs(True, True, True, not gated, gated))
         dropout_alone(x, 0.1, torch.tensor(7))
 
 
@@ -158,12 +175,29 @@ CASES = {
     "by library": (70, 33, 65, 40, 4, 1, 0.1, "gemm", False),
     "one token": (1, 1, 1, 1, 1, 1, 0.0, "fused", False),
 }
+USUAL, DECODE = (
+    (137, 145, 151, 3, 5, 2, 0.1, "gemm", False),
+    (5, 145, 151, 3, 5, 3, 0.0, "gemm", False),
+)
+ROUTERS = {
+    "top_k": {"top_k": 2},
+    "an A each": {"own_a": True},
+    "gates": {"gated": True},
+    "an A each, gates": {"own_a": True, "gated": True},
+}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("case", CASES)
 def test_no_kernel_leaves_its_tensors(watch, case, dtype):
     run(*CASES[case], dtype)
+    assert watch.reports() == {}
+
+
+@pytest.mark.parametrize("shape", [USUAL, DECODE], ids=["usual", "decode"])
+@pytest.mark.parametrize("router", ROUTERS)
+def test_no_router_leaves_its_tensors(watch, router, shape):
+    run(*shape, torch.float32, **ROUTERS[router])
     assert watch.reports() == {}
 
 

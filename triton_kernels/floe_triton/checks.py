@@ -29,6 +29,7 @@ _SINGULAR = {
     "weights": "weight",
     "biases": "bias",
     "base_outputs": "base_output",
+    "gates": "gates",
 }
 _PLURAL = {singular: plural for plural, singular in _SINGULAR.items()}
 _FROZEN = ("weight", "bias")
@@ -62,7 +63,8 @@ def check_call(x: Tensor, group: Group, on_base: bool, dropout_mode: str) -> Non
     """
     if not _is_usual(x, group, on_base):
         given = ("base_outputs",) if on_base else ("biases", "weights")
-        _check_group(x, group, ("router_biases", *given), may_cast=True)
+        gates = ("gates",) if _has_gates(group) else ()
+        _check_group(x, group, ("router_biases", *given, *gates), may_cast=True)
     check_settings(x, group, dropout_mode)
 
 
@@ -76,7 +78,7 @@ def check_op(x: Tensor, group: Group) -> None:
         raise ValueError("weights must be empty where base_outputs are given")
     if x.dim() != 2:
         raise ValueError(f"x must be [T, K], got shape {tuple(x.shape)}")
-    optional = ("router_biases", "biases", "weights", "base_outputs")
+    optional = ("router_biases", "biases", "weights", "base_outputs", "gates")
     _check_group(x, group, [name for name in optional if getattr(group, name)], False)
     check_settings(x, group, "shared")
     if group.seed is not None:
@@ -99,7 +101,7 @@ def check_backward(grad_ys: Sequence[Tensor], x: Tensor, group: Group, routed: R
         raise ValueError(f"grad_ys must have one entry per linear, {count}, got {len(grad_ys)}")
     experts, rank = group.experts, group.rank
     expected: list[tuple[str, Tensor, tuple[int, ...], torch.dtype]] = [
-        ("hidden", routed.hidden, (count, tokens, rank), wide),
+        ("hidden", routed.hidden, (count, tokens, group.hidden_size), wide),
         ("gate", routed.gate, (count, tokens, experts), wide),
         ("z", routed.z, (count, tokens, experts * rank), x.dtype),
     ]
@@ -143,6 +145,9 @@ def _check_group(x: Tensor, group: Group, given: Sequence[str], may_cast: bool) 
         )
     if len({bias is None for bias in group.router_biases}) > 1:
         raise ValueError("router_biases must be all given or all None, got some of each")
+    rows = [shrink.shape[0] for shrink in group.shrink_weights]
+    if any(count != rows[0] for count in rows):
+        raise ValueError(f"shrink_weights must have one number of rows, got {rows}")
     for name in ("shrink_weights", "expand_weights"):
         dtypes = {value.dtype for value in getattr(group, name)}
         if len(dtypes) > 1:
@@ -161,7 +166,9 @@ def _is_usual(x: Tensor, group: Group, on_base: bool) -> bool:
         biases = group.router_biases if on_base else group.biases
         of_adapters = shrinks[0].dtype, expands[0].dtype
         _, experts, rank = expands[0].shape
-        rows = rank + experts, shape[-1]
+        rows = shrinks[0].shape
+        if rows[1] != shape[-1] or rows[0] - experts not in (rank, experts * rank) or group.gates:
+            return False
         for base, bias, shrink, expand, router_bias in zip(
             bases, biases, shrinks, expands, group.router_biases, strict=True
         ):
@@ -199,12 +206,37 @@ def check_settings(x: Tensor, group: Group, dropout_mode: str) -> None:
         raise TypeError(
             f"scaling, temperature and dropout_p must be numbers, got {kinds}"
         ) from None
+    if group.top_k != 0 or group.gates:
+        _check_routing(group)
     if group.dropout_p > 0.0:
         _check_seed(group.seed, x)
     if dropout_mode not in DROPOUT_MODES:
         raise ValueError(f"dropout_mode must be one of {DROPOUT_MODES}, got {dropout_mode!r}")
     if group.backend not in BACKENDS:
         raise ValueError(f"backend must be one of {BACKENDS}, got {group.backend!r}")
+
+
+def _has_gates(group: Group) -> bool:
+    """Whether gates are given, of whatever type they are."""
+    return not (isinstance(group.gates, (list, tuple)) and len(group.gates) == 0)
+
+
+def _check_routing(group: Group) -> None:
+    """What chooses among experts: numbers of a router, or gates that take its place."""
+    top_k, experts = group.top_k, group.experts
+    if top_k != 0:
+        if isinstance(top_k, bool) or not isinstance(top_k, int):
+            raise TypeError(f"top_k must be an int, got {type(top_k).__name__}")
+        if not 1 <= top_k <= experts:
+            raise ValueError(f"top_k must be 0 (all) or in [1, M] = [1, {experts}], got {top_k}")
+    if not group.gates:
+        return
+    if any(bias is not None for bias in group.router_biases):
+        raise ValueError("router_bias must be None where gates are given: there is no router")
+    if top_k:
+        raise ValueError(f"top_k must be 0 where gates are given, got {top_k}")
+    if group.temperature != 1.0:
+        raise ValueError(f"temperature must be 1 where gates are given, got {group.temperature}")
 
 
 def check_dropout(x: Any, p: Any, seed: Any) -> None:
@@ -269,10 +301,14 @@ def _check_shapes(given: dict[str, Tensor], x: Tensor, where: str) -> None:
     features, experts, rank = expand
     if rank < 1 or experts < 1:
         raise ValueError(f"expand_weight{where} [N, M, r] needs M >= 1 and r >= 1, got {expand}")
-    shrink = given["shrink_weight"].shape
-    if x.dim() < 1 or shrink != (rank + experts, x.shape[-1]):
+    shrink, routed = given["shrink_weight"].shape, 0 if "gates" in given else experts
+    counts = rank + routed, experts * rank + routed
+    if x.dim() < 1 or shrink not in [(count, x.shape[-1]) for count in counts]:
+        rule = "[r + M, K] = [{}, K] or [M r + M, K] = [{}, K]"
+        if not routed:  # no router's rows
+            rule = "[r, K] = [{}, K] or [M r, K] = [{}, K], as gates are given,"
         raise ValueError(
-            f"shrink_weight{where} must be [r + M, K] = [{rank + experts}, K] for x [..., K], "
+            f"shrink_weight{where} must be {rule.format(*counts)} for x [..., K], "
             f"got {tuple(shrink)} and x {tuple(x.shape)}"
         )
     on_base = (*x.shape[:-1], features)
@@ -281,6 +317,7 @@ def _check_shapes(given: dict[str, Tensor], x: Tensor, where: str) -> None:
         "bias": ((features,), "[N] = {}"),
         "router_bias": ((experts,), "[M] = {}"),
         "base_output": (on_base, f"{on_base}"),
+        "gates": ((*x.shape[:-1], experts), f"[..., M] = {(*x.shape[:-1], experts)}"),
     }
     for name, (shape, rule) in rules.items():
         if name in given and given[name].shape != shape:

@@ -111,22 +111,23 @@ REGISTERED = Implementation(_registered_forward, _registered_backward)
 _GROUP = (
     "Tensor[] weights, Tensor?[] biases, Tensor[] base_outputs, Tensor[] shrink_weights, "
     "Tensor[] expand_weights, Tensor?[] router_biases, float scaling, float temperature, "
-    "float dropout_p, Tensor? seed, str backend"
+    "float dropout_p, Tensor? seed, str backend, Tensor[] gates, int top_k"
 )
 _SCHEMAS = (
     f"moe_lora_forward(Tensor x, {_GROUP}) -> (Tensor[] ys, Tensor hidden, Tensor gate, Tensor z)",
     f"moe_lora_backward(Tensor[] grad_ys, Tensor x, {_GROUP}, Tensor hidden, Tensor gate, "
-    "Tensor z, bool needs_x, bool needs_shrink, bool needs_expand, bool needs_router_bias) "
-    "-> (Tensor grad_x, Tensor[] grad_shrink, Tensor[] grad_expand, Tensor[] grad_router_bias)",
+    "Tensor z, bool needs_x, bool needs_shrink, bool needs_expand, bool needs_router_bias, "
+    "bool needs_gates) -> (Tensor grad_x, Tensor[] grad_shrink, Tensor[] grad_expand, "
+    "Tensor[] grad_router_bias, Tensor[] grad_gates)",
 )
 _library = torch.library.Library("floe", "FRAGMENT")
 for _schema in _SCHEMAS:
     _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
 
 # What an op gives: of the forward (ys, hidden, gate, z), of the backward (grad_x, grad_shrink,
-# grad_expand, grad_router_bias).
+# grad_expand, grad_router_bias, grad_gates).
 _Forward = tuple[list[Tensor], Tensor, Tensor, Tensor]
-_Backward = tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]
+_Backward = tuple[Tensor, list[Tensor], list[Tensor], list[Tensor], list[Tensor]]
 
 
 @torch.library.impl(_library, "moe_lora_forward", "CompositeExplicitAutograd")
@@ -147,7 +148,7 @@ def _forward_fake(x: Tensor, *described: Any) -> _Forward:
     tokens = x.shape[0]
     return (
         [x.new_empty(tokens, expand.shape[0]) for expand in group.expand_weights],
-        x.new_empty(size, tokens, rank, dtype=wide),
+        x.new_empty(size, tokens, group.hidden_size, dtype=wide),
         x.new_empty(size, tokens, experts, dtype=wide),
         x.new_empty(size, tokens, experts * rank),
     )
@@ -157,10 +158,10 @@ def _checked_backward(
     grad_ys: list[Tensor], x: Tensor, arguments: Sequence[Any]
 ) -> tuple[Group, Routed, Needs]:
     """What a backward works on, of its op's arguments after x."""
-    group, routed = Group(*arguments[:-7]), Routed(*arguments[-7:-4])
+    group, routed = Group(*arguments[:-8]), Routed(*arguments[-8:-5])
     check_op(x, group)
     check_backward(grad_ys, x, group, routed)
-    return group, routed, Needs(*arguments[-4:])
+    return group, routed, Needs(*arguments[-5:])
 
 
 @torch.library.impl(_library, "moe_lora_backward", "CompositeExplicitAutograd")
@@ -171,7 +172,8 @@ def _backward(grad_ys: list[Tensor], x: Tensor, *arguments: Any) -> _Backward:
     routed = Routed(*(tensor.contiguous() for tensor in saved))
     grads = choose(x, group.backend).backward(grad_ys, x, group, routed, needs)
     grad_x = x.new_empty(0) if grads.x is None else grads.x
-    return grad_x, list(grads.shrink), list(grads.expand), list(grads.router_bias)
+    of_adapters = list(grads.shrink), list(grads.expand), list(grads.router_bias)
+    return grad_x, *of_adapters, list(grads.gates)
 
 
 @torch.library.register_fake("floe::moe_lora_backward", lib=_library)
@@ -186,6 +188,7 @@ def _backward_fake(grad_ys: list[Tensor], x: Tensor, *arguments: Any) -> _Backwa
         like(group.shrink_weights, needs.shrink),
         like(group.expand_weights, needs.expand),
         like(group.router_biases, needs.router_bias),
+        like(group.gates, needs.gates),
     )
 
 
@@ -209,7 +212,7 @@ def _forward_flops(x: Shape, *described: Any, **out: Any) -> int:
 @register_flop_formula(torch.ops.floe.moe_lora_backward)  # type: ignore[untyped-decorator]
 def _backward_flops(grad_ys: Any, x: Shape, *arguments: Any, **out: Any) -> int:
     weights, _, _, shrink_weights, expand_weights, *_ = arguments
-    return count_gradients(x, weights, shrink_weights, expand_weights, Needs(*arguments[-4:]))
+    return count_gradients(x, weights, shrink_weights, expand_weights, Needs(*arguments[-5:]))
 
 
 def count_products(x: Shape, matrices: Shapes) -> int:
@@ -221,6 +224,6 @@ def count_gradients(
     x: Shape, weights: Shapes, shrink_weights: Shapes, expand_weights: Shapes, needs: Needs
 ) -> int:
     """FLOPs of the backward's products."""
-    of_rows = needs.x or needs.shrink or needs.router_bias
-    products = [*expand_weights] * (of_rows + needs.expand) + [*shrink_weights] * needs.shrink
+    of_z = needs.products or needs.gates
+    products = [*expand_weights] * (of_z + needs.expand) + [*shrink_weights] * needs.shrink
     return count_products(x, products + [*shrink_weights, *weights] * needs.x)

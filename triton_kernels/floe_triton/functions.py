@@ -12,7 +12,7 @@ those of the plain-torch definition, which then runs in place of the ops.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import chain, pairwise, repeat
 from typing import Any, NamedTuple
 
 import torch
@@ -37,13 +37,15 @@ def moe_lora(
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
     router_bias: Tensor | None = None,
+    gates: Tensor | None = None,
     temperature: float = 1.0,
+    top_k: int = 0,
     dropout_mode: str = "shared",
     backend: str = "auto",
 ) -> Tensor:
     """Frozen linear plus routed low-rank experts.
 
-    Differentiable in x, shrink_weight, expand_weight and router_bias. Equals
+    Differentiable in x, shrink_weight, expand_weight, router_bias and gates. Equals
     :func:`floe_triton.reference.moe_lora`:
     ``y = x W^T + b + scaling * sum_i softmax(x R^T)_i * (dropout(x) A^T) B_i^T`` (FLoE Eq. 1).
 
@@ -51,13 +53,19 @@ def moe_lora(
         x: [..., K], floating point, any strides.
         weight: [N, K], frozen, x's dtype and device.
         bias: [N] or None.
-        shrink_weight: [r + M, K], rows of A then of the router, any float dtype (computed in x's).
+        shrink_weight: [r + M, K], rows of A then of the router, any float dtype (computed in x's);
+            or [M r + M, K], an A for each expert, one below the other, then the router.
         expand_weight: [N, M, r], likewise.
         scaling: alpha / r, applied before the only rounding.
         dropout_p: in [0, 1), in steps of 1/256; the router sees x undropped.
         seed: 0-dim int64 tensor on x's device, needed when dropout_p > 0.
         router_bias: [M], added to the router's logits, or None.
+        gates: [..., M], any float dtype: what the experts are weighted with instead of a softmax.
+            shrink_weight is without the router's rows then, and router_bias, temperature and top_k
+            are not given. [..., M r], a weight for each rank of each expert, if each has its own A.
         temperature: above 0; the logits are divided by it.
+        top_k: a token uses the experts of its top_k largest logits, equal ones by the lower index,
+            and the softmax is over these. 0 is all.
         dropout_mode: "shared": one mask for all experts. "per_expert": a mask each, as in
             HydraLoRA's code; computed by the plain-torch definition.
         backend: "auto", or one of those that :mod:`floe_triton.dispatch` lists.
@@ -71,6 +79,7 @@ def moe_lora(
     """
     adapter = [shrink_weight], [expand_weight], [router_bias]
     group = Group([weight], [bias], [], *adapter, scaling, temperature, dropout_p, seed, backend)
+    group.gates, group.top_k = [] if gates is None else [gates], top_k
     return _run(x, group, False, dropout_mode)[0]
 
 
@@ -84,7 +93,9 @@ def moe_lora_add(
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
     router_bias: Tensor | None = None,
+    gates: Tensor | None = None,
     temperature: float = 1.0,
+    top_k: int = 0,
     dropout_mode: str = "shared",
     backend: str = "auto",
 ) -> Tensor:
@@ -94,6 +105,7 @@ def moe_lora_add(
     """
     adapter = [shrink_weight], [expand_weight], [router_bias]
     group = Group([], [], [base_output], *adapter, scaling, temperature, dropout_p, seed, backend)
+    group.gates, group.top_k = [] if gates is None else [gates], top_k
     return _run(x, group, True, dropout_mode)[0]
 
 
@@ -108,7 +120,9 @@ def moe_lora_group(
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
     router_biases: Sequence[Tensor | None] | None = None,
+    gates: Sequence[Tensor] | None = None,
     temperature: float = 1.0,
+    top_k: int = 0,
     dropout_mode: str = "shared",
     backend: str = "auto",
 ) -> list[Tensor]:
@@ -119,6 +133,7 @@ def moe_lora_group(
     """
     adapters = shrink_weights, expand_weights, _or_none(router_biases, expand_weights)
     group = Group(weights, biases, [], *adapters, scaling, temperature, dropout_p, seed, backend)
+    group.gates, group.top_k = [] if gates is None else gates, top_k
     return _run(x, group, False, dropout_mode)
 
 
@@ -132,13 +147,16 @@ def moe_lora_group_add(
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
     router_biases: Sequence[Tensor | None] | None = None,
+    gates: Sequence[Tensor] | None = None,
     temperature: float = 1.0,
+    top_k: int = 0,
     dropout_mode: str = "shared",
     backend: str = "auto",
 ) -> list[Tensor]:
     """:func:`moe_lora_group` on top of given base outputs [..., N_g]."""
     adapters = shrink_weights, expand_weights, _or_none(router_biases, expand_weights)
     group = Group([], [], base_outputs, *adapters, scaling, temperature, dropout_p, seed, backend)
+    group.gates, group.top_k = [] if gates is None else gates, top_k
     return _run(x, group, True, dropout_mode)
 
 
@@ -155,6 +173,7 @@ def _run(x: Tensor, group: Group, on_base: bool, dropout_mode: str) -> list[Tens
 
     ``on_base``: the caller gave base outputs, not weights and biases.
     """
+    _split_ranks(group)
     check_call(x, group, on_base, dropout_mode)
     group.scaling, group.temperature = float(group.scaling), float(group.temperature)
     group.dropout_p = float(group.dropout_p)
@@ -166,6 +185,8 @@ def _run(x: Tensor, group: Group, on_base: bool, dropout_mode: str) -> list[Tens
         return _define(x, group, dropout_mode)
     rows = _rows(x)
     group.base_outputs = [_rows(base) for base in group.base_outputs]
+    if group.gates:
+        group.gates = [_rows(gates) for gates in group.gates]
     tensors = group.tensors()
     if torch.is_grad_enabled() and _requires_grad(x, *tensors):
         ys = _MoELoRA.apply(group, rows, group.seed, *tensors)
@@ -174,15 +195,34 @@ def _run(x: Tensor, group: Group, on_base: bool, dropout_mode: str) -> list[Tens
     return list(ys) if rows is x else [y.view(*x.shape[:-1], y.shape[-1]) for y in ys]
 
 
+def _split_ranks(group: Group) -> None:
+    """Where gates [..., M r] weight single ranks, make each rank of each expert an expert."""
+    lists = group.gates, group.expand_weights
+    if group.gates == [] or not all(isinstance(tensors, (list, tuple)) for tensors in lists):
+        return
+    if not all(isinstance(tensor, Tensor) for tensor in chain(*lists)):
+        return
+    ranks = {expand.shape[1:].numel() for expand in group.expand_weights}
+    if all(gates.dim() and gates.shape[-1] in ranks for gates in group.gates):
+        group.expand_weights = [expand.flatten(1)[..., None] for expand in group.expand_weights]
+
+
 class _Settings(NamedTuple):
     """What a backward needs of its group, beside the tensors."""
 
     linears: int
     on_base: bool  # base outputs were given, not weights and biases
+    gated: bool  # gates were given, not routers
+    top_k: int
     scaling: float
     temperature: float
     dropout_p: float
     backend: str
+
+    @property
+    def kinds(self) -> int:
+        """How many tensors a linear's adapter has: its gates are one if given."""
+        return 3 + self.gated
 
 
 class _MoELoRA(torch.autograd.Function):
@@ -196,36 +236,38 @@ class _MoELoRA(torch.autograd.Function):
         ctx.settings = _Settings(
             len(group),
             len(group.base_outputs) > 0,
+            len(group.gates) > 0,
+            group.top_k,
             group.scaling,
             group.temperature,
             group.dropout_p,
             group.backend,
         )
         # base outputs and biases are not needed again, and would be kept alive
-        kept = (*group.weights, *tensors[-3 * len(group) :])
+        kept = (*group.weights, *tensors[-ctx.settings.kinds * len(group) :])
         ctx.save_for_backward(x, seed, routed.hidden, routed.gate, routed.z, *kept)
         return tuple(ys)
 
     @staticmethod
     def backward(ctx: Any, *grad_ys: Tensor) -> tuple[Tensor | None, ...]:
         x, seed, hidden, gate, z, *kept = ctx.saved_tensors
-        group, linears = _unpacked(ctx.settings, seed, kept), ctx.settings.linears
+        settings = ctx.settings
+        group, linears, kinds = _unpacked(settings, seed, kept), settings.linears, settings.kinds
         needs_x, needed = ctx.needs_input_grad[1], ctx.needs_input_grad[3:]
-        base, adapters = needed[: -3 * linears], needed[-3 * linears :]
-        on_base = grad_ys if ctx.settings.on_base else [None] * len(base)
+        base, adapters = needed[: -kinds * linears], needed[-kinds * linears :]
+        on_base = grad_ys if settings.on_base else [None] * len(base)
         of_base = [grad if need else None for grad, need in zip(on_base, base, strict=True)]
         if torch.is_grad_enabled() or transformed() or _batched(grad_ys):
             grad_x, *of_adapters = _backward_defined(grad_ys, x, group, (needs_x, *adapters))
             return (None, grad_x, None, *of_base, *of_adapters)
-        by_kind = [adapters[i * linears : (i + 1) * linears] for i in range(3)]
-        needs = Needs(needs_x, *map(any, by_kind))
+        by_kind = [adapters[i * linears : (i + 1) * linears] for i in range(kinds)]
+        needs = Needs(needs_x, *map(any, by_kind), *[False] * (4 - kinds))
         run = dispatch.implementation(x, group, *grad_ys)
         grads = run.backward(list(grad_ys), x, group, Routed(hidden, gate, z), needs)
+        grads_by_kind = grads.shrink, grads.expand, grads.router_bias, grads.gates
         of_adapters = [
             of_kind[g] if need else None
-            for of_kind, needs in zip(
-                (grads.shrink, grads.expand, grads.router_bias), by_kind, strict=True
-            )
+            for of_kind, needs in zip(grads_by_kind, by_kind, strict=False)
             for g, need in enumerate(needs)
         ]
         return (None, grads.x, None, *of_base, *of_adapters)
@@ -233,11 +275,14 @@ class _MoELoRA(torch.autograd.Function):
 
 def _unpacked(settings: _Settings, seed: Tensor | None, kept: Sequence[Any]) -> Group:
     """The group of a backward, without biases and base outputs."""
-    linears, _, scaling, temperature, dropout_p, backend = settings
-    ends = [len(kept) - i * linears for i in (3, 2, 1, 0)]
-    weights, shrinks, expands, routers = (kept[first:end] for first, end in pairwise([0, *ends]))
-    adapters = shrinks, expands, routers
-    return Group(weights, [], [], *adapters, scaling, temperature, dropout_p, seed, backend)
+    linears, kinds = settings.linears, settings.kinds
+    ends = [len(kept) - i * linears for i in range(kinds, -1, -1)]
+    weights, shrinks, expands, routers, *gates = (
+        kept[first:end] for first, end in pairwise([0, *ends])
+    )
+    of_op = settings.scaling, settings.temperature, settings.dropout_p, seed, settings.backend
+    given = gates[0] if gates else []
+    return Group(weights, [], [], shrinks, expands, routers, *of_op, given, settings.top_k)
 
 
 def _batched(grads: Sequence[Tensor]) -> bool:
@@ -256,11 +301,12 @@ def _backward_defined(
     with torch.enable_grad():
         # as copies: one argument may be a function of another, whose gradient is not meant
         x = x.view_as(x)
-        for name in ("weights", "shrink_weights", "expand_weights", "router_biases"):
+        for name in ("weights", "shrink_weights", "expand_weights", "router_biases", "gates"):
             tensors = getattr(group, name)
             setattr(group, name, [t if t is None else t.view_as(t) for t in tensors])
         ys = _define(x, group)
-    inputs = [x, *group.shrink_weights, *group.expand_weights, *group.router_biases]
+    adapters = group.shrink_weights, group.expand_weights, group.router_biases, group.gates
+    inputs = [x, *chain(*adapters)]
     wanted = [t for t, need in zip(inputs, needed, strict=True) if need and t is not None]
     grads = iter(
         torch.autograd.grad(
@@ -281,11 +327,17 @@ def _define(x: Tensor, group: Group, dropout_mode: str = "shared") -> list[Tenso
             dropout_p=group.dropout_p,
             seed=group.seed,
             router_bias=bias,
+            gates=gates,
             temperature=group.temperature,
+            top_k=group.top_k,
             dropout_mode=dropout_mode,
         )
-        for shrink, expand, bias in zip(
-            group.shrink_weights, group.expand_weights, group.router_biases, strict=True
+        for shrink, expand, bias, gates in zip(
+            group.shrink_weights,
+            group.expand_weights,
+            group.router_biases,
+            group.gates or repeat(None, len(group)),
+            strict=True,
         )
     ]
     biases = group.biases or [None] * len(group.weights)

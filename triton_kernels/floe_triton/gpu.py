@@ -9,7 +9,7 @@ forward, T <= 16   split shrink, route + expand of all linears, and per linear: 
 backward           per linear: grad_y, its sums; grad_x, its sum; per linear: frozen product
 =================  ==============================================================================
 
-Groups of more than one linear stack their rows first: one copy of G (r + M) K numbers. Ranks that
+Groups of more than one linear stack their rows first: one copy of G (H + M) K numbers. Ranks that
 the kernels do not serve (:func:`floe_triton.tuning.kernels_serve`) take the library's products
 where those kernels would stand, and so does grad_y where M r is so wide that reading it twice costs
 less than the kernel's parts (:func:`floe_triton.tuning.reads_grad_y_once`). Wide float32 experts,
@@ -70,19 +70,22 @@ def backward(
     if _is_for_torch(x, group, *grad_ys):
         return product_form.backward(grad_ys, x, group, routed, needs)
     x, grad_ys = dense_rows(x), [dense_rows(grad_y) for grad_y in grad_ys]
-    needs_rows = needs.x or needs.shrink or needs.router_bias
-    grads = x.new_empty(x.shape[0], len(group) * (group.rank + group.experts))
+    grads = x.new_empty(x.shape[0], group.row_count)
+    grad_gates = torch.empty_like(routed.gate) if group.gates else None
     expands = [
-        _grad_y(grad_y, group, g, routed, grads, needs.expand, needs_rows)
+        _grad_y(grad_y, group, g, routed, grads, grad_gates, needs)
         for g, grad_y in enumerate(grad_ys)
     ]
     grad_expand = [grad for grad in expands if grad is not None]
-    if not needs_rows:
-        return Gradients(None, [], grad_expand, [])
+    of_gates = []
+    if grad_gates is not None and needs.gates:
+        of_gates = [grad_gates[g].to(given.dtype) for g, given in enumerate(group.gates)]
+    if not needs.products:
+        return Gradients(None, [], grad_expand, [], of_gates)
     grad_x, grad_rows = _grad_x(grad_ys, grads, x, group, needs)
     grad_shrink = [] if grad_rows is None else group.split_rows(grad_rows)
     router_bias = product_form.grad_router_bias(grads, group, needs)
-    return Gradients(grad_x, grad_shrink, grad_expand, router_bias)
+    return Gradients(grad_x, grad_shrink, grad_expand, router_bias, of_gates)
 
 
 def _grad_y(
@@ -91,16 +94,18 @@ def _grad_y(
     g: int,
     routed: Routed,
     grads: Tensor,
-    needs_expand: bool,
-    needs_rows: bool,
+    grad_gates: Tensor | None,
+    needs: Needs,
 ) -> Tensor | None:
-    """Everything that grad_y of linear g is read for: its columns of ``grads``, and dB."""
+    """Everything that grad_y of linear g is read for: its columns of ``grads``, gates', and dB."""
+    needs_z = needs.products or needs.gates
     if _served(group) and _reads_once(grad_y, group):
-        return kernels.backward_y(grad_y, group, g, routed, grads, needs_expand, needs_rows)
-    if needs_rows:
+        needed = needs.expand, needs_z
+        return kernels.backward_y(grad_y, group, g, routed, grads, *needed, grad_gates)
+    if needs_z:
         grad_z = product_form.product_with_experts(grad_y, group, g).to(torch.float32)
-        kernels.route_backward(grad_z[None], group, g, routed, grads)
-    return product_form.grad_of_expand(grad_y, group, g, routed) if needs_expand else None
+        kernels.route_backward(grad_z[None], group, g, routed, grads, grad_gates)
+    return product_form.grad_of_expand(grad_y, group, g, routed) if needs.expand else None
 
 
 def _grad_x(
@@ -141,8 +146,7 @@ def _is_for_torch(x: Tensor, group: Group, *others: Tensor) -> bool:
 
 
 def _served(group: Group) -> bool:
-    rows = len(group) * (group.rank + group.experts)
-    return tuning.kernels_serve(rows, group.experts * group.rank)
+    return tuning.kernels_serve(group.row_count, group.experts * group.rank)
 
 
 def _reads_once(grad_y: Tensor, group: Group) -> bool:

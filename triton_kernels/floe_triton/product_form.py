@@ -17,6 +17,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from floe_triton import reference
 from floe_triton.dropout import keyed_dropout
 from floe_triton.group import Gradients, Group, Needs, Routed
 
@@ -40,9 +41,9 @@ def backward(
     grad_expand = [
         grad_of_expand(grad_y, group, g, routed) for g, grad_y in enumerate(grad_ys) if needs.expand
     ]
-    if not (needs.x or needs.shrink or needs.router_bias):
-        return Gradients(None, [], grad_expand, [])
-    grads = grads_of_products(grad_ys, group, routed)
+    if not (needs.products or needs.gates):
+        return Gradients(None, [], grad_expand, [], [])
+    grads, grad_gates = grads_of_products(grad_ys, group, routed)
     narrow = grads.to(x.dtype)
     grad_shrink, grad_x = [], None
     if needs.shrink:
@@ -50,7 +51,13 @@ def backward(
         grad_shrink = group.split_rows(rows.to(group.shrink_weights[0].dtype))
     if needs.x:
         grad_x = add_frozen_gradients(adapter_grad_x(narrow, x, group), grad_ys, group)
-    return Gradients(grad_x, grad_shrink, grad_expand, grad_router_bias(grads, group, needs))
+    return Gradients(
+        grad_x,
+        grad_shrink,
+        grad_expand,
+        grad_router_bias(grads, group, needs),
+        _as_stored(grad_gates, group.gates),
+    )
 
 
 def native_available() -> bool:
@@ -71,6 +78,8 @@ def native_forward(x: Tensor, group: Group) -> tuple[list[Tensor], Routed]:
         group.temperature,
         group.dropout_p,
         group.seed,
+        group.gates,
+        group.top_k,
     )
     return add_frozen(ys, x, group), Routed(*routed)
 
@@ -79,7 +88,7 @@ def native_backward(
     grad_ys: list[Tensor], x: Tensor, group: Group, routed: Routed, needs: Needs
 ) -> Gradients:
     """As :func:`backward`, the experts' part by floe's C++."""
-    grad_x, grad_shrink, grad_expand, grads = torch.ops.floe.moe_lora_experts_backward(
+    grad_x, grad_shrink, grad_expand, grads, grad_gates = torch.ops.floe.moe_lora_experts_backward(
         grad_ys,
         x,
         _as_native_takes(group.shrink_weights, x),
@@ -94,17 +103,19 @@ def native_backward(
         needs.x,
         needs.shrink,
         needs.expand,
+        len(group.gates) > 0,
     )
     return Gradients(
         add_frozen_gradients(grad_x, grad_ys, group) if needs.x else None,
         _as_stored(grad_shrink, group.shrink_weights),
         _as_stored(grad_expand, group.expand_weights),
         grad_router_bias(grads, group, needs),
+        _as_stored(grad_gates, group.gates) if needs.gates else [],
     )
 
 
 def products(x: Tensor, group: Group) -> Tensor:
-    """dropout(x) A^T, then x R^T, of all linears: [T, G (r + M)] in x's dtype."""
+    """dropout(x) A^T, then x R^T, of all linears: [T, G (H + M)] in x's dtype."""
     rows, split = group.shrink_rows().to(x.dtype), group.hidden_rows
     if group.seed is None or group.dropout_p == 0.0:
         return torch.mm(x, rows.T)  # one read of x for A and the router
@@ -115,15 +126,17 @@ def products(x: Tensor, group: Group) -> Tensor:
 def _route(products: Tensor, group: Group, dtype: torch.dtype) -> Routed:
     wide = products.to(torch.promote_types(dtype, torch.float32))
     tokens, size = len(wide), len(group)
-    hidden = wide[:, : group.hidden_rows].view(tokens, size, group.rank).transpose(0, 1)
-    logits = wide[:, group.hidden_rows :].view(tokens, size, group.experts).transpose(0, 1)
-    bias = group.router_bias()
-    if bias is not None:
-        logits = logits + bias.to(wide.dtype)[:, None, :]
-    if group.temperature != 1.0:
-        logits = logits / group.temperature
-    gate = torch.softmax(logits, dim=-1).contiguous()
-    z = ((gate * group.scaling)[..., None] * hidden[:, :, None, :]).flatten(2)
+    hidden = wide[:, : group.hidden_rows].view(tokens, size, group.hidden_size).transpose(0, 1)
+    gate = group.given_gates(wide.dtype)
+    if gate is None:
+        logits = wide[:, group.hidden_rows :].view(tokens, size, group.experts).transpose(0, 1)
+        bias = group.router_bias()
+        if bias is not None:
+            logits = logits + bias.to(wide.dtype)[:, None, :]
+        if group.temperature != 1.0:
+            logits = logits / group.temperature
+        gate = torch.softmax(reference.largest(logits, group.top_k), dim=-1).contiguous()
+    z = ((gate * group.scaling)[..., None] * hidden.unflatten(2, (-1, group.rank))).flatten(2)
     return Routed(hidden.contiguous(), gate, z.to(dtype))
 
 
@@ -148,26 +161,37 @@ def add_frozen_gradients(grad_x: Tensor, grad_ys: list[Tensor], group: Group) ->
     return grad_x
 
 
-def grads_of_products(grad_ys: list[Tensor], group: Group, routed: Routed) -> Tensor:
-    """Gradients of :func:`products`, in the dtype of ``hidden``."""
-    hidden, logits = zip(
+def grads_of_products(
+    grad_ys: list[Tensor], group: Group, routed: Routed
+) -> tuple[Tensor, Sequence[Tensor]]:
+    """Gradients of :func:`products`, in the dtype of ``hidden``; and those of given gates."""
+    hidden, gates = zip(
         *(grads_of_routing(grad_y, group, g, routed) for g, grad_y in enumerate(grad_ys)),
         strict=True,
     )
-    return torch.cat([*hidden, *logits], dim=1)
+    if group.gates:
+        return torch.cat(hidden, dim=1), gates
+    logits = [
+        _grad_of_softmax(gate, grad, group) for gate, grad in zip(routed.gate, gates, strict=True)
+    ]
+    return torch.cat([*hidden, *logits], dim=1), []
 
 
 def grads_of_routing(grad_y: Tensor, group: Group, g: int, routed: Routed) -> tuple[Tensor, Tensor]:
-    """Of linear g: the gradients of hidden [T, r] and of the router's logits [T, M]."""
-    hidden, gate = routed.hidden[g], routed.gate[g]
+    """Of linear g: the gradients of hidden [T, H] and of the gates [T, M]."""
+    gate, hidden = routed.gate[g], routed.hidden[g].unflatten(1, (-1, group.rank))
     grad_z = product_with_experts(grad_y, group, g).to(hidden.dtype).mul_(group.scaling)
     grad_z = grad_z.view(-1, group.experts, group.rank)
-    grad_hidden = (gate[:, :, None] * grad_z).sum(1)
-    grad_gate = (grad_z * hidden[:, None, :]).sum(2)
+    grad_gate = (grad_z * hidden).sum(2)
+    grad_hidden = gate[:, :, None] * grad_z  # [T, M, r]
+    shared = group.hidden_size == group.rank
+    return grad_hidden.sum(1) if shared else grad_hidden.flatten(1), grad_gate
+
+
+def _grad_of_softmax(gate: Tensor, grad_gate: Tensor, group: Group) -> Tensor:
+    """The logits' gradients [T, M], the temperature included."""
     grad_logits = gate * (grad_gate - (gate * grad_gate).sum(1, keepdim=True))
-    return grad_hidden, (
-        grad_logits if group.temperature == 1.0 else grad_logits / group.temperature
-    )
+    return grad_logits if group.temperature == 1.0 else grad_logits / group.temperature
 
 
 def product_with_experts(grad_y: Tensor, group: Group, g: int) -> Tensor:
@@ -182,7 +206,7 @@ def grad_of_expand(grad_y: Tensor, group: Group, g: int, routed: Routed) -> Tens
 
 
 def grads_of_rows(grads: Tensor, x: Tensor, group: Group) -> Tensor:
-    """Gradients of :meth:`Group.shrink_rows`, [G (r + M), K] in x's dtype, from the products'."""
+    """Gradients of :meth:`Group.shrink_rows`, [G (H + M), K] in x's dtype, from the products'."""
     split = group.hidden_rows
     if group.seed is None or group.dropout_p == 0.0:
         return torch.mm(grads.T, x)

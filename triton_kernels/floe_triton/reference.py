@@ -85,16 +85,29 @@ def gate(
     router_weight: Tensor,
     router_bias: Tensor | None = None,
     temperature: float = 1.0,
+    top_k: int = 0,
 ) -> Tensor:
     """``softmax((x R^T + bias) / temperature)`` over the experts: [..., M].
 
-    In float32 (float64 for float64 input).
+    In float32 (float64 for float64 input). With ``top_k`` > 0, over the ``top_k`` experts of the
+    largest logits alone, equal ones by the lower index; the others' weights are exactly 0.
     """
     wide = torch.promote_types(x.dtype, torch.float32)
     logits = (x @ router_weight.to(x.dtype).T).to(wide)
     if router_bias is not None:
         logits = logits + router_bias.to(wide)
-    return torch.softmax(logits / temperature, dim=-1)
+    return torch.softmax(largest(logits / temperature, top_k), dim=-1)
+
+
+def largest(logits: Tensor, top_k: int) -> Tensor:
+    """``logits`` [..., M], all but the ``top_k`` largest -inf, equal ones by the lower index.
+
+    As they are for ``top_k`` 0. NaN counts as the largest.
+    """
+    if top_k == 0:
+        return logits
+    others = logits.argsort(dim=-1, descending=True, stable=True)[..., top_k:]
+    return logits.scatter(-1, others, float("-inf"))
 
 
 def moe_lora(
@@ -108,7 +121,9 @@ def moe_lora(
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
     router_bias: Tensor | None = None,
+    gates: Tensor | None = None,
     temperature: float = 1.0,
+    top_k: int = 0,
     dropout_mode: str = "shared",
 ) -> Tensor:
     """``y = x W^T + b + scaling * sum_i gate_i(x) * (dropout(x) A^T) B_i^T`` (FLoE Eq. 1).
@@ -117,6 +132,10 @@ def moe_lora(
     of A, then of the router; expand_weight [N, M, r]; router_bias [M] or None. The router sees x
     without dropout. One dropout mask serves all experts; with dropout_mode "per_expert", as in
     HydraLoRA's code, expert i draws its own, that of seed + i.
+
+    shrink_weight [M r + M, K] holds an A for each expert, one below the other, then the router.
+    With gates [..., M] there is no router: gate_i(x) is gates[..., i], shrink_weight is without its
+    rows. top_k as in :func:`gate`.
     """
     y = torch.nn.functional.linear(x, weight, bias)
     return y + moe_lora_delta(
@@ -127,7 +146,9 @@ def moe_lora(
         dropout_p=dropout_p,
         seed=seed,
         router_bias=router_bias,
+        gates=gates,
         temperature=temperature,
+        top_k=top_k,
         dropout_mode=dropout_mode,
     )
 
@@ -141,19 +162,25 @@ def moe_lora_delta(
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
     router_bias: Tensor | None = None,
+    gates: Tensor | None = None,
     temperature: float = 1.0,
+    top_k: int = 0,
     dropout_mode: str = "shared",
 ) -> Tensor:
     """The adapter's part of :func:`moe_lora`, expert by expert as the formula is written."""
     _, experts, rank = expand_weight.shape
-    weights = gate(x, shrink_weight[rank:], router_bias, temperature).to(x.dtype)
-    a = shrink_weight[:rank].to(x.dtype)
-    hidden = _dropped(x, dropout_p, seed, 0) @ a.T  # [..., r]
+    router_rows = experts if gates is None else 0
+    a, router = shrink_weight.to(x.dtype).tensor_split([len(shrink_weight) - router_rows])
+    if gates is None:
+        gates = gate(x, router, router_bias, temperature, top_k)
+    weights = gates.to(x.dtype)
+    hidden = _dropped(x, dropout_p, seed, 0) @ a.T  # [..., r], or [..., M r]
     delta = torch.zeros((), dtype=x.dtype, device=x.device)
     for i in range(experts):
         if dropout_mode == "per_expert" and i > 0:
             hidden = _dropped(x, dropout_p, seed, i) @ a.T
-        delta = delta + weights[..., i, None] * (hidden @ expand_weight[:, i].to(x.dtype).T)
+        of_expert = hidden if len(a) == rank else hidden[..., i * rank : (i + 1) * rank]
+        delta = delta + weights[..., i, None] * (of_expert @ expand_weight[:, i].to(x.dtype).T)
     return delta * scaling
 
 

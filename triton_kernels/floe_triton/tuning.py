@@ -51,13 +51,13 @@ def power_of_two(count: int) -> int:
 # Forward
 
 
-def route_pads(rank: int, experts: int, groups: int) -> dict[str, int]:
+def route_pads(hidden: int, experts: int, groups: int) -> dict[str, int]:
     """Padded sizes of `shrink_kernel`'s accumulators: either is at least 16 columns wide."""
     slots = power_of_two(groups)
     return {
         "SLOTS": slots,
         "PAD_EXPERTS": max(power_of_two(experts), 16 // slots),
-        "PAD_RANK": max(power_of_two(rank), 16 // slots),
+        "PAD_HIDDEN": max(power_of_two(hidden), 16 // slots),
     }
 
 
@@ -88,7 +88,7 @@ def routes_apart(pads: dict[str, int]) -> bool:
 
 
 def _shrink_width(pads: dict[str, int]) -> int:
-    return pads["SLOTS"] * (pads["PAD_RANK"] + pads["PAD_EXPERTS"])
+    return pads["SLOTS"] * (pads["PAD_HIDDEN"] + pads["PAD_EXPERTS"])
 
 
 def shrink_span(device: Device, tokens: int, columns: int, blocks: Blocks) -> int:
@@ -102,7 +102,7 @@ def shrink_span(device: Device, tokens: int, columns: int, blocks: Blocks) -> in
 
 def route_blocks(device: Device, tokens: int, pads: dict[str, int]) -> Blocks:
     """Tokens of a tile of `route_kernel`, few enough for hidden and logits to stay in registers."""
-    width = max(pads["PAD_RANK"], pads["PAD_EXPERTS"])
+    width = max(pads["PAD_HIDDEN"], pads["PAD_EXPERTS"])
     block_t = max(8, min(64, 2048 // width, power_of_two(tokens)))
     return Blocks({"BLOCK_T": block_t}, 4, 1)
 
@@ -183,16 +183,17 @@ def decode_span(columns: int, rows: int, blocks: Blocks) -> int:
 
 
 def decode_expand_blocks(
-    device: Device, features: list[int], pads: dict[str, int], itemsize: int
+    device: Device, features: list[int], pads: dict[str, int], itemsize: int, shared: bool = True
 ) -> Blocks:
     """Features of a tile of `decode_expand_kernel`: narrower where programs were too few.
 
-    AT_ONCE parts are loaded together, to wait for memory once.
+    AT_ONCE parts are loaded together, to wait for memory once. ``shared``: one A for all experts.
     """
     if not device.capability:
         return Blocks({"BLOCK_T": 16, "BLOCK_N": 64, "AT_ONCE": 4}, 1, 1)
-    at_once = max(1, min(32, 256 // max(pads["PAD_RANK"], pads["PAD_EXPERTS"])))
     width = pads["PAD_RANK"] * pads["PAD_EXPERTS"]
+    summed = max(pads["PAD_RANK"], pads["PAD_EXPERTS"]) if shared else width
+    at_once = max(1, min(32, 256 // summed))
     wide = sum(-(-count // 64) for count in features) >= device.multiprocessors
     block_n = 64 if wide and width * itemsize <= 256 else 32
     sizes = {"BLOCK_T": 16, "BLOCK_N": block_n, "AT_ONCE": at_once}

@@ -56,7 +56,8 @@ def group_of(rank, experts, linears=1, expand_weights=None, dropout_p=0.0, seed=
     """A group of these sizes and settings; its other tensors are given apart."""
     expands = expand_weights or [torch.empty(0, experts, rank)] * linears
     seed = seed if dropout_p else None
-    return Group([], [], [], [], expands, [], SCALING, TEMPERATURE, dropout_p, seed)
+    shrinks = [torch.empty(rank + experts, 0)] * len(expands)
+    return Group([], [], [], shrinks, expands, [], SCALING, TEMPERATURE, dropout_p, seed)
 
 
 def run_x(grads, x, rows, hidden_rows, dropout_p, needs=(True, True)):

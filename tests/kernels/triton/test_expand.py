@@ -74,7 +74,8 @@ def grad_x_formula(grad_y, weight, grads, rows, group):
 def group_of(rank, experts, dropout_p):
     """A group of one linear of these sizes; its tensors are given apart."""
     expand_weights = [torch.empty(0, experts, rank)]
-    return Group([], [], [], [], expand_weights, [], 1.0, 1.0, dropout_p, SEED)
+    shrink_weights = [torch.empty(rank + experts, 0)]
+    return Group([], [], [], shrink_weights, expand_weights, [], 1.0, 1.0, dropout_p, SEED)
 
 
 @MANY

@@ -49,7 +49,8 @@ def group_of(
     """A group of these sizes and settings; its rows are given apart."""
     routers = [None] * groups if router_bias is None else list(router_bias)
     expands = [torch.empty(0, experts, rank)] * groups
-    return Group([], [], [], [], expands, routers, scaling, temperature, dropout_p, seed)
+    shrinks = [torch.empty(rank + experts, 0)] * groups
+    return Group([], [], [], shrinks, expands, routers, scaling, temperature, dropout_p, seed)
 
 
 def shrink_route(x, rows, group):

@@ -198,9 +198,9 @@ def grad_y_kernel(
 
 @triton.jit
 def route_backward_kernel(
-    parts, hidden, gate, grads, splits, tokens, rows, hidden_column, router_column, scaling,
-    inverse_temperature,
-    EXPERTS: tl.constexpr, RANK: tl.constexpr,
+    parts, hidden, gate, grads, grad_gates, splits, tokens, rows, hidden_column, router_column,
+    scaling, inverse_temperature,
+    EXPERTS: tl.constexpr, RANK: tl.constexpr, HIDDEN: tl.constexpr,
     PAD_EXPERTS: tl.constexpr, PAD_RANK: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     """From the parts [S, T, M r] of grad_z to the gradients of hidden and of the router's products.
@@ -209,6 +209,9 @@ def route_backward_kernel(
 
         dhidden = sum_i gate_i dz_i,    dgate_i = <dz_i, hidden>
         dlogit = gate * (dgate - <gate, dgate>) / temperature
+
+    Where every expert has an A of its own (HIDDEN = M r) dhidden_i is gate_i dz_i, and dgate_i
+    <dz_i, hidden_i>. Of given gates, dgate is the gradient itself: grad_gates [T, M].
     """
     first = tl.program_id(0).to(tl.int64) * BLOCK_T  # within a tile 32 bits address everything
     token, left = tl.arange(0, BLOCK_T), tokens - first
@@ -225,16 +228,26 @@ def route_backward_kernel(
         dz += tl.load(part + offsets, mask=inside, other=0.0)  # [BLOCK_T, PAD_EXPERTS, PAD_RANK]
         part += step
     dz = dz * scaling
-    # [BLOCK_T, PAD_RANK] and [BLOCK_T, PAD_EXPERTS]
-    hiddens = load_tile(hidden + first * RANK, token, left, RANK, rank, RANK)
+    # [BLOCK_T, PAD_EXPERTS]
     weights = load_tile(gate + first * EXPERTS, token, left, EXPERTS, expert, EXPERTS)
-    grad_hidden = tl.sum(dz * weights[:, :, None], axis=1)
-    grad_gate = tl.sum(dz * hiddens[:, None, :], axis=2)
-    mean = tl.sum(weights * grad_gate, axis=1)
-    grad_logit = weights * (grad_gate - mean[:, None]) * inverse_temperature
     grads += first * rows
-    store_tile(grads + hidden_column, token, left, rows, rank, RANK, grad_hidden)
-    store_tile(grads + router_column, token, left, rows, expert, EXPERTS, grad_logit)
+    if HIDDEN == RANK:  # [BLOCK_T, PAD_RANK]
+        hiddens = load_tile(hidden + first * RANK, token, left, RANK, rank, RANK)[:, None, :]
+        grad_hidden = tl.sum(dz * weights[:, :, None], axis=1)
+        store_tile(grads + hidden_column, token, left, rows, rank, RANK, grad_hidden)
+    else:  # [BLOCK_T, PAD_EXPERTS, PAD_RANK]
+        hiddens = tl.load(hidden + first * HIDDEN + offsets, mask=inside, other=0.0)
+        grad_hidden = (dz * weights[:, :, None]).to(grads.dtype.element_ty)
+        at = grads + hidden_column + token[:, None, None] * rows + width[None, :, :]
+        tl.store(at, grad_hidden, mask=inside)
+    grad_gate = tl.sum(dz * hiddens, axis=2)
+    if grad_gates is not None:
+        at = grad_gates + first * EXPERTS
+        store_tile(at, token, left, EXPERTS, expert, EXPERTS, grad_gate)
+    else:
+        mean = tl.sum(weights * grad_gate, axis=1)
+        grad_logit = weights * (grad_gate - mean[:, None]) * inverse_temperature
+        store_tile(grads + router_column, token, left, rows, expert, EXPERTS, grad_logit)
 
 
 @triton.jit
@@ -353,12 +366,13 @@ def backward_y(
     grads: Tensor,
     needs_expand: bool,
     needs_grads: bool,
+    grad_gates: Tensor | None = None,
 ) -> Tensor | None:
     """The gradients of linear g's experts and of its routing, in one read of grad_y.
 
     grad_y [T, N] in bfloat16, float16 or float32; M r at most ``tuning.MAX_WIDTH``. Gives that of
     ``expand_weight`` in its dtype and shape if ``needs_expand``; writes the linear's columns of
-    ``grads`` (see `route_backward`) if ``needs_grads``.
+    ``grads`` and ``grad_gates`` (see `route_backward`) if ``needs_grads``.
     """
     expand_weight, z = group.expand_weights[g], routed.z[g]
     (tokens, features), width = grad_y.shape, z.shape[1]
@@ -396,16 +410,24 @@ def backward_y(
     flops = 2 * tokens * features * width * (needs_grads + needs_expand)
     launch(grad_y_kernel, (feature_tiles, stripes), arguments, constants, blocks, flops)
     if grad_z is not None:
-        route_backward(grad_z, group, g, routed, grads)
+        route_backward(grad_z, group, g, routed, grads, grad_gates)
     _sum_parts(parts, grad_expand)
     return grad_expand
 
 
-def route_backward(grad_z: Tensor, group: Group, g: int, routed: Routed, grads: Tensor) -> None:
-    """Write linear g's columns of ``grads`` [T, G (r + M)]: those of A's products and its router's.
+def route_backward(
+    grad_z: Tensor,
+    group: Group,
+    g: int,
+    routed: Routed,
+    grads: Tensor,
+    grad_gates: Tensor | None = None,
+) -> None:
+    """Write linear g's columns of ``grads`` [T, G (H + M)]: those of A's products and its router's.
 
     grad_z [S, T, M r] float32, contiguous: its sum over S is ``grad_y Bcat``, unscaled. The columns
-    from ``g r`` and from ``G r + g M`` on are written.
+    from ``g H`` and from ``G H + g M`` on are written; where gates are given ``grad_gates[g]`` of
+    [G, T, M] float32 instead of the latter.
     """
     splits, tokens, _ = grad_z.shape
     rank, experts = group.rank, group.experts
@@ -419,15 +441,16 @@ def route_backward(grad_z: Tensor, group: Group, g: int, routed: Routed, grads: 
         "hidden": routed.hidden[g].contiguous(),
         "gate": routed.gate[g].contiguous(),
         "grads": grads,
+        "grad_gates": None if grad_gates is None else grad_gates[g],
         "splits": splits,
         "tokens": tokens,
         "rows": grads.shape[1],
-        "hidden_column": g * rank,
-        "router_column": len(group) * rank + g * experts,
+        "hidden_column": g * group.hidden_size,
+        "router_column": group.hidden_rows + g * experts,
         "scaling": group.scaling,
         "inverse_temperature": 1.0 / group.temperature,
     }
-    constants = {"EXPERTS": experts, "RANK": rank, **pads}
+    constants = {"EXPERTS": experts, "RANK": rank, "HIDDEN": group.hidden_size, **pads}
     grid = (triton.cdiv(tokens, blocks.constants["BLOCK_T"]),)
     launch(route_backward_kernel, grid, arguments, constants, blocks)
 

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from floe_triton import tuning
 from floe_triton.group import Group, Routed
-from floe_triton.kernels.shrink import empty_routed, numbered, pick, sizes
+from floe_triton.kernels.shrink import empty_routed, gates_of, numbered, pick, sizes
 from floe_triton.launch import Blocks, device_of, launch
 
 
@@ -165,8 +165,9 @@ def decode_expand_kernel(
     products, router0, router1, router2, router3, expand0, expand1, expand2, expand3,
     added0, added1, added2, added3, y0, y1, y2, y3, hidden, gate, z,
     features0, features1, features2, features3, tokens, scaling, inverse_temperature,
-    LINEARS: tl.constexpr, EXPERTS: tl.constexpr, RANK: tl.constexpr, PAD_EXPERTS: tl.constexpr,
-    PAD_RANK: tl.constexpr, SPLITS: tl.constexpr, BASE: tl.constexpr, PRECISION: tl.constexpr,
+    LINEARS: tl.constexpr, EXPERTS: tl.constexpr, RANK: tl.constexpr, HIDDEN: tl.constexpr,
+    LOGITS: tl.constexpr, TOP_K: tl.constexpr, PAD_EXPERTS: tl.constexpr, PAD_RANK: tl.constexpr,
+    SPLITS: tl.constexpr, BASE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
     """One linear's routing, and a tile of its ``z Bcat^T`` + bias (or base output, if BASE)."""
@@ -186,30 +187,42 @@ def decode_expand_kernel(
     weight += feature[None, :] * (EXPERTS * RANK) + c_real[:, None]
     mask = inside[:, None] & (feature < features)[None, :]
     weight = tl.load(weight, mask=mask, other=0.0)  # [PAD_EXPERTS PAD_RANK, BLOCK_N]
-    sums = tl.zeros((BLOCK_T, PAD_RANK), tl.float32)
+    # where each of the hidden values that a program sums lies, and that there is one
+    place = rank if HIDDEN == RANK else c_real
+    is_real = is_rank if HIDDEN == RANK else inside
+    sums = tl.zeros((BLOCK_T, place.shape[0]), tl.float32)
     logits = tl.zeros((BLOCK_T, PAD_EXPERTS), tl.float32)
     for first in range(0, SPLITS, AT_ONCE):
         split = first + tl.arange(0, AT_ONCE)[:, None, None]
         real = (split < SPLITS) & is_token[None, :, None]
-        part = products + (split * tokens + token[None, :, None]) * (LINEARS * (RANK + EXPERTS))
-        a = part + linear * RANK + rank[None, None, :]
-        b = part + LINEARS * RANK + linear * EXPERTS + expert[None, None, :]
-        # [AT_ONCE, BLOCK_T, PAD_RANK] and [AT_ONCE, BLOCK_T, PAD_EXPERTS]
-        sums += tl.sum(tl.load(a, mask=real & is_rank[None, None, :], other=0.0), 0)
-        logits += tl.sum(tl.load(b, mask=real & is_expert[None, None, :], other=0.0), 0)
-    # [PAD_EXPERTS]
-    logits += load_picked(linear, router0, router1, router2, router3, expert, is_expert)[None, :]
-    logits = tl.where(is_expert[None, :], logits * inverse_temperature, float("-inf"))
-    odds = tl.exp(logits - tl.max(logits, 1)[:, None])
-    weights = odds / tl.sum(odds, 1)[:, None]
-    routed = (scaling * weights)[:, :, None] * sums[:, None, :]
-    routed = tl.reshape(routed.to(z.dtype.element_ty), (BLOCK_T, PAD_EXPERTS * PAD_RANK))
+        part = products + (split * tokens + token[None, :, None]) * (LINEARS * (HIDDEN + LOGITS))
+        a = part + linear * HIDDEN + place[None, None, :]
+        # [AT_ONCE, BLOCK_T, PAD_RANK or PAD_EXPERTS PAD_RANK]
+        sums += tl.sum(tl.load(a, mask=real & is_real[None, None, :], other=0.0), 0)
+        if LOGITS > 0:
+            b = part + LINEARS * HIDDEN + linear * EXPERTS + expert[None, None, :]
+            # [AT_ONCE, BLOCK_T, PAD_EXPERTS]
+            logits += tl.sum(tl.load(b, mask=real & is_expert[None, None, :], other=0.0), 0)
     row = linear * tokens + token[:, None]
+    gates = gate + row * EXPERTS + expert[None, :]
+    is_gate = is_token[:, None] & is_expert[None, :]
+    if LOGITS == 0:
+        weights = tl.load(gates, mask=is_gate, other=0.0)  # [BLOCK_T, PAD_EXPERTS]
+    else:
+        bias = load_picked(linear, router0, router1, router2, router3, expert, is_expert)
+        logits = (logits + bias[None, :]) * inverse_temperature  # bias [PAD_EXPERTS]
+        weights = gates_of(logits, expert[None, :], EXPERTS, TOP_K)
+    if HIDDEN == RANK:
+        routed = (scaling * weights)[:, :, None] * sums[:, None, :]
+    else:
+        by_expert = tl.reshape(sums, (BLOCK_T, PAD_EXPERTS, PAD_RANK))
+        routed = (scaling * weights)[:, :, None] * by_expert
+    routed = tl.reshape(routed.to(z.dtype.element_ty), (BLOCK_T, PAD_EXPERTS * PAD_RANK))
     if tl.program_id(0) == 0:
-        hiddens = hidden + row * RANK + rank[None, :]
-        tl.store(hiddens, sums, mask=is_token[:, None] & is_rank[None, :])
-        gates = gate + row * EXPERTS + expert[None, :]
-        tl.store(gates, weights, mask=is_token[:, None] & is_expert[None, :])
+        hiddens = hidden + row * HIDDEN + place[None, :]
+        tl.store(hiddens, sums, mask=is_token[:, None] & is_real[None, :])
+        if LOGITS > 0:
+            tl.store(gates, weights, mask=is_gate)
         zs = z + row * (EXPERTS * RANK) + c_real[None, :]
         tl.store(zs, routed, mask=is_token[:, None] & inside[None, :])
     # [BLOCK_T, PAD_EXPERTS PAD_RANK] x [PAD_EXPERTS PAD_RANK, BLOCK_N]
@@ -317,7 +330,9 @@ def decode_expand(
         "PRECISION": tuning.precision(),
     }
     device = device_of(products)
-    blocks = tuning.decode_expand_blocks(device, features, pads, routed.z.element_size())
+    shared = group.hidden_size == group.rank
+    itemsize = routed.z.element_size()
+    blocks = tuning.decode_expand_blocks(device, features, pads, itemsize, shared)
     grid = (triton.cdiv(max(features), blocks.constants["BLOCK_N"]), len(group))
     flops = 2 * tokens * sum(features) * group.experts * group.rank
     launch(decode_expand_kernel, grid, arguments, constants, blocks, flops)
