@@ -22,8 +22,7 @@ _HOMES = {
     "floe.errors": ("DataError", "FileError"),
     "floe.importance.score": ("score",),
     "floe.importance.layer_statistics": ("measure_statistics",),
-    "floe.importance.scores": ("Scores",),
-    "floe.importance.statistics": ("LayerStatistics",),
+    "floe.importance.scores": ("LayerStatistics", "Scores"),
     "floe.ops": (
         "accumulate_fisher_",
         "mask_gradients",

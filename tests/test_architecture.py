@@ -22,7 +22,7 @@ LAYERS = [  # a module imports its own layer and those before it
         "training.memory",
         "training.checkpoints",
     ],
-    ["ops", "importance.scores", "importance.statistics", "selection", "report", "artifacts"],
+    ["ops", "importance.scores", "selection", "report", "artifacts"],
     ["decoder_blocks", "adapters.linear", "adapters.shared_input"],
     ["adapters", "data"],
     [

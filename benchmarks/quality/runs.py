@@ -26,8 +26,7 @@ from floe.artifacts.schema import document
 from floe.data.batches import TokenRow, fingerprint
 from floe.importance.layer_statistics import measure_statistics
 from floe.importance.score import score
-from floe.importance.scores import Scores
-from floe.importance.statistics import LayerStatistics
+from floe.importance.scores import LayerStatistics, Scores
 from floe.pipeline.inputs import RunInputs
 from floe.pipeline.run_folder import Stage
 from floe.pipeline.select import place

@@ -51,9 +51,8 @@ def adapter_gradients(
 ) -> AdapterGradients:
     """Each sample's gradients of the active adapters, from what a backward pass holds already.
 
-    The gradients are those of :class:`MoELoRALinear` without dropout, formed by batched products of
-    x and grad_y [S, T, .] with the [S, T, r + M] values between them, so no parameter needs
-    autograd: ``dB = G^T z``, ``d[A; R] = [dU, dZ]^T x`` and ``dg = sum z . (G B)``. Samples are
+    Those of :class:`MoELoRALinear` without dropout, by batched products: ``dB = G^T z``,
+    ``d[A; R] = [dU, dZ]^T x`` and ``dg = sum z . (G B)``. No parameter needs autograd. Samples are
     taken a few at a time to bound memory.
 
     Args:

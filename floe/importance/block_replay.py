@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from floe.data.loss import losses, token_mask
+from floe.data.batches import accepts_logits_to_keep
+from floe.data.loss import losses, on_device, token_mask
 from floe.decoder_blocks import Block
 from floe.types import Batch
 
@@ -83,6 +84,19 @@ class CallRecorder:
         if id(value) not in self._moved:
             self._moved[id(value)] = (value, value.detach().cpu())
         return self._moved[id(value)][1]
+
+
+def record_calls(model: nn.Module, blocks: list[Block], batch: Batch) -> tuple[list[Call], Tensor]:
+    """One forward: the blocks' calls without hidden states, and the first's input, [S, T, d]."""
+    fewest = {"logits_to_keep": 1} if accepts_logits_to_keep(model) else {}
+    inputs = on_device(batch, model) | fewest
+    inputs.pop("labels", None)
+    with CallRecorder(blocks, keep={0}) as recorder:
+        model(**inputs, use_cache=False)
+        calls = recorder.take()
+    hidden, calls[0].hidden = calls[0].hidden, None
+    assert hidden is not None
+    return calls, hidden
 
 
 def record_backward(

@@ -94,13 +94,13 @@ class Workbook:
     def work(
         self, names: Sequence[str], build: Callable[[int], Arrays], first_worker: int = 0
     ) -> None:
-        """Do this worker's pieces: ``build(place in names)`` returns one's arrays."""
+        """Do this worker's pieces: ``build(place in names)`` returns the arrays of a piece."""
+        header = {"format": _FORMAT, "meta": {"identity": self.identity}}
         for place, name in self.missing(names, first_worker):
             arrays = build(place)
             if self.folder is None:
                 self._kept[name] = arrays
             else:
-                header = {"format": _FORMAT, "meta": {"identity": self.identity}}
                 save_arrays(self.folder / f"{name}.npz", "piece", header, arrays)
 
     def wait(self) -> None:

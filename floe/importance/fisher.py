@@ -47,6 +47,13 @@ class Fisher:
         """``module`` summed over projections, [L] float64."""
         return None if self.module is None else self.module.sum(axis=1)
 
+    @property
+    def fields_of_scores(self) -> dict[str, Any]:
+        """The fields of Scores that these sums and rows are."""
+        sums = ("head", "neuron", "adapter", "module")
+        rest = {name: getattr(self, name) for name in ("head_mean", "neuron_mean", *_PER_ROW)}
+        return rest | {f"{name}_fisher": getattr(self, name) for name in sums}
+
 
 @dataclass(frozen=True)
 class FisherPlan:

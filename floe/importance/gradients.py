@@ -36,10 +36,9 @@ Sink = Callable[[Tensor, Tensor], None]
 class RowGradients:
     """S rows' gradients; L layers, H heads, I neurons, P projections; None where not asked.
 
-    ``head`` [S, L, H] and ``neuron`` [S, L, I] float64: d L_n / d m of row n. ``adapter`` [S, L, P]
-    float64: || d L_n / d phi ||^2 of the adapter of projection p in layer k, 0 where there is none;
-    ``gate`` [S, L, P] float64: d L_n / d g of a factor g = 1 on what that adapter adds. ``tokens``
-    [S] int64: labels in the loss.
+    All float64: ``head`` [S, L, H] and ``neuron`` [S, L, I] d L_n / d m of row n, ``adapter``
+    [S, L, P] its || d L_n / d phi ||^2, 0 where there is none, ``gate`` [S, L, P] d L_n / d g of a
+    factor g = 1 on what an adapter adds. ``tokens`` [S] int64: labels in the loss.
     """
 
     head: Floats | None
@@ -52,10 +51,9 @@ class RowGradients:
 class Capture:
     """Context manager that turns batches into :class:`RowGradients`; one forward and backward each.
 
-    The loss of row n is its mean NLL, and the sum of the rows' losses is backpropagated, so each
-    row's gradient is its own whatever batch it came in. Within the context the model is in eval
-    mode and wholly frozen; on leaving, every flag and hook is as before. Gradient checkpointing
-    keeps working: activations are kept through autograd.
+    The sum of the rows' mean NLLs is backpropagated, so no row's gradient depends on its batch.
+    Within the context the model is in eval mode and frozen; on leaving, every flag and hook is as
+    before. Gradient checkpointing keeps working: activations are kept through autograd.
 
     Args:
         model: causal language model, plain or a PeftModel with floe adapters.
@@ -130,9 +128,7 @@ class Capture:
         return RowGradients(*(joined(field.name) for field in fields(RowGradients)))
 
     def step(self, batch: Batch, numbers: Sequence[int] | None = None) -> RowGradients:
-        """Gradients of one batch's rows.
-
-        ``numbers`` names the rows in errors; None counts on from the batch before.
+        """Gradients of one batch's rows; ``numbers`` names them in errors, None counts on.
 
         Raises:
             ValueError: a row without labels; a loss or gradient that is not finite, named by layer,

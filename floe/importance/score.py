@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
 
@@ -24,10 +25,32 @@ from floe.importance.chunk_store import CHUNK_ROWS, PASS_TOKENS, Workbook
 from floe.importance.fisher import Fisher, FisherPlan
 from floe.importance.scores import Scores
 from floe.importance.taylor import Taylor, TaylorPlan
-from floe.types import Batch, Floats, Progress
+from floe.types import Batch, Progress
 
 TAYLOR_ROWS = 32
 _PACKAGES = ("torch", "transformers", "peft", "numpy")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreOptions:
+    """How :func:`score` measures.
+
+    Attributes:
+        reduction, mask_scope, first_order, keep_samples: see ``FisherPlan``.
+        taylor_kind, taylor_aggregate, taylor_tokens: see ``TaylorPlan``.
+        probe: also measure the adapter Fisher at fresh adapters (B = 0), which needs no warm-up;
+            the adapters are put back bit by bit. seed: of that draw.
+    """
+
+    reduction: str = "sample"
+    mask_scope: str = "base"
+    first_order: bool = False
+    taylor_kind: str = "element"
+    taylor_aggregate: str = "abs_of_mean"
+    taylor_tokens: str = "all"
+    keep_samples: bool = False
+    probe: bool = False
+    seed: int = 41
 
 
 def score(
@@ -35,17 +58,9 @@ def score(
     batches: Iterable[Batch | TokenRow],
     *,
     taylor_batches: Iterable[Batch | TokenRow] | None = None,
-    reduction: str = "sample",
-    mask_scope: str = "base",
-    first_order: bool = False,
-    taylor_kind: str = "element",
-    taylor_aggregate: str = "abs_of_mean",
-    taylor_tokens: str = "all",
-    keep_samples: bool = False,
-    probe: bool = False,
-    seed: int = 41,
     folder: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
+    **options: Any,
 ) -> Scores:
     """Importance of every head, neuron and layer of an adapted model (FLoE Eq. 4-11).
 
@@ -61,75 +76,90 @@ def score(
         batches: calibration rows: dicts passed to the model, with labels, or rows as tokens. The
             same for all workers.
         taylor_batches: rows of the Taylor cost; None = the first 32 of ``batches``.
-        reduction, mask_scope, keep_samples, first_order: see ``FisherPlan``.
-        taylor_kind, taylor_aggregate, taylor_tokens: see ``TaylorPlan``.
-        probe: also measure the adapter Fisher at fresh adapters (B = 0), which needs no warm-up;
-            the adapters are put back bit by bit. seed: of that draw.
         folder: keeps finished chunks, so that a killed measurement continues; needed, and shared,
             with several workers.
         progress: called as progress(done, in all, "fisher", "taylor" or "probe") about this
             worker's part.
+        options: reduction, mask_scope, first_order, taylor_kind, taylor_aggregate, taylor_tokens,
+            keep_samples, probe, seed; see :class:`ScoreOptions`, which has their defaults.
 
     Raises:
         ValueError: the model carries no floe adapters, an unknown option, bad rows or values, or
-            workers that disagree.
+            workers that disagree. TypeError: an argument that is not known.
 
     Warns:
         RuntimeWarning: when a whole kind of score is zero and can rank nothing, or the base is
             quantised and "vector" costs are measured instead of "element" ones.
     """
+    asked = ScoreOptions(**options)
     if not adapted_modules(model):
         raise ValueError("model must carry floe adapters (floe.get_model), got none")
     rows = rows_of(batches)
-    taylor_rows = rows[:TAYLOR_ROWS] if taylor_batches is None else rows_of(taylor_batches)
-    fisher = FisherPlan(
-        model,
-        rows,
-        reduction,
-        mask_scope,
-        adapters=True,
-        keep_samples=keep_samples,
-        first_order=first_order,
-    )
-    taylor = TaylorPlan(model, taylor_rows, taylor_kind, taylor_aggregate, taylor_tokens)
-    fresh = FisherPlan(model, rows, masks=False, adapters=True, scope="full", name="probe")
-    options = {
-        "reduction": reduction,
-        "mask_scope": mask_scope,
-        "seed": seed,
-        "taylor_aggregate": taylor_aggregate,
-        "taylor_loss": taylor_tokens,
-        "taylor_kind_asked": taylor_kind,
-        "taylor_from_calibration": taylor_batches is None,
-        "data": fingerprint(rows),
-        "taylor_data": fingerprint(taylor_rows),
-        "model_values": model_fingerprint(model),
-        "versions": {"floe": floe.__version__} | {n: metadata.version(n) for n in _PACKAGES},
-    }
-    book = Workbook(
-        folder,
-        # Everything that decides the bits of a piece, as far as one program can tell.
-        options
-        | {"fisher": fisher.identity, "taylor": taylor.identity}
-        | {"chunk_rows": CHUNK_ROWS, "pass_tokens": PASS_TOKENS},
-    )
-    taylor.work(book, progress)
-    fisher.work(book, progress)
-    if probe:
-        with fresh_adapters(model, seed):
-            fresh.work(book, progress)
-    book.wait()
-    measured, costs = fisher.result(book), taylor.result(book)
-    drawn = fresh.result(book).adapter if probe else None
-    book.wait()  # a worker may clear the folder when all have read it
-    scores = _scores(measured, costs, _describe(model, measured, costs) | options, drawn)
+    taylor_rows = None if taylor_batches is None else rows_of(taylor_batches)
+    scores = _measure(model, rows, taylor_rows, asked, folder, progress)
     _warn_of_zeros(scores)
-    if costs.quantised and taylor_kind == "element":
+    if scores.meta["base_quantised"] and asked.taylor_kind == "element":
         _warn(
             "taylor_kind is 'vector', not 'element': quantised base weights have no gradient, "
             "the masks on their inputs do"
         )
     return scores
+
+
+def _measure(
+    model: nn.Module,
+    rows: Sequence[TokenRow],
+    taylor_rows: Sequence[TokenRow] | None,
+    options: ScoreOptions,
+    folder: str | os.PathLike[str] | None,
+    progress: Progress | None,
+) -> Scores:
+    """Do this worker's part, wait for the others, and put the scores together."""
+    fisher = FisherPlan(
+        model,
+        rows,
+        options.reduction,
+        options.mask_scope,
+        adapters=True,
+        keep_samples=options.keep_samples,
+        first_order=options.first_order,
+    )
+    kinds = (options.taylor_kind, options.taylor_aggregate, options.taylor_tokens)
+    taylor = TaylorPlan(model, rows[:TAYLOR_ROWS] if taylor_rows is None else taylor_rows, *kinds)
+    fresh = FisherPlan(model, rows, masks=False, adapters=True, scope="full", name="probe")
+    meta: dict[str, Any] = {
+        "reduction": options.reduction,
+        "mask_scope": options.mask_scope,
+        "seed": options.seed,
+        "taylor_aggregate": options.taylor_aggregate,
+        "taylor_loss": options.taylor_tokens,
+        "taylor_kind_asked": options.taylor_kind,
+        "taylor_from_calibration": taylor_rows is None,
+        "data": fingerprint(rows),
+        "taylor_data": fingerprint(taylor.rows),
+        "model_values": model_fingerprint(model),
+        "versions": {"floe": floe.__version__} | {n: metadata.version(n) for n in _PACKAGES},
+    }
+    # Everything that decides the bits of a piece, as far as a program can tell.
+    plans = {"fisher": fisher.identity, "taylor": taylor.identity}
+    sizes = {"chunk_rows": CHUNK_ROWS, "pass_tokens": PASS_TOKENS}
+    book = Workbook(folder, meta | plans | sizes)
+    taylor.work(book, progress)
+    fisher.work(book, progress)
+    if options.probe:
+        with fresh_adapters(model, options.seed):
+            fresh.work(book, progress)
+    book.wait()
+    measured, costs = fisher.result(book), taylor.result(book)
+    drawn = fresh.result(book).adapter if options.probe else None
+    book.wait()  # a worker may clear the folder when all have read it
+    return Scores(
+        head_taylor=costs.head,
+        neuron_taylor=costs.neuron,
+        meta=_describe(model, measured, costs) | meta,
+        probe_fisher=drawn,
+        **measured.fields_of_scores,
+    )
 
 
 @contextmanager
@@ -147,24 +177,6 @@ def fresh_adapters(model: nn.Module, seed: int) -> Iterator[None]:
         with torch.no_grad():
             for parameter, value in saved:
                 parameter.copy_(value)
-
-
-def _scores(fisher: Fisher, taylor: Taylor, meta: dict[str, Any], probe: Floats | None) -> Scores:
-    common = {k: v for k, v in vars(fisher).items() if k in Scores.__dataclass_fields__}
-    assert fisher.head is not None
-    assert fisher.neuron is not None
-    assert fisher.adapter is not None
-    return Scores(
-        fisher.head,
-        fisher.neuron,
-        taylor.head,
-        taylor.neuron,
-        fisher.adapter,
-        meta,
-        probe,
-        fisher.module,
-        **common,
-    )
 
 
 def _warn_of_zeros(scores: Scores) -> None:

@@ -96,7 +96,13 @@ class TaylorPlan:
             groups = [g for chunk in chunks(self.rows) for g in passes(self.rows, chunk)]
             measure = _vector if self._kind() == "vector" else _element
             head, neuron, tokens = measure(self, groups, announce)
-            _check_finite(head, neuron)
+            for kind, values in (("head", head), ("neuron", neuron)):
+                if not np.isfinite(values).all():
+                    layer, unit = np.argwhere(~np.isfinite(values))[0].tolist()
+                    raise ValueError(
+                        f"Taylor cost of {kind} {unit} in layer {layer} must be finite, "
+                        f"got {values[layer, unit]}"
+                    )
             return {"head": head, "neuron": neuron, "tokens": np.array(tokens)}
 
         book.work(["taylor"], build, first_worker=book.count - 1)
@@ -187,10 +193,7 @@ def _block_costs(
     """
     paths = {**block.attention, "o": block.o_proj, **block.mlp, "down": block.down_proj}
     linears = {name: linear_at(model, path) for name, path in paths.items()}
-    costs = {
-        name: WeightCost(linear.weight, name in _COLUMNS, per_row)
-        for name, linear in linears.items()
-    }
+    costs = {n: WeightCost(lin.weight, n in _COLUMNS, per_row) for n, lin in linears.items()}
     for record in records:
         with ExitStack() as hooks:
             for name, linear in linears.items():
@@ -271,13 +274,3 @@ class WeightCost:
             length = self.weight.shape[1] if self.by_column else len(self.weight)
             self._cost = tile.new_zeros(length)
         self._cost[slice(None) if self.by_column else rows] += tile
-
-
-def _check_finite(head: Floats, neuron: Floats) -> None:
-    for kind, values in (("head", head), ("neuron", neuron)):
-        if not np.isfinite(values).all():
-            layer, unit = (int(i) for i in np.argwhere(~np.isfinite(values))[0])
-            raise ValueError(
-                f"Taylor cost of {kind} {unit} in layer {layer} must be finite, "
-                f"got {values[layer, unit]}"
-            )

@@ -20,8 +20,7 @@ from floe.data.rows import sample
 from floe.errors import FileError
 from floe.evaluation import router_statistics
 from floe.importance.layer_statistics import measure_statistics
-from floe.importance.scores import Scores
-from floe.importance.statistics import LayerStatistics
+from floe.importance.scores import LayerStatistics, Scores
 from floe.pipeline import identity
 from floe.pipeline.inputs import RunInputs
 from floe.pipeline.run_folder import Stage

@@ -24,8 +24,7 @@ from floe.artifacts.results import Search, Trial
 from floe.data.batches import TokenRow
 from floe.decoder_blocks import find_blocks, geometry
 from floe.errors import CheckError, DataError, FileError
-from floe.importance.scores import FIELDS, Scores
-from floe.importance.statistics import LayerStatistics
+from floe.importance.scores import FIELDS, LayerStatistics, Scores
 from floe.pipeline.inputs import PARTS, RunInputs
 from floe.pipeline.run_folder import REFUSED
 from floe.pipeline.select import (

@@ -14,8 +14,7 @@ from torch import distributed
 from floe.data.batches import fingerprint, in_batches
 from floe.importance.layer_statistics import measure_statistics
 from floe.importance.score import score
-from floe.importance.scores import Scores
-from floe.importance.statistics import LayerStatistics
+from floe.importance.scores import LayerStatistics, Scores
 from floe.pipeline import identity
 from floe.pipeline.inputs import RunInputs
 from floe.pipeline.run_folder import Stage

@@ -21,8 +21,7 @@ from floe.config import Baseline, Schedule, SearchConfig
 from floe.data.batches import fingerprint
 from floe.decoder_blocks import find_blocks
 from floe.evaluation import evaluate_rows
-from floe.importance.scores import Scores
-from floe.importance.statistics import LayerStatistics
+from floe.importance.scores import LayerStatistics, Scores
 from floe.pipeline import identity, train
 from floe.pipeline.inputs import RunInputs
 from floe.pipeline.run_folder import Stage

@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike
 
 from floe import _native
 from floe.artifacts.schema import IF_SET, Layers, Text, Whole
-from floe.errors import require_all
+from floe.errors import require, require_all
 from floe.selection.masks.solvers import count, number, numbers, solve_mask
 from floe.selection.policies import POLICIES
 from floe.types import Floats, Integers
@@ -147,8 +147,7 @@ def module_scores(scores: Scores, policy: str) -> Floats:
         ValueError: a policy that scores whole layers only, or scores without what it needs.
     """
     known = {name: p.modules for name, p in POLICIES.items() if p.modules is not None}
-    if policy not in known:
-        raise ValueError(f"policy must be one of {tuple(known)} for projections, got {policy!r}")
+    require(policy in known, f"policy must be one of {tuple(known)} for projections", policy)
     values = known[policy](scores)
     if values is None:
         raise ValueError(
@@ -167,8 +166,7 @@ class Saturating:
     r0: float
 
     def __post_init__(self) -> None:
-        if not 0 < number("r0", self.r0) < np.inf:
-            raise ValueError(f"r0 must be > 0 and finite, got {self.r0}")
+        require(0 < number("r0", self.r0) < np.inf, "r0 must be > 0 and finite", self.r0)
 
     def gains(self, layer_scores: ArrayLike, options: Options) -> Floats:
         """The gain of every option in every layer, [L, J] float64."""
@@ -232,8 +230,7 @@ def allocate(
     gains = _gains(gain, scores, options)
     prices = _costs(costs, shape)
     limit, factor = count("budget", budget), count("scale", scale)
-    if factor < 1:
-        raise ValueError(f"scale must be >= 1, got {scale}")
+    require(factor >= 1, "scale must be >= 1", scale)
     # What no choice can avoid paying, or miss, is no part of the problem.
     least = prices.min(axis=1, keepdims=True)
     free, above = limit - int(least.sum()), prices - least
@@ -389,8 +386,7 @@ def _costs(costs: ArrayLike, shape: tuple[int, int]) -> Integers:
             f"costs must have shape [J] = {shape[1:]} or [L, J] = {shape}, got {prices.shape}"
         )
     least, most = int(prices.min()), int(prices.max())
-    if least < 0:
-        raise ValueError(f"costs must be >= 0, got {least}")
+    require(least >= 0, "costs must be >= 0", least)
     if most * shape[0] >= 2**61:
         raise ValueError(f"the layers' costs must sum to less than 2**61, got a cost of {most}")
     return np.ascontiguousarray(np.broadcast_to(prices, shape), dtype=np.int64)

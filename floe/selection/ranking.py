@@ -16,7 +16,7 @@ from typing import Literal, get_args
 import numpy as np
 from numpy.typing import ArrayLike
 
-from floe.errors import require_all
+from floe.errors import require, require_all
 from floe.selection.masks.solvers import count, numbers
 from floe.types import Floats, Integers
 
@@ -91,8 +91,7 @@ def count_layers(layers: int | float, total: int) -> int:
             raise ValueError(f"layers must be in [1, {total}], got {layers}")
         return int(layers)
     fraction = float(layers)
-    if not 0 < fraction <= 1:
-        raise ValueError(f"layers as a fraction must be in (0, 1], got {fraction}")
+    require(0 < fraction <= 1, "layers as a fraction must be in (0, 1]", fraction)
     return max(1, math.ceil(fraction * total - 1e-9))
 
 
@@ -228,8 +227,7 @@ def layer_memory(
     """
     sizes = [count("parameters", size) for size in parameters]
     saved = list(saved_bytes) if isinstance(saved_bytes, Sequence) else [saved_bytes] * len(sizes)
-    if len(saved) != len(sizes):
-        raise ValueError(f"saved_bytes must have {len(sizes)} layers, got {len(saved)}")
+    require(len(saved) == len(sizes), f"saved_bytes must have {len(sizes)} layers", len(saved))
     rows, kept = count("tokens", tokens), [count("saved_bytes", each) for each in saved]
     return [size * ADAM_BYTES + rows * each for size, each in zip(sizes, kept, strict=True)]
 

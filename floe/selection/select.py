@@ -12,6 +12,7 @@ import numpy as np
 
 import floe
 from floe.artifacts.selection import PICKS, Masks, PaperSelection, Selection
+from floe.errors import require
 from floe.selection.masks.determine import (
     BUDGET_PATH,
     GLOBAL,
@@ -40,8 +41,7 @@ from floe.types import Batch, Floats, Progress
 if TYPE_CHECKING:
     from torch import nn
 
-    from floe.importance.scores import Scores
-    from floe.importance.statistics import LayerStatistics
+    from floe.importance.scores import LayerStatistics, Scores
     from floe.selection.masks.tuning import TuningResult
 
 __all__ = ["SelectOptions", "Selection", "select"]
@@ -92,10 +92,8 @@ class SelectOptions:
     def __post_init__(self) -> None:
         object.__setattr__(self, "preset", preset_of(self.preset))
         object.__setattr__(self, "budget", number("budget", self.budget))
-        if self.policy not in POLICIES:
-            raise ValueError(f"policy must be one of {sorted(POLICIES)}, got {self.policy!r}")
-        if self.pick not in PICKS:
-            raise ValueError(f"pick must be one of {PICKS}, got {self.pick!r}")
+        require(self.policy in POLICIES, f"policy must be one of {sorted(POLICIES)}", self.policy)
+        require(self.pick in PICKS, f"pick must be one of {PICKS}", self.pick)
         path = budget_path_of(self.budget_path) if self.score == "path" else ()
         object.__setattr__(self, "budget_path", path)
 
@@ -108,28 +106,23 @@ def select(
     progress: Progress | None = None,
     **options: Any,
 ) -> Selection:
-    """Choose the layers to adapt.
+    """Choose the layers to adapt; ``policy`` decides.
 
-    The paper's masks, layer scores and ranking are computed under ``preset`` whatever ``policy``
-    decides, and stored with their agreement. With ``model`` and ``batches`` the masks also go
-    through the paper's tuning stage where the model's can; else the binary masks are scored,
-    ``tuned`` is False and ``untuned`` says why.
+    The paper's masks, layer scores and ranking are computed and stored beside it. With ``model``
+    and ``batches`` the masks also go through the paper's tuning stage where the model's can; else
+    the binary masks are scored, ``tuned`` is False and ``untuned`` says why.
 
     Args:
         scores: of the model, from floe.score.
-        model: the scored model. batches: calibration rows. Both or none; they load torch.
+        model, batches: the scored model and calibration rows, both or none; they load torch.
         progress: called as progress(done, in all, "tune").
-        options: policy, preset, budget, layers, seed, score, pick, budget_path, layer_memory, tune,
-            tune_tokens, statistics; see :class:`SelectOptions`, which has their defaults.
+        options: policy, preset, budget, layers and so on, see :class:`SelectOptions`.
 
     Raises:
         ValueError: an unknown name, a number out of range, invalid scores, model without batches,
             or masks that cannot be tuned although ``tune`` is True.
-        TypeError: an argument of a wrong type, or none that is known.
-
-    Warns:
-        RuntimeWarning: a score is zero everywhere, so that what depends on it is decided by ties;
-            or the masks of this model cannot be tuned.
+        TypeError: an argument of a wrong type, or one that is not known.
+    Warns RuntimeWarning of scores that are zero everywhere, and of masks that cannot be tuned.
     """
     asked = SelectOptions(**options)
     if asked.tune is not False and (model is None) != (batches is None):
@@ -150,7 +143,7 @@ def select(
     try:
         tuning = tune_masks(
             model,
-            (dict(batch) for batch in batches),
+            batches,
             *binary.masks,
             ridge=preset.ridge,
             bound=preset.bound,
@@ -159,9 +152,8 @@ def select(
         )
     except NotTunable as error:
         if asked.tune:
-            raise ValueError(
-                f"tune=True (select.tune: true) asks for masks that cannot be tuned: {error}"
-            ) from error
+            rule = "tune=True (select.tune: true) asks for masks that cannot be tuned"
+            raise ValueError(f"{rule}: {error}") from error
         text = f"the masks are not tuned, binary ones are scored: {error}"
         warnings.warn(text, RuntimeWarning, stacklevel=2)
         return replace(binary, untuned=str(error))

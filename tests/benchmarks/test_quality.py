@@ -20,7 +20,7 @@ from benchmarks.quality import report
 from benchmarks.quality.report import Cell
 from benchmarks.quality.runs import Run, Settings, Study, check_arm
 from floe.adapters import remove_adapters
-from floe.importance.statistics import LayerStatistics
+from floe.importance.scores import LayerStatistics
 
 ARMS = "adapter_fisher,random,even"
 pytestmark = pytest.mark.filterwarnings("ignore:.*is zero everywhere:RuntimeWarning")

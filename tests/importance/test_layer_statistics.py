@@ -6,7 +6,7 @@ from helpers.importance_models import adapted, assert_untouched, batches, plain,
 from floe.importance.layer_statistics import measure_statistics
 from floe.importance.layer_statistics.weights import lamp_kept
 from floe.importance.score import score
-from floe.importance.statistics import LayerStatistics
+from floe.importance.scores import LayerStatistics
 from floe.selection.policies import POLICIES
 from floe.selection.policies.registry import known_statistics
 from floe.selection.select import select

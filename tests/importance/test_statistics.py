@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from floe.errors import FileError
-from floe.importance.statistics import FORMAT, LayerStatistics
+from floe.importance.scores import FORMAT, LayerStatistics
 from floe.selection.policies.registry import known_statistics
 
 
@@ -126,7 +126,7 @@ def test_headers_of_other_files(tmp_path):
 def test_reading_needs_no_torch(tmp_path):
     LayerStatistics(3, values()).save(tmp_path / "s.npz")
     code = (
-        "import sys; from floe.importance.statistics import LayerStatistics as L; "
+        "import sys; from floe.importance.scores import LayerStatistics as L; "
         "L.load(sys.argv[1]); assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "s.npz")], check=True)

@@ -20,8 +20,7 @@ from floe.adapters import adapted_layers
 from floe.adapters.files import load_adapter
 from floe.config_file import parse_config
 from floe.errors import FileError
-from floe.importance.scores import Scores
-from floe.importance.statistics import LayerStatistics
+from floe.importance.scores import LayerStatistics, Scores
 from floe.pipeline import identity
 from floe.pipeline.run import export_run, run
 from floe.progress import Progress

@@ -11,9 +11,9 @@ from helpers.audit_cases import NEURONS, H, K, L, S, light, make, named, run
 import floe
 from floe.artifacts.audit import Likeness, Spread
 from floe.errors import FileError
-from floe.importance.statistics import LayerStatistics
+from floe.importance.scores import LayerStatistics
 from floe.selection.audit import audit
-from floe.selection.audit.compare import (
+from floe.selection.comparison import (
     SPLITS,
     Options,
     Rows,
@@ -22,7 +22,7 @@ from floe.selection.audit.compare import (
     compare_policies,
     likeness,
     names,
-    result_of,
+    ranked,
     score_layers,
     spread,
 )
@@ -84,9 +84,9 @@ def test_statistics_bring_their_policies():
 
 
 def test_agreement_is_that_of_every_pair():
-    one = result_of("a", np.array([5.0, 4, 3, 2, 1, 0]), 2)
-    other = result_of("b", np.array([4.0, 5, 0, 1, 2, 3]), 2)
-    level = result_of("c", np.ones(6), 2)
+    one = ranked("a", np.array([5.0, 4, 3, 2, 1, 0]), 2)
+    other = ranked("b", np.array([4.0, 5, 0, 1, 2, 3]), 2)
+    level = ranked("c", np.ones(6), 2)
     found = agreement_of((one, other, level))
     d = np.array([0, 1, 2, 3, 4, 5]) - np.array([1, 0, 5, 4, 3, 2])
     assert found.spearman[0][1] == pytest.approx(1 - 6 * (d**2).sum() / (6 * 35))
@@ -101,7 +101,7 @@ def test_agreement_is_that_of_every_pair():
     [([3, 2, 1, 0], 0), ([3, 2, 2, 0], 2), ([2, 2, 1, 0], 0), ([1, 1, 1, 1], 4), ([3, 1, 1, 1], 3)],
 )
 def test_ties_at_the_end_of_the_choice_are_counted(scores, tied):
-    assert result_of("x", np.array(scores, dtype=float), 2).tied == tied
+    assert ranked("x", np.array(scores, dtype=float), 2).tied == tied
 
 
 # rows
@@ -253,7 +253,7 @@ def test_spreads():
     assert spread([None, 3.0]) == Spread(3, 3, 3)
     values = list(range(101))
     assert spread(values) == Spread(50, 5, 95)
-    same = result_of("x", np.arange(4.0), 2)
+    same = ranked("x", np.arange(4.0), 2)
     assert likeness([(same, same)]) == Likeness(Spread(1, 1, 1), Spread(2, 2, 2))
 
 

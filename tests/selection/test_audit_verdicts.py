@@ -11,7 +11,7 @@ from floe.artifacts.audit import Audit
 from floe.artifacts.results import Router, Training
 from floe.artifacts.schema import document, write
 from floe.pipeline.audit import arm_losses
-from floe.selection.audit.verdicts import judge
+from floe.selection.audit import judge
 from floe.storage import read_json, write_json
 
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from floe.importance.statistics import LayerStatistics
+from floe.importance.scores import LayerStatistics
 from floe.selection.policies import POLICIES, PolicyInputs
 from floe.selection.policies.__main__ import with_tables
 from floe.selection.policies.baselines import even_layers

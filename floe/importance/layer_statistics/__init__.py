@@ -13,8 +13,9 @@ import floe
 from floe.data.batches import fingerprint, rows_of
 from floe.data.loss import token_mask
 from floe.decoder_blocks import find_blocks
+from floe.errors import require
 from floe.importance.layer_statistics.weights import adapted_projections, projections
-from floe.importance.statistics import LayerStatistics
+from floe.importance.scores import LayerStatistics
 from floe.selection.policies import POLICIES
 from floe.selection.policies.registry import Measure
 from floe.types import Batch, Floats, Progress
@@ -37,9 +38,8 @@ def measure_statistics(
 ) -> LayerStatistics:
     """What the policies ``names`` need to know about each layer, measured on the model.
 
-    In eval mode with everything frozen; the model is left unchanged. All but gradient_norm,
-    kl_guided, shapley and forward_selection, which need floe adapters, look at the base model
-    alone.
+    In eval mode, frozen; the model is left unchanged. All but gradient_norm, kl_guided, shapley and
+    forward_selection, which need floe adapters, look at the base model alone.
 
     Args:
         model: a causal language model, plain or with floe adapters.
@@ -58,8 +58,7 @@ def measure_statistics(
     """
     wanted, rows = list(dict.fromkeys(names)), list(batches)
     unknown = [name for name in wanted if name not in POLICIES]
-    if unknown:
-        raise ValueError(f"names must be policies of {sorted(POLICIES)}, got {unknown}")
+    require(not unknown, f"names must be policies of {sorted(POLICIES)}", unknown)
     if not rows:
         raise ValueError("batches must hold at least one row, got none")
     options: dict[str, Any] = {"seed": seed, "rank": rank, "keep": keep}

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from floe.adapters.targets import adapted_layers
 from floe.data.loss import IGNORE_INDEX, base_only, evaluating, for_loss, losses, on_device
 from floe.decoder_blocks import find_blocks
+from floe.errors import require
 from floe.importance.layer_statistics.forward import forward_states, starting_at
+from floe.importance.layer_statistics.weights import counted
 from floe.types import Batch, Flags, Floats, Progress
 
 _RIDGE = 1e-9  # of the mean weight: decides only what the sets leave open
@@ -58,8 +60,8 @@ def kl_to_full(
     layers, blocks = _adapted(model), find_blocks(model)
     total, rows = np.zeros(len(blocks)), 0
     with evaluating(model):
-        for done, batch in enumerate(batches, 1):
-            batch = on_device(for_loss(batch, "response"), model)
+        for given in counted(batches, progress, "kl_guided"):
+            batch = on_device(for_loss(given, "response"), model)
             with base_only(model):
                 states = forward_states(model, batch, rows)
             full = _logits(model, batch)
@@ -69,8 +71,6 @@ def kl_to_full(
                     alone = _logits(model, batch)
                 total[block.index] += float(_row_kl(full, alone, batch["labels"]).sum())
             rows += len(states.loss)
-            if progress is not None:
-                progress(done, len(batches), "kl_guided")
     return np.maximum(total / rows, 0.0)
 
 
@@ -99,16 +99,14 @@ def shapley(
     games = np.concatenate([np.zeros((1, players), bool), np.ones((1, players), bool), drawn])
     total, rows = np.zeros(len(games)), 0
     with evaluating(model):
-        for done, batch in enumerate(batches, 1):
-            batch = on_device(for_loss(batch, "response"), model)
+        for given in counted(batches, progress, "shapley"):
+            batch = on_device(for_loss(given, "response"), model)
             for place, game in enumerate(games):
                 closed = [layer for layer, open_ in zip(layers, game, strict=True) if not open_]
                 with closed_adapters(model, closed):
                     loss, _ = losses(model, batch, rows)
                 total[place] += float(loss.sum(dtype=torch.float64))
             rows += len(loss)
-            if progress is not None:
-                progress(done, len(batches), "shapley")
     value = -total / rows
     values = np.zeros(len(find_blocks(model)))
     values[layers] = shapley_values(drawn, value[2:], float(value[0]), float(value[1]))
@@ -140,16 +138,13 @@ def forward_selection(
     """
     closed, total = _adapted(model), len(find_blocks(model))
     most = len(closed) if steps is None else min(steps, len(closed))
-    if most < 1:
-        raise ValueError(f"steps must be >= 1, got {steps}")
+    require(most >= 1, "steps must be >= 1", steps)
     order, joined = [], np.zeros(total)
     with evaluating(model):
-        for step in range(most):
+        for _ in counted(range(most), progress, "forward_selection"):
             loss = _losses_if_opened(model, batches, closed)
             joined[closed] = loss
             order.append(closed.pop(int(np.argmin(loss))))
-            if progress is not None:
-                progress(step + 1, most, "forward_selection")
     order += sorted(closed, key=lambda layer: (joined[layer], layer))
     without = sorted(set(range(total)) - set(order))
     joined[without] = joined.max()
@@ -242,12 +237,10 @@ def _row_kl(full: Tensor, other: Tensor, labels: Tensor) -> Tensor:
     """Mean over a row's predicting positions of KL(full || other), float64 [S]."""
     wanted = labels[:, 1:] != IGNORE_INDEX
     each = [logits[:, :-1][wanted].split(_POSITIONS_AT_ONCE) for logits in (full, other)]
-    parts = [_kl(p, q) for p, q in zip(*each, strict=True)]
+    wide = torch.promote_types(full.dtype, torch.float32)
+    parts = []
+    for pair in zip(*each, strict=True):
+        p, q = (torch.log_softmax(logits.to(wide), -1).double() for logits in pair)
+        parts.append((p.exp() * (p - q)).sum(-1))
     each_row = torch.zeros(wanted.shape, dtype=torch.float64, device=full.device)
     return each_row.masked_scatter(wanted, torch.cat(parts)).sum(1) / wanted.sum(1)
-
-
-def _kl(full: Tensor, other: Tensor) -> Tensor:
-    wide = torch.promote_types(full.dtype, torch.float32)
-    p, q = (torch.log_softmax(logits.to(wide), -1).double() for logits in (full, other))
-    return (p.exp() * (p - q)).sum(-1)

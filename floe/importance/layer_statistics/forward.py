@@ -13,14 +13,16 @@ from torch import Tensor, nn
 
 from floe.data.loss import base_only, evaluating, for_loss, losses, on_device, token_mask
 from floe.decoder_blocks import Block, find_blocks, linear_at
+from floe.errors import require
 from floe.importance.block_replay import (
     Call,
     CallRecorder,
     call_block,
     device_of_block,
     hidden_of,
+    record_calls,
 )
-from floe.importance.layer_statistics.weights import adapted_projections
+from floe.importance.layer_statistics.weights import adapted_projections, counted
 from floe.importance.taylor import is_quantised
 from floe.types import Batch, Floats, Progress
 
@@ -114,22 +116,22 @@ def explained_variance(
     Raises:
         ValueError: rank < 1, a projection that a block lacks, or an input that is not finite.
     """
-    if rank < 1:
-        raise ValueError(f"rank must be >= 1, got {rank}")
+    require(rank >= 1, "rank must be >= 1", rank)
     blocks = find_blocks(model)
     names = adapted_projections(model) if projections is None else projections
     shares = np.zeros((len(blocks), len(names)))
     with evaluating(model), base_only(model):
-        records = [_first_block(model, blocks, batch) for batch in batches]
-        for block in blocks:
-            inputs = _inputs_covariance(model, block, records, names)
+        walks = []
+        for batch in batches:
+            calls, hidden = record_calls(model, blocks, batch)
+            walks.append(_Walk(calls, token_mask(batch).cpu(), hidden))
+        for block in counted(blocks, progress, "eva"):
+            inputs = _inputs_covariance(model, block, walks, names)
             for path, covariance in inputs.items():
                 if not bool(covariance.products.isfinite().all()):
                     raise ValueError(f"inputs of {path} must be finite, got NaN or infinity")
             ratios = {path: covariance.leading(rank) for path, covariance in inputs.items()}
             shares[block.index] = [ratios[_input_of(block, name)] for name in names]
-            if progress is not None:
-                progress(block.index + 1, len(blocks), "eva")
     return shares
 
 
@@ -177,7 +179,7 @@ def angles(
     sums: dict[str, Any] = dict.fromkeys(statistics, 0.0)
     counts = dict.fromkeys(statistics, 0)
     with evaluating(model), base_only(model):
-        for done, batch in enumerate(batches, 1):
+        for batch in counted(batches, progress, "angular"):
             states = forward_states(model, batch)
             real = token_mask(batch).cpu()
             for name in statistics:
@@ -185,8 +187,6 @@ def angles(
                 at = [states.before(layer)[chosen] for layer in range(len(states.calls) + 1)]
                 sums[name] = sums[name] + _sum_of_angles(at)
                 counts[name] += int(chosen.sum())
-            if progress is not None:
-                progress(done, len(batches), "angular")
     means = {name: np.asarray(sums[name] / counts[name] / np.pi) for name in statistics}
     for name, values in means.items():
         if not np.isfinite(values).all():
@@ -222,17 +222,8 @@ class _Walk:
     hidden: Tensor
 
 
-def _first_block(model: nn.Module, blocks: list[Block], batch: Batch) -> _Walk:
-    inputs = {k: v for k, v in on_device(batch, model).items() if k != "labels"}
-    with CallRecorder(blocks, keep={0}) as recorder:
-        model(**inputs, use_cache=False)
-        calls = recorder.take()
-    assert calls[0].hidden is not None
-    return _Walk(calls, token_mask(batch).cpu(), calls[0].hidden)
-
-
 def _inputs_covariance(
-    model: nn.Module, block: Block, records: list[_Walk], names: Sequence[str]
+    model: nn.Module, block: Block, walks: list[_Walk], names: Sequence[str]
 ) -> dict[str, Covariance]:
     """Run a block over all batches; covariances of its distinct inputs, by their first reader."""
     covariances: dict[str, Covariance] = {_input_of(block, name): Covariance() for name in names}
@@ -245,10 +236,10 @@ def _inputs_covariance(
 
         hooks.append(linear_at(model, path).register_forward_pre_hook(hook))
     try:
-        for record in records:
-            real = record.real
-            hidden = record.hidden.to(device_of_block(block))
-            record.hidden = call_block(block, record.calls[block.index], hidden).cpu()
+        for walk in walks:
+            real = walk.real
+            hidden = walk.hidden.to(device_of_block(block))
+            walk.hidden = call_block(block, walk.calls[block.index], hidden).cpu()
     finally:
         for handle in hooks:
             handle.remove()
@@ -257,8 +248,7 @@ def _inputs_covariance(
 
 def _input_of(block: Block, name: str) -> str:
     """Path of the first projection that reads what projection ``name`` reads."""
-    if name not in block.linears:
-        raise ValueError(f"projections must be among {sorted(block.linears)}, got {name!r}")
+    require(name in block.linears, f"projections must be among {sorted(block.linears)}", name)
     path = block.linears[name]
     for group in (block.attention, block.mlp):
         if path in group.values():
@@ -279,7 +269,7 @@ def error_growth(
     blocks = find_blocks(model)
     total, tokens = np.zeros(len(blocks)), 0
     with evaluating(model), base_only(model):
-        for place, batch in enumerate(batches):
+        for place, batch in enumerate(counted(batches, progress, "error_propagation")):
             states = forward_states(model, batch)
             real = token_mask(batch).cpu()
             tokens += int(real.sum())
@@ -290,9 +280,9 @@ def error_growth(
                     moved = call_block(
                         later, states.calls[later.index], moved.to(device_of_block(later))
                     )
-                total[block.index] += _relative_error(moved.cpu(), states.last, real)
-            if progress is not None:
-                progress(place + 1, len(batches), "error_propagation")
+                plain = states.last[real].double()
+                error = (moved.cpu()[real].double() - plain).norm(dim=-1) / plain.norm(dim=-1)
+                total[block.index] += float(error.sum())
     return total / tokens / DISTURBANCE
 
 
@@ -315,12 +305,11 @@ def zeroth_order(
     """
     if is_quantised(model):
         raise ValueError("base weights must be plain floating-point matrices, got quantised ones")
-    if probes < 1:
-        raise ValueError(f"probes must be >= 1, got {probes}")
+    require(probes >= 1, "probes must be >= 1", probes)
     blocks = find_blocks(model)
     slopes, rows = np.zeros((len(blocks), probes)), 0
     with evaluating(model), base_only(model):
-        for done, batch in enumerate(batches, 1):
+        for batch in counted(batches, progress, "coarse_to_fine"):
             states = forward_states(model, batch, rows)
             for block in blocks:
                 weights = [linear_at(model, path).weight for path in block.linears.values()]
@@ -329,8 +318,6 @@ def zeroth_order(
                     with starting_at(blocks, block.index, states):
                         slopes[block.index, probe] += _slope(model, batch, weights, generator)
             rows += len(states.loss)
-            if progress is not None:
-                progress(done, len(batches), "coarse_to_fine")
         norms = [_norm(linear_at(model, p).weight for p in b.linears.values()) for b in blocks]
     return np.asarray(np.array(norms) * np.sqrt(np.square(slopes / rows).mean(axis=1)))
 
@@ -371,9 +358,3 @@ def _disturbed(hidden: Tensor, real: Tensor, generator: torch.Generator) -> Tens
     sizes = hidden.float().norm(dim=-1, keepdim=True) * DISTURBANCE
     moved = hidden.float() + noise * (sizes / noise.norm(dim=-1, keepdim=True))
     return torch.where(real[..., None], moved.to(hidden.dtype), hidden)
-
-
-def _relative_error(moved: Tensor, reference: Tensor, real: Tensor) -> float:
-    """Sum over real tokens of ||moved - reference|| / ||reference||."""
-    plain = reference[real].double()
-    return float(((moved[real].double() - plain).norm(dim=-1) / plain.norm(dim=-1)).sum())

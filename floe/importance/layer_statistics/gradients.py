@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from floe.adapters.targets import adapted_layers
-from floe.data.loss import base_only, evaluating, for_loss, losses, on_device
+from floe.data.loss import base_only, evaluating, for_loss, losses
 from floe.decoder_blocks import Block, find_blocks
 from floe.importance.adapter_gradients import active_adapters
 from floe.importance.block_replay import (
@@ -18,6 +19,7 @@ from floe.importance.block_replay import (
     record_backward,
     replay_backward,
 )
+from floe.importance.layer_statistics.weights import counted
 from floe.importance.score import fresh_adapters
 from floe.types import Batch, Floats, Progress
 
@@ -47,16 +49,12 @@ def gradient_norm(
     with fresh_adapters(model, seed), evaluating(model), torch.enable_grad():
         for parameter in parameters:
             parameter.requires_grad_(True)
-        for done, batch in enumerate(batches, 1):
-            batch = on_device(for_loss(batch, "response"), model)
-            loss, _ = losses(model, batch, rows)
+        for batch in counted(batches, progress, "gradient_norm"):
+            loss, _ = losses(model, for_loss(batch, "response"), rows)
             rows += len(loss)
-            for total, gradient in zip(
-                sums, torch.autograd.grad(loss.sum(), parameters), strict=True
-            ):
+            gradients = torch.autograd.grad(loss.sum(), parameters)
+            for total, gradient in zip(sums, gradients, strict=True):
                 total += gradient.cpu()
-            if progress is not None:
-                progress(done, len(batches), "gradient_norm")
     squares = np.zeros(len(find_blocks(model)))
     for (layer, _), total in zip(experts, sums, strict=True):
         squares[layer] += float(total.square().sum())
@@ -97,40 +95,23 @@ def layer_card(
         for batch in batches:
             records.append(record_backward(model, blocks, for_loss(batch, "response"), rows))
             rows += len(records[-1].real)
-        for done, block in enumerate(reversed(blocks), 1):
+        for block in counted(blocks[::-1], progress, "layer_card"):
             gradient, moment = _moments(block, records)
             if not bool(gradient.isfinite().all() and moment.isfinite().all()):
                 raise ValueError(f"gradients and states of layer {block.index} must be finite")
             energy[block.index] = float(moment.trace())
             normalised[block.index] = (gradient / rows @ _inverse_root(moment)).float().cpu()
-            if progress is not None:
-                progress(done, len(blocks), "layer_card")
     flat = [normalised[layer].flatten() for layer in range(len(blocks))]
     norms = np.array([float(g.double().norm()) for g in flat])
-    return {
-        "residual_norm": norms,
-        "activation_energy": energy,
-        "coupling": _coupling(flat, norms),
-    }
-
-
-def _coupling(flat: list[Tensor], norms: Floats) -> Floats:
-    """Absolute cosines; 0 with a gradient of zero, 1 on the diagonal."""
-    cosines = np.eye(len(flat))
-    for i, gradient in enumerate(flat):
-        for j in range(i):
-            size = norms[i] * norms[j]
-            inner = float(gradient.double() @ flat[j].double())
-            cosines[i, j] = cosines[j, i] = min(1.0, abs(inner) / size) if size else 0.0
-    return cosines
+    coupling = np.eye(len(flat))  # 0 with a gradient of zero
+    for i, j in itertools.combinations(range(len(flat)), 2):
+        size, inner = norms[i] * norms[j], float(flat[i].double() @ flat[j].double())
+        coupling[i, j] = coupling[j, i] = min(1.0, abs(inner) / size) if size else 0.0
+    return {"residual_norm": norms, "activation_energy": energy, "coupling": coupling}
 
 
 def _moments(block: Block, records: list[BackwardRecord]) -> tuple[Tensor, Tensor]:
-    """Sum of g x^T and mean of x x^T over real tokens, [d, d] float64.
-
-    Leaves in every record the gradient of the block's input, which is that of the block before's
-    output.
-    """
+    """Sum of g x^T and mean of x x^T over real tokens, [d, d] float64; a step of the replay."""
     device = device_of_block(block)
     gradient = moment = torch.zeros((), dtype=torch.float64, device=device)
     tokens = 0

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -11,12 +12,23 @@ from torch import Tensor, nn
 
 from floe.adapters.targets import adapted_layers
 from floe.decoder_blocks import find_blocks, linear_at
+from floe.errors import require
 from floe.importance.taylor import is_quantised
-from floe.types import Floats, Integers, Progress
+from floe.types import Floats, Progress
+
+T = TypeVar("T")
 
 _POINTS = 100_000
 _SHIFT = 44  # of a float64's bits: sign, exponent and the mantissa's first 8 are left
 _BINS = 1 << 18  # scores are at most 1, whose bits are 0x3FF0...
+
+
+def counted(items: Sequence[T], progress: Progress | None, what: str) -> Iterator[T]:
+    """The items in turn; ``progress`` is told of each when the next is asked for."""
+    for done, item in enumerate(items, 1):
+        yield item
+        if progress is not None:
+            progress(done, len(items), what)
 
 
 def signal_share(model: nn.Module, progress: Progress | None = None) -> Floats:
@@ -31,10 +43,8 @@ def signal_share(model: nn.Module, progress: Progress | None = None) -> Floats:
         ValueError: quantised weights, a weight that is not finite, or blocks with different
             projections.
     """
-    rows = [
-        [_share_of(weight) for weight in block] for block in _weights(model, progress, "spectrum")
-    ]
-    return np.array(rows, dtype=np.float64)
+    blocks = _weights(model, progress, "spectrum")
+    return np.array([[_share_of(weight) for weight in block] for block in blocks])
 
 
 def projections(model: nn.Module) -> list[str]:
@@ -44,16 +54,13 @@ def projections(model: nn.Module) -> list[str]:
         ValueError: blocks with different projections.
     """
     names = {tuple(block.linears) for block in find_blocks(model)}
-    if len(names) != 1:
-        raise ValueError(f"all blocks must have the same projections, got {sorted(names)}")
+    require(len(names) == 1, "all blocks must have the same projections", sorted(names))
     return list(names.pop())
 
 
 def adapted_projections(model: nn.Module) -> list[str]:
     """Those of :func:`projections` that carry adapters; all of them in a plain model."""
-    adapted = {
-        path.rpartition(".")[2] for modules in adapted_layers(model).values() for path in modules
-    }
+    adapted = {name for modules in adapted_layers(model).values() for name in modules}
     return [name for name in projections(model) if not adapted or name in adapted]
 
 
@@ -64,8 +71,7 @@ def marchenko_pastur_median(ratio: float) -> float:
     Raises:
         ValueError: a ratio out of range.
     """
-    if not 0 < ratio <= 1:
-        raise ValueError(f"ratio must be in (0, 1], got {ratio}")
+    require(0 < ratio <= 1, "ratio must be in (0, 1]", ratio)
     low, high = (1 - ratio**0.5) ** 2, (1 + ratio**0.5) ** 2
     # t = low + (high - low) sin^2 takes the root singularities at both ends out of the density
     angle = (np.arange(_POINTS) + 0.5) * (np.pi / 2 / _POINTS)
@@ -87,20 +93,29 @@ def lamp_kept(model: nn.Module, keep: float = 0.5, progress: Progress | None = N
     Raises:
         ValueError: keep out of range, quantised weights, or a weight that is not finite.
     """
-    if not 0 < keep <= 1:
-        raise ValueError(f"keep must be in (0, 1], got {keep}")
+    require(0 < keep <= 1, "keep must be in (0, 1]", keep)
     counts = np.zeros(_BINS, dtype=np.int64)
     for block in _weights(model, progress, "lamp"):
         for weight in block:
-            counts += _histogram(lamp_scores(weight))
+            counts += torch.bincount(_bins(lamp_scores(weight)), minlength=_BINS).cpu().numpy()
     wanted = max(1, round(keep * int(counts.sum())))
     above = np.cumsum(counts[::-1])[::-1]  # with the bin itself
     edge = int(np.flatnonzero(above >= wanted)[-1])
     rest = wanted - (int(above[edge + 1]) if edge + 1 < _BINS else 0)
-    kept, total, inside = _second_pass(model, edge)
+    above_bin, total = np.zeros((2, len(find_blocks(model))), dtype=np.int64)
+    inside = []  # a layer's scores in the bin
+    for layer, block in enumerate(_weights(model, None, "lamp")):
+        in_bin = []
+        for weight in block:
+            scores = lamp_scores(weight)
+            bins = _bins(scores)
+            above_bin[layer] += int((bins > edge).sum())
+            total[layer] += scores.numel()
+            in_bin.append(scores[bins == edge].cpu().numpy())
+        inside.append(np.concatenate(in_bin))
     threshold = np.sort(np.concatenate(inside))[-rest]
-    kept += [int((scores >= threshold).sum()) for scores in inside]
-    return np.asarray(kept / total, dtype=np.float64)
+    kept = above_bin + [int((scores >= threshold).sum()) for scores in inside]
+    return np.asarray(kept / total)
 
 
 def lamp_scores(weight: Tensor) -> Tensor:
@@ -108,28 +123,6 @@ def lamp_scores(weight: Tensor) -> Tensor:
     squares = weight.detach().flatten().double().square().sort().values
     upwards = squares.flip(0).cumsum(0).flip(0)
     return torch.where(squares > 0, squares / upwards, 0.0)
-
-
-def _second_pass(model: nn.Module, edge: int) -> tuple[Integers, Integers, list[Floats]]:
-    """Per layer: how many scores lie above the bin, how many there are, and those in the bin."""
-    kept, total, inside = [], [], []
-    for block in _weights(model, None, "lamp"):
-        in_bin, above, size = [], 0, 0
-        for weight in block:
-            scores = lamp_scores(weight)
-            bins = _bins(scores)
-            above += int((bins > edge).sum())
-            size += scores.numel()
-            in_bin.append(scores[bins == edge].cpu().numpy())
-        kept.append(above)
-        total.append(size)
-        inside.append(np.concatenate(in_bin))
-    return np.array(kept), np.array(total), inside
-
-
-def _histogram(scores: Tensor) -> Integers:
-    counts: Integers = torch.bincount(_bins(scores), minlength=_BINS).cpu().numpy()
-    return counts
 
 
 def _bins(scores: Tensor) -> Tensor:
@@ -149,20 +142,17 @@ def _share_of(weight: Tensor) -> float:
     return float(min(1.0, signal / total))
 
 
-def _finite_weight(model: nn.Module, path: str) -> Tensor:
-    weight = linear_at(model, path).weight.detach()
-    if not bool(weight.isfinite().all()):
-        raise ValueError(f"weights of {path} must be finite, got NaN or infinity")
-    return weight
-
-
 def _weights(model: nn.Module, progress: Progress | None, what: str) -> Iterator[Iterator[Tensor]]:
     """The projections' weights, block by block."""
     if is_quantised(model):
         raise ValueError("base weights must be plain floating-point matrices, got quantised ones")
-    blocks = find_blocks(model)
     names = projections(model)
-    for block in blocks:
-        yield (_finite_weight(model, block.linears[name]) for name in names)
-        if progress is not None:
-            progress(block.index + 1, len(blocks), what)
+
+    def weight_at(path: str) -> Tensor:
+        weight = linear_at(model, path).weight.detach()
+        if not bool(weight.isfinite().all()):
+            raise ValueError(f"weights of {path} must be finite, got NaN or infinity")
+        return weight
+
+    for block in counted(find_blocks(model), progress, what):
+        yield (weight_at(block.linears[name]) for name in names)

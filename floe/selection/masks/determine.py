@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args, get_type_hints
 
 import numpy as np
 
+from floe.errors import require
 from floe.selection.masks.solvers import (
     MaskSolution,
     Pairs,
@@ -137,8 +138,7 @@ def preset_of(preset: str | Preset) -> Preset:
     """
     if isinstance(preset, Preset):
         return preset
-    if preset not in PRESETS:
-        raise ValueError(f"preset must be one of {sorted(PRESETS)}, got {preset!r}")
+    require(preset in PRESETS, f"preset must be one of {sorted(PRESETS)}", preset)
     return PRESETS[preset]
 
 
@@ -175,8 +175,7 @@ def determine(
     """
     chosen = preset_of(preset)
     fraction = number("budget", budget)
-    if not 0 < fraction <= 1:
-        raise ValueError(f"budget must be a fraction in (0, 1], got {fraction}")
+    require(0 < fraction <= 1, "budget must be a fraction in (0, 1]", fraction)
     values = _values(scores, chosen.first_order)
     units = Units(*values, scores.head_taylor, scores.neuron_taylor)
     with np.errstate(over="ignore"):

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from floe import _native
+from floe.errors import require
 from floe.types import Array, Flags, Floats
 
 Pairs = Literal["same_layer_cross", "same_layer", "all"]
@@ -275,8 +276,7 @@ def flags(name: str, mask: ArrayLike, shape: tuple[int, ...]) -> Flags:
     plain = _plain(name, mask)
     if plain.dtype.kind not in "bfiu":
         raise TypeError(f"{name} must be an array of numbers or booleans, got dtype {plain.dtype}")
-    if plain.shape != shape:
-        raise ValueError(f"{name} must have shape {shape}, got {plain.shape}")
+    require(plain.shape == shape, f"{name} must have shape {shape}", plain.shape)
     if np.isnan(plain).any():
         raise ValueError(f"{name} must be finite, got NaN")
     return np.ascontiguousarray(plain != 0)

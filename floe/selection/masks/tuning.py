@@ -12,8 +12,10 @@ Attention gets an intercept that is fitted and dropped.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,11 +24,11 @@ from torch import Tensor, nn
 
 from floe.adapters.linear import MoELoRALinear, separate_base
 from floe.artifacts.selection import Tuned
-from floe.data.batches import accepts_logits_to_keep
 from floe.data.loss import evaluating, on_device, token_mask
 from floe.decoder_blocks import Block, base_of, find_blocks, geometry, linear_at
+from floe.errors import require
 from floe.importance.adapter_gradients import adapter_output
-from floe.importance.block_replay import Call, CallRecorder, call_block, device_of_block
+from floe.importance.block_replay import Call, call_block, device_of_block, record_calls
 from floe.importance.taylor import is_quantised
 from floe.types import Batch, Floats, Integers, Progress
 
@@ -82,12 +84,9 @@ def tune_masks(
         TypeError, ValueError: a mask that is no array or of a wrong shape or value, an option out
             of range, or no rows.
     """
-    if not 0 <= ridge < float("inf"):
-        raise ValueError(f"ridge must be a number >= 0, got {ridge}")
-    if not bound > 0:
-        raise ValueError(f"bound must be > 0, got {bound}")
-    if max_tokens < 1:
-        raise ValueError(f"max_tokens must be >= 1, got {max_tokens}")
+    require(0 <= ridge < float("inf"), "ridge must be a number >= 0", ridge)
+    require(bound > 0, "bound must be > 0", bound)
+    require(max_tokens >= 1, "max_tokens must be >= 1", max_tokens)
     blocks = find_blocks(model)
     head_mask, neuron_mask = _checked(model, head_mask, neuron_mask, blocks)
     _check_weights(model, blocks)
@@ -122,7 +121,6 @@ def check_tunable(model: nn.Module, batches: Iterable[Batch]) -> None:
             layer = _Layer(model, block, streams, *masks)
             layer.run_teacher()
             for stream, trace in zip(streams, layer.traces, strict=True):
-                assert trace.hidden is not None
                 stream.teacher = trace.hidden
 
 
@@ -243,11 +241,11 @@ class _Trace:
 
     inputs: dict[str, Tensor] = field(default_factory=dict)
     outputs: dict[str, Tensor] = field(default_factory=dict)
-    hidden: Tensor | None = None
+    hidden: Tensor = field(default_factory=lambda: torch.empty(0))
 
 
 class _Stop(Exception):
-    """Leaves a block once the input asked for has been seen."""
+    """Leaves a block once the wanted input was seen."""
 
 
 class _Layer:
@@ -273,7 +271,6 @@ class _Layer:
         """The unmasked block on the teacher's stream; a block without post-norms must add up."""
         for stream in self.streams:
             trace = self._call(stream, stream.teacher, masked=())
-            assert trace.hidden is not None
             total, real = trace.hidden, stream.real
             added = (trace.outputs["attention"] + trace.outputs["ffn"])[real].float()
             error = ((total - stream.teacher)[real].float() - added).norm()
@@ -295,7 +292,7 @@ class _Layer:
         accepted, after = True, before
         if len(kept):
             scale = system.solve(ridge)
-            accepted = bool(scale.isfinite().all()) and bool((scale.abs() <= bound).all())
+            accepted = bool((scale.abs() <= bound).all())  # NaN is not
             if accepted:
                 mask[kept] *= scale.cpu().numpy()
                 after = self._relative(component, system.residual(scale))
@@ -311,8 +308,6 @@ class _Layer:
         """Both streams past this block."""
         for stream, trace in zip(self.streams, self.traces, strict=True):
             student = self._call(stream, stream.student, masked=("attention", "ffn"))
-            assert trace.hidden is not None
-            assert student.hidden is not None
             stream.teacher, stream.student = trace.hidden, student.hidden
 
     def _system(self, component: str, kept: Integers) -> UnitSystem:
@@ -353,7 +348,6 @@ class _Layer:
             return teacher.outputs[component]
         if component == "attention":
             return stream.teacher + teacher.outputs[component] - stream.student
-        assert teacher.hidden is not None
         return teacher.hidden - (stream.student + student.outputs["attention"])
 
     def _call(
@@ -361,60 +355,41 @@ class _Layer:
     ) -> _Trace:
         """The block on ``hidden`` with the masks of ``masked``, up to the input of ``stop``."""
         trace = _Trace()
-        hooks = []
-        for name in ("attention", "ffn"):
-            mask = self._expanded(name) if name in masked else None
-            hooks.append(
-                self.linears[name].register_forward_pre_hook(_enter(trace, name, mask, stop))
-            )
-            hooks.append(self.modules[name].register_forward_hook(_leave(trace, name)))
-        try:
+
+        def enter(name: str, mask: Tensor | None, _module: nn.Module, args: tuple[Any, ...]) -> Any:
+            trace.inputs[name] = args[0]
+            if stop == name:
+                raise _Stop
+            return None if mask is None else (args[0] * mask, *args[1:])
+
+        def leave(name: str, _module: nn.Module, _args: object, output: Tensor) -> None:
+            trace.outputs[name] = output
+
+        with suppress(_Stop), ExitStack() as hooks:
+            for name, linear in self.linears.items():
+                into, module = (
+                    partial(enter, name, self._wide_mask(name, masked)),
+                    self.modules[name],
+                )
+                hooks.callback(linear.register_forward_pre_hook(into).remove)
+                hooks.callback(module.register_forward_hook(partial(leave, name)).remove)
             trace.hidden = call_block(self.block, stream.calls[self.block.index], hidden)
-        except _Stop:
-            pass
-        finally:
-            for hook in hooks:
-                hook.remove()
         return trace
 
-    def _expanded(self, name: str) -> Tensor:
-        """The mask over the projection's input channels, in its dtype."""
+    def _wide_mask(self, name: str, masked: tuple[str, ...]) -> Tensor | None:
+        """The mask over the projection's input channels, in its dtype; None unless ``masked``."""
         linear, mask = self.linears[name], self.masks[name]
         channels = np.repeat(mask, linear.in_features // len(mask))
-        return torch.as_tensor(channels).to(linear.weight)
-
-
-def _enter(trace: _Trace, name: str, mask: Tensor | None, stop: str | None) -> Callable[..., Any]:
-    def hook(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        trace.inputs[name] = args[0]
-        if stop == name:
-            raise _Stop
-        return None if mask is None else (args[0] * mask, *args[1:])
-
-    return hook
-
-
-def _leave(trace: _Trace, name: str) -> Callable[..., None]:
-    def hook(_module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> None:
-        trace.outputs[name] = output
-
-    return hook
+        return torch.as_tensor(channels).to(linear.weight) if name in masked else None
 
 
 def _streams(model: nn.Module, blocks: list[Block], batches: list[Batch]) -> list[_Stream]:
     """Run the model once per batch to learn how its blocks are called."""
-    streams = []
-    device = device_of_block(blocks[0])
-    fewest = {"logits_to_keep": 1} if accepts_logits_to_keep(model) else {}
+    streams, device = [], device_of_block(blocks[0])
     for batch in batches:
-        inputs = on_device(batch, model) | fewest
-        inputs.pop("labels", None)
-        with CallRecorder(blocks, keep={0}) as recorder:
-            model(**inputs, use_cache=False)
-        calls = recorder.take()
-        assert calls[0].hidden is not None
-        hidden = calls[0].hidden.to(device)
-        streams.append(_Stream(calls, token_mask(inputs), hidden, hidden))
+        calls, first = record_calls(model, blocks, batch)
+        hidden, real = first.to(device), token_mask(on_device(batch, model))
+        streams.append(_Stream(calls, real, hidden, hidden))
     return streams
 
 

@@ -1,9 +1,9 @@
 """What a policy is, and the table of all policies, to which every file of this package adds.
 
 A policy's file holds all there is to say about it: its rule, its source, what had to be assumed,
-what it needs, and what was measured of it. Such files must load without torch, so that layers can
-be chosen from saved scores on any machine: what measures statistics on a model is therefore named
-in them as "module:function" (or a function that imports torch inside), and loaded when it runs.
+what it needs, and what was measured of it. It must load without torch, so that layers can be chosen
+from saved scores on any machine: what measures statistics on a model is therefore named as
+"module:function" (or imports torch inside), and loaded when it runs.
 """
 
 from __future__ import annotations
@@ -20,8 +20,7 @@ from floe.errors import require_all
 from floe.types import Floats
 
 if TYPE_CHECKING:
-    from floe.importance.scores import Scores
-    from floe.importance.statistics import LayerStatistics
+    from floe.importance.scores import LayerStatistics, Scores
 
 POLICIES: dict[str, Policy] = {}
 
@@ -70,11 +69,9 @@ def share(shape: str, about: str) -> Statistic:
 class Measure:
     """One look at a model that gives statistics.
 
-    Attributes:
-        by: a function or its "module:function". It gets those of model, batches, statistics (the
-            wanted names), seed, rank, keep, sets, probes, steps and progress that it has parameters
-            for, see measure_statistics; it returns the array, or name -> array if it gives several.
-        gives: name -> statistic.
+    ``by`` is a function or its "module:function". It gets those of model, batches, statistics (the
+    wanted names), seed, rank, keep, sets, probes, steps and progress that it has parameters for,
+    see measure_statistics; it returns the array, or name -> array if it ``gives`` several.
     """
 
     by: str | Callable[..., Any]

@@ -2,10 +2,12 @@
 
 Each is our reading of a published criterion, mostly of its abstract, turned into a ranking of
 layers to adapt. Most were made to find what to prune: we adapt what they would keep, which is an
-assumption of ours. None of this file has been compared in training.
+assumption of ours. Of these, forward_selection alone has been compared in training.
 """
 
 from __future__ import annotations
+
+from math import inf
 
 import numpy as np
 
@@ -223,3 +225,68 @@ def error_propagation(inputs: PolicyInputs) -> Floats:
 def coarse_to_fine(inputs: PolicyInputs) -> Floats:
     """Zeroth-order importance of a block."""
     return inputs.statistic("zeroth_order")
+
+
+# what opening and closing the layers' warmed-up adapters does for the model
+
+
+@policy(
+    measure=Measure(
+        f"{_HOME}.adapters:kl_to_full",
+        {
+            "kl_to_full": Statistic(
+                "L", "nats: KL of all adapters' model to that of layer k's adapters alone"
+            )
+        },
+    ),
+    score=r"minus KL(all adapters \|\| layer k's alone) at the labels, mean over rows",
+    source='"Distilling to hybrid attention models via KL-guided layer selection", '
+    "arXiv 2512.20569, which restores a layer, trains briefly and ranks by the KL to the teacher",
+    assumed="adapters are what is restored, all of them are the teacher, no training for each "
+    "layer",
+    cost="warm-up; 2 + L/2 forwards",
+)
+def kl_guided(inputs: PolicyInputs) -> Floats:
+    """Layers whose adapters alone come nearest to the whole warmed-up model."""
+    return -inputs.statistic("kl_to_full")
+
+
+@policy(
+    measure=Measure(
+        f"{_HOME}.adapters:shapley",
+        {
+            "shapley": Statistic(
+                "L", "nats: share of the loss that layer k's adapters take away", low=-inf
+            )
+        },
+    ),
+    score="Shapley value of layer k's adapters for v(S) = -loss with only S open, from a linear "
+    "surrogate over sets of every size",
+    source='"Pruning as a cooperative game", arXiv 2602.07804, abstract',
+    assumed="adapters instead of layers; Shapley-kernel weights, under which all sets together "
+    "give the exact value; two sets a layer",
+    cost="warm-up; 2 + sets forwards",
+)
+def shapley(inputs: PolicyInputs) -> Floats:
+    """What a layer's adapters add to sets of others."""
+    return inputs.statistic("shapley")
+
+
+@policy(
+    measure=Measure(
+        f"{_HOME}.adapters:forward_selection",
+        {
+            "forward_place": Statistic("L", "when layer k's adapters join, 1 = first"),
+            "forward_loss": Statistic("L", "nats: the loss when they have joined"),
+        },
+    ),
+    score="the order in which opening layers' adapters, one after the other, lowers the loss most",
+    source="forward selection of regression, with adapters for variables",
+    assumed="what the warm-up's adapters do together says what fresh ones on these layers would "
+    "learn",
+    measured="yes: no better than `adapter_fisher` after 60 and 200 steps (three seeds, two mixes)",
+    cost="warm-up; L + L^2/4 forwards, or n (1 + L/2 - n/4) for the first n layers (`steps`)",
+)
+def forward_selection(inputs: PolicyInputs) -> Floats:
+    """Each layer joins those already open."""
+    return -inputs.statistic("forward_place")

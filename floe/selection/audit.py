@@ -1,15 +1,46 @@
-"""What an audit's numbers amount to, as plain sentences by stated thresholds.
+"""The audit of a choice of layers: who agrees, what the rows and the budget decide, what is open.
 
-"solid" is what would come out again on other rows of the same kind, "open" what would not or was
-not shown, "note" what holds in any case. No sentence says that layers are good ones.
+Everything follows from saved scores: no model, no torch. An audit says how far a ranking
+reproduces, never that its layers train better than others. Its verdicts are plain sentences by
+stated thresholds.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
-from floe.artifacts.audit import Audit, Verdicts
-from floe.selection.masks.determine import PRESETS
+import numpy as np
+from numpy.typing import ArrayLike
+
+from floe.artifacts.audit import Audit, Cliff, MaskLoss, PolicyResult, Verdicts
+from floe.artifacts.results import Router
+from floe.errors import require
+from floe.selection.comparison import (
+    NO_ROWS,
+    SPLITS,
+    Options,
+    Rows,
+    agreement_of,
+    bootstrap_policy,
+    budget_presets,
+    compare_policies,
+    names,
+    null_policy,
+    resamplable,
+    subset_policy,
+)
+from floe.selection.masks.determine import PRESETS, determine
+from floe.selection.masks.solvers import count, number
+from floe.selection.ranking import choose_count, count_layers
+from floe.types import Progress
+
+if TYPE_CHECKING:
+    from floe.importance.scores import LayerStatistics, Scores
+
+__all__ = ["Audit", "audit"]
 
 SOLID_DRAWS = 0.9  # share of bootstrap draws
 SOLID_HALVES = 7 / 8  # of the layers that two halves of the rows share
@@ -20,8 +51,129 @@ _SHOWN = 8  # names in one sentence
 Verdict = tuple[str, str]
 
 
+def audit(
+    scores: Scores,
+    *,
+    layers: int | float = 8,
+    policy: str = "adapter_fisher",
+    statistics: LayerStatistics | None = None,
+    router: Iterable[Router] = (),
+    trained_router: Iterable[Router] = (),
+    losses: Mapping[int, ArrayLike] | None = None,
+    budget: float = 0.5,
+    score: str = "soft",
+    seed: int = 41,
+    bootstrap: int = 200,
+    progress: Progress | None = None,
+) -> Audit:
+    """Audit the choice of layers that scores support: the same bits in whatever order of the rows.
+
+    Args:
+        scores: of the model. Their per-sample arrays (floe.score(..., keep_samples=True) for those
+            of masks) are resampled; Taylor costs stay as measured.
+        layers: K, a count or a fraction, as in select.
+        policy: the one that decided, or "masks/<preset>".
+        statistics: of the layers, for the policies that need them.
+        router, trained_router: what floe.evaluation.router_statistics says of
+            the adapter that was scored, and on the one that was trained afterwards.
+        losses: number of layers -> per-row losses of an arm with so many, on the same rows.
+        budget, score: of the masks; see select. seed: of every draw. bootstrap: draws, >= 1.
+        progress: called as progress(done, in all, what is being done).
+
+    Raises:
+        ValueError: an unknown policy or one whose inputs are missing, a number out of range.
+        TypeError: a number that is none.
+    """
+    require(count("bootstrap", bootstrap) >= 1, "bootstrap must be >= 1", bootstrap)
+    fixed = count("seed", seed), number("budget", budget)
+    options = Options(count_layers(layers, scores.layer_count), *fixed, score, statistics)
+    rows = Rows.of(scores)
+    policies, absent = compare_policies(rows.scores, options)
+    require(policy in names(), f"policy must be one of {sorted(names())}", policy)
+    if policy in absent:
+        raise ValueError(f"policy {policy!r} needs {absent[policy]}")
+    result = Audit(
+        layers=scores.layer_count,
+        count=options.count,
+        seed=options.seed,
+        budget=options.budget,
+        score=options.score,
+        rows=rows.count,
+        draws=bootstrap,
+        policy=policy,
+        lacking=absent,
+        **_compared(policy, policies, rows, options, bootstrap, progress),
+        masks=mask_loss(rows.scores, options.budget),
+        routers=tuple(router),
+        trained_routers=tuple(trained_router),
+        cliff=_cliff_of(losses),
+        verdicts={"solid": [], "open": [], "note": []},
+        selection="",
+    )
+    return replace(result, verdicts=judge(result))
+
+
+def _compared(
+    policy: str,
+    policies: Sequence[PolicyResult],
+    rows: Rows,
+    options: Options,
+    draws: int,
+    progress: Progress | None,
+) -> dict[str, Any]:
+    """The parts of an audit that compare: policies, other rows, random orders, other budgets."""
+    missing = {result.name: resamplable(result.name, rows.scores) for result in policies}
+    drawn = [result for result in policies if not missing[result.name]]
+    total, done = max(1, len(drawn) * (draws + SPLITS)), itertools.count(1)
+
+    def tick(part: str) -> None:
+        if progress is not None:  # the budgets' few parts are not in the total
+            progress(min(next(done), total), total, part)
+
+    full = next(result for result in policies if result.name == policy)
+    return {
+        "policies": policies,
+        "agreement": agreement_of(policies),
+        "null": null_policy(full, rows.scores, options),
+        "bootstrap": tuple(bootstrap_policy(p, rows, options, draws, tick) for p in drawn),
+        "subsets": tuple(subset_policy(p, rows, options, tick) for p in drawn),
+        "not_resampled": {name: why for name, why in missing.items() if why not in ("", NO_ROWS)},
+        "budgets": budget_presets(policies, rows.scores, options, tick),
+    }
+
+
+def mask_loss(scores: Scores, budget: float) -> MaskLoss | None:
+    """Diagonal against block Fisher information; None without per-sample mask gradients."""
+    if scores.head_gradient is None or scores.neuron_gradient is None:
+        return None
+    masks = determine(scores, "global", budget)
+    masked, diagonal, block = 0, 0.0, 0.0
+    for gradient, mask in (
+        (scores.head_gradient, masks.head_mask),
+        (scores.neuron_gradient, masks.neuron_mask),
+    ):
+        for layer, closed in enumerate(~mask):
+            pulls = gradient[:, layer, closed].astype(np.float64)
+            masked += int(closed.sum())
+            diagonal += float(np.square(pulls).sum())
+            block += float(np.square(pulls.sum(axis=1)).sum())
+    return MaskLoss(masked, diagonal, block)
+
+
+def _cliff_of(losses: Mapping[int, ArrayLike] | None) -> Cliff | None:
+    if losses is None or len(losses) < 2:
+        return None
+    sweep = choose_count(losses)
+    above, error = sweep.above_full.tolist(), sweep.above_full_error.tolist()
+    return Cliff(sweep.counts, tuple(above), tuple(error), sweep.worse, sweep.cliff)
+
+
 def judge(audit: Audit) -> Verdicts:
-    """The sentences on an audit, by kind: "solid", "open" and "note"."""
+    """The sentences on an audit, by kind.
+
+    "solid" is what would come out again on other rows of the same kind, "open" what would not or
+    was not shown, "note" what holds in any case. No sentence says that layers are good ones.
+    """
     rules = (_rows, _readings, _budgets, _ties, _chance, _together, _routers, _cliff)
     verdicts = [verdict for rule in rules for verdict in rule(audit)]
     last = "An audit shows which choices reproduce; which layers train best, only training shows."
@@ -60,19 +212,13 @@ def _rows(audit: Audit) -> Iterable[Verdict]:
             f"{audit.policy} chooses {len(sure)} of its {audit.count} layers ({_list(sure)}) in at "
             f"least {SOLID_DRAWS:.0%} of {audit.draws} resamples of the rows each.",
         )
-    yield "open", _contested(audit, layers, drawn.probability, drawn.same) + f"; {halves}."
-
-
-def _contested(
-    audit: Audit, layers: Sequence[int], probability: Sequence[float], same: float
-) -> str:
-    """Which layers change places at this number of rows."""
-    doubtful = [k for k in layers if probability[k] < SOLID_DRAWS]
-    rivals = [k for k, p in enumerate(probability) if k not in layers and p > 1 - SOLID_DRAWS]
-    start = f"The whole choice of {audit.policy} comes back in {same:.0%} of the resamples"
-    if not doubtful or not rivals:
-        return start
-    return f"{start}: {audit.rows} rows do not separate {_layers(doubtful)} from {_layers(rivals)}"
+    text = f"The whole choice of {audit.policy} comes back in {drawn.same:.0%} of the resamples"
+    doubtful = [k for k in layers if k not in sure]
+    likely = [k for k, p in enumerate(drawn.probability) if p > 1 - SOLID_DRAWS]
+    rivals = [k for k in likely if k not in layers]
+    if doubtful and rivals:  # which change places at this number of rows
+        text += f": {audit.rows} rows do not separate {_layers(doubtful)} from {_layers(rivals)}"
+    yield "open", f"{text}; {halves}."
 
 
 def _readings(audit: Audit) -> Iterable[Verdict]:

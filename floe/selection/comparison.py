@@ -36,8 +36,7 @@ from floe.selection.ranking import (
 from floe.types import Array, Floats
 
 if TYPE_CHECKING:
-    from floe.importance.scores import Scores
-    from floe.importance.statistics import LayerStatistics
+    from floe.importance.scores import LayerStatistics, Scores
 
 SHARES = (0.3, 0.5, 0.7, 1.0)
 SPLITS = 20
@@ -67,24 +66,10 @@ class Options:
 
 
 def names() -> list[str]:
-    """What an audit compares: the masks by preset, then every other policy that leaves layers out;
-    baselines last."""
+    """What an audit compares: the masks by preset, then the policies but "all", baselines last."""
     others = [p for p in POLICIES.values() if p.name not in ("masks", "all")]
     others.sort(key=lambda p: not p.reads and p.measure is None)
     return [*(f"masks/{preset}" for preset in PRESETS), *(p.name for p in others)]
-
-
-def lacking(name: str, scores: Scores, statistics: LayerStatistics | None) -> str:
-    """What the policy ``name`` needs and is not there, and how to get it; "" if nothing."""
-    policy = POLICIES[name.partition("/")[0]]
-    for array in policy.reads:
-        if getattr(scores, array) is None:
-            return f"scores.{array}; {OPTIONAL[array]}"
-    measured = () if statistics is None else statistics.values
-    missing = [statistic for statistic in policy.statistics if statistic not in measured]
-    if missing:
-        return f"the statistics {', '.join(missing)}; audit with --statistics {name}"
-    return ""
 
 
 def score_layers(name: str, scores: Scores, options: Options) -> Floats:
@@ -103,7 +88,12 @@ def score_layers(name: str, scores: Scores, options: Options) -> Floats:
     return layer_score(masks.head_mask, masks.neuron_mask, how=options.score)
 
 
-def result_of(name: str, layer_scores: Floats, count: int) -> PolicyResult:
+def result_of(name: str, scores: Scores, options: Options) -> PolicyResult:
+    """What a policy, or "masks/<preset>", says of the scores."""
+    return ranked(name, score_layers(name, scores, options), options.count)
+
+
+def ranked(name: str, layer_scores: Floats, count: int) -> PolicyResult:
     """Ranking, choice and ties of layer scores [L]."""
     ranking = rank_layers(layer_scores)
     edge = layer_scores[ranking[count - 1]]
@@ -122,13 +112,19 @@ def compare_policies(
     scores: Scores, options: Options
 ) -> tuple[tuple[PolicyResult, ...], dict[str, str]]:
     """The result of every policy whose inputs are there, and what the others lack."""
-    absent = {name: lacking(name, scores, options.statistics) for name in names()}
-    results = tuple(
-        result_of(name, score_layers(name, scores, options), options.count)
-        for name, why in absent.items()
-        if not why
-    )
-    return results, {name: why for name, why in absent.items() if why}
+    results, lacking = [], {}
+    measured = () if options.statistics is None else options.statistics.values
+    for name in names():
+        policy = POLICIES[name.partition("/")[0]]
+        arrays = [array for array in policy.reads if getattr(scores, array) is None]
+        missing = [statistic for statistic in policy.statistics if statistic not in measured]
+        if arrays:
+            lacking[name] = f"scores.{arrays[0]}; {OPTIONAL[arrays[0]]}"
+        elif missing:
+            lacking[name] = f"the statistics {', '.join(missing)}; audit with --statistics {name}"
+        else:
+            results.append(result_of(name, scores, options))
+    return tuple(results), lacking
 
 
 def agreement_of(results: Sequence[PolicyResult]) -> Agreement:
@@ -236,7 +232,7 @@ class Rows:
     def results(self, name: str, weights: Floats, options: Options) -> Iterator[PolicyResult]:
         """The policy's result for every row of ``weights``."""
         for scores in self.reweighted(weights, masks=_of_masks(name)):
-            yield result_of(name, score_layers(name, scores, options), options.count)
+            yield result_of(name, scores, options)
 
 
 def bootstrap_weights(rows: int, draws: int, seed: int) -> Floats:
@@ -297,11 +293,8 @@ def subset_policy(full: PolicyResult, rows: Rows, options: Options, tick: Tick) 
 
 def null_policy(full: PolicyResult, scores: Scores, options: Options) -> Likeness:
     """What random orders share with the policy: NULL_DRAWS seeds of the policy "random"."""
-    drawn = []
-    for seed in range(NULL_DRAWS):
-        layer_scores = score_layers("random", scores, replace(options, seed=seed))
-        drawn.append((result_of("random", layer_scores, options.count), full))
-    return likeness(drawn)
+    seeds = (replace(options, seed=seed) for seed in range(NULL_DRAWS))
+    return likeness([(result_of("random", scores, seeded), full) for seeded in seeds])
 
 
 def budget_presets(
@@ -314,8 +307,7 @@ def budget_presets(
     for full in (result for result in results if result.name.startswith("masks/")):
         others = []
         for budget in BUDGET_PATH:
-            layer_scores = score_layers(full.name, scores, replace(options, budget=budget))
-            others.append(result_of(full.name, layer_scores, options.count))
+            others.append(result_of(full.name, scores, replace(options, budget=budget)))
             tick("budgets")
         compared.append(
             Budgets(
