@@ -86,7 +86,6 @@ class Capture:
             raise ValueError("model must carry floe adapters to measure their gradients, got none")
         names = (name for modules in self.modules.values() for name in modules)
         self.projections = tuple(dict.fromkeys(names))
-        self._rows = 0
         self._mask = torch.empty(0, 0, dtype=torch.bool)
         self._gradients: dict[tuple[str, int], Tensor] = {}
         self._adapter: dict[tuple[int, str], AdapterGradients] = {}
@@ -128,14 +127,13 @@ class Capture:
         return RowGradients(*(joined(field.name) for field in fields(RowGradients)))
 
     def step(self, batch: Batch, numbers: Sequence[int] | None = None) -> RowGradients:
-        """Gradients of one batch's rows; ``numbers`` names them in errors, None counts on.
+        """Gradients of one batch's rows; ``numbers`` names them in errors, None counts from 0.
 
         Raises:
             ValueError: a row without labels; a loss or gradient that is not finite, named by layer,
                 unit and row.
         """
-        if numbers is None:
-            numbers = range(self._rows, self._rows + len(batch["input_ids"]))
+        numbers = range(len(batch["input_ids"])) if numbers is None else numbers
         self._mask = token_mask(batch)
         self._gradients.clear()
         self._adapter.clear()
@@ -151,7 +149,6 @@ class Capture:
             "gate gradient of adapter": gate,
         }
         self._check_finite(named, numbers)
-        self._rows += len(loss)
         counts = tokens.cpu().numpy()
         return RowGradients(masks.get("head"), masks.get("neuron"), adapter, gate, counts)
 

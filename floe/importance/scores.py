@@ -93,16 +93,6 @@ class Scores:
         """L, the number of decoder layers."""
         return len(self.head_fisher)
 
-    @property
-    def head_count(self) -> int:
-        """H, mask units of one layer's attention."""
-        return int(self.head_fisher.shape[1])
-
-    @property
-    def neuron_count(self) -> int:
-        """I, mask units of one layer's FFN."""
-        return int(self.neuron_fisher.shape[1])
-
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write an npz file, whole or not at all; equal scores give equal bytes."""
         storage.save_arrays(path, "scores", {"format": FORMAT, "meta": self.meta}, self._arrays())

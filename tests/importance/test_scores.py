@@ -53,8 +53,7 @@ def test_equal_content_gives_equal_bytes(tmp_path, monkeypatch):
 
 
 def test_counts():
-    scores = example()
-    assert (scores.layer_count, scores.head_count, scores.neuron_count) == (3, 4, 5)
+    assert example().layer_count == 3
 
 
 @pytest.mark.parametrize(
