@@ -156,6 +156,10 @@ class AdapterConfig(_Section):
     target_modules: list[str] | None = Field(
         None, description="Projections of a block; none named: its feed-forward (Table 6)."
     )
+    top_k: Annotated[int, Field(ge=0, lt=2**31)] = Field(
+        0, description="Experts that a token uses, those of the largest router logits; 0: all."
+    )
+    temperature: Positive = Field(1.0, description="Divides the router's logits.")
     scaling: Literal["alpha/r", "alpha/sqrt(r)"] = "alpha/r"
     adapter_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     share_input: bool = Field(
@@ -366,6 +370,16 @@ class RunConfig(_Section):
         clash = sorted({n for n in names if names.count(n) > 1 or n in ("main", "base")})
         if clash:
             raise ValueError(f"baseline names must differ and not be 'main' or 'base', got {clash}")
+        return self
+
+    @model_validator(mode="after")
+    def _enough_experts(self) -> RunConfig:
+        searched = self.search.num_experts[0] if self.search.trials else self.adapter.num_experts
+        if self.adapter.top_k > searched:
+            raise ValueError(
+                f"adapter.top_k must be at most the fewest experts of an adapter, {searched}, "
+                f"got {self.adapter.top_k}"
+            )
         return self
 
     @model_validator(mode="after")

@@ -35,6 +35,7 @@ from floe_triton.checks import (
 from floe_triton.dispatch import count_gradients, count_products
 from floe_triton.group import Group, Needs, Routed
 from floe_triton.launch import obstacle as kernel_obstacle
+from floe_triton.reference import gate, largest
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
@@ -42,8 +43,10 @@ __all__ = [
     "BACKENDS",
     "accumulate_fisher_",
     "draw_seed",
+    "gate",
     "kernel_obstacle",
     "keyed_dropout",
+    "largest",
     "mask_gradients",
     "moe_lora",
     "moe_lora_add",

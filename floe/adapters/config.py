@@ -48,11 +48,15 @@ _TYPES: dict[str, tuple[Any, str]] = {
     "alpha": ((int, float), "a number"),
     "dropout": ((int, float), "a number"),
     "share_input": (bool, "true or false"),
+    "shared_a": (bool, "true or false"),
+    "top_k": (int, "a whole number"),
+    "temperature": ((int, float), "a number"),
 }
 _VALUES: dict[str, tuple[Callable[[Any], Any], str]] = {
     # a whole number may be larger than every float
     "alpha": (lambda v: 0.0 < v <= sys.float_info.max, "a finite number > 0"),
     "dropout": (lambda v: 0.0 <= v < 1.0, "in [0, 1)"),
+    "temperature": (lambda v: 0.0 < v <= sys.float_info.max, "a finite number > 0"),
     "scaling": (lambda v: v in ("alpha/r", "alpha/sqrt(r)"), "'alpha/r' or 'alpha/sqrt(r)'"),
     "adapter_dtype": (lambda v: v in list(DTYPES), f"one of {sorted(DTYPES)}"),
     "backend": (lambda v: v in list(BACKENDS), f"one of {list(BACKENDS)}"),
@@ -79,6 +83,9 @@ class FloeConfig(peft.PeftConfig):
             the same ``target_modules`` on every one of ``layers``.
         rank_pattern, expert_pattern: per-layer overrides, ``{layer index: value}``; also by exact
             module path.
+        top_k: a token uses the experts of its ``top_k`` largest router logits, weighted by a
+            softmax over these; 0 (default) = all. temperature: > 0, divides the logits.
+        shared_a: one A for all experts (HydraLoRA's layout), or else one for each (LoRAMoE's).
         scaling: "alpha/r" or "alpha/sqrt(r)".
         adapter_dtype: storage of the adapter, "float32" (default), "bfloat16" or "float16";
             products run in the dtype of the activations either way.
@@ -107,6 +114,9 @@ class FloeConfig(peft.PeftConfig):
     layer_modules: dict[str, list[str]] = field(default_factory=dict)
     rank_pattern: dict[str, int] = field(default_factory=dict)
     expert_pattern: dict[str, int] = field(default_factory=dict)
+    top_k: int = 0
+    temperature: float = 1.0
+    shared_a: bool = True
     scaling: str = "alpha/r"
     adapter_dtype: str = "float32"
     share_input: bool = True
@@ -162,6 +172,9 @@ class FloeConfig(peft.PeftConfig):
             pattern, rule = getattr(self, name), "must map layer indices or module paths to sizes"
             require(isinstance(pattern, dict), f"{name} {rule}", pattern, TypeError)
             setattr(self, name, {str(key): _size(name, value) for key, value in pattern.items()})
+        fewest = min([self.num_experts, *self.expert_pattern.values()])
+        rule = f"top_k must be 0 (all) or in [1, {fewest}], the fewest experts of a layer"
+        require(0 <= self.top_k <= fewest, rule, self.top_k)
 
     def _spread_modules(self) -> None:
         """``layers`` and ``target_modules`` from ``layer_modules``, as their union."""
@@ -215,7 +228,17 @@ class FloeConfig(peft.PeftConfig):
         rank, experts = (p.get(path, p.get(str(layer), default)) for p, default in patterns)
         scaling = float(self.alpha) / (rank if self.scaling == "alpha/r" else rank**0.5)
         dropout = float(self.dropout)
-        return AdapterSettings(rank, experts, scaling, dropout, self.backend, self.share_input)
+        return AdapterSettings(
+            rank,
+            experts,
+            scaling,
+            dropout,
+            self.backend,
+            self.share_input,
+            self.top_k,
+            float(self.temperature),
+            self.shared_a,
+        )
 
 
 def _size(name: str, value: Any) -> int:

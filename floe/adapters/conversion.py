@@ -262,7 +262,8 @@ def export_lora(
 
     The mean is over the tokens of ``batches``. Exact where a router is constant; elsewhere the
     token-dependent mixture is lost and the error tells how much that is. A is shared by the
-    experts, so the mixture ``sum_i mean(gate_i) B_i A`` is one LoRA of the same rank.
+    experts, so the mixture ``sum_i mean(gate_i) B_i A`` is one LoRA of the same rank; experts with
+    an A of their own make one of rank M r.
 
     Args:
         model: with a floe adapter.
@@ -289,7 +290,7 @@ def export_lora(
     modules = {p: m for p, m in adapted_modules(model).items() if adapter_name in m.settings}
     plain = _plain(model, modules, kept, adapter_name)
     errors = _errors(model, modules, kept, adapter_name, plain)
-    _save(plain, config, target)
+    _save(plain, config, target, {p: m.settings[adapter_name].rank for p, m in modules.items()})
     return ExportReport(target, errors)
 
 
@@ -312,9 +313,10 @@ def _plain(
     plain = {}
     for path, layer in modules.items():
         shrink, expand = (weight.detach().float() for weight in layer.adapter(name))
-        gate = (sums[path] / tokens[path]).to(expand)
-        mixed = torch.einsum("nmr,m->nr", expand, gate)
-        plain[path] = shrink[: layer.settings[name].rank], mixed
+        gate, settings = (sums[path] / tokens[path]).to(expand), layer.settings[name]
+        mixed = expand * gate[:, None]
+        b = mixed.sum(1) if settings.shared_a else mixed.flatten(1)  # one A, or one below the other
+        plain[path] = shrink[: settings.hidden_size], b
     return plain
 
 
@@ -331,7 +333,8 @@ def _errors(
         shrink, expand = (weight.float() for weight in layer.adapter(name))
         x, (a, b), scaling = x.float(), plain[path], layer.settings[name].scaling
         zero = torch.zeros(len(x), layer.out_features, device=x.device)
-        routed = moe_lora_add(zero, x, shrink, expand, scaling=scaling)
+        settings = layer.call_settings(x, name)
+        routed = moe_lora_add(zero, x, shrink, expand, **settings)
         wrong[path] += float((x @ a.T @ b.T * scaling - routed).double().square().sum())
         right[path] += float(routed.double().square().sum())
 
@@ -362,19 +365,23 @@ def _visit(
             model(**{k: v for k, v in batch.items() if k != "labels"})
 
 
-def _save(plain: _Plain, config: FloeConfig, path: Path) -> None:
+def _save(plain: _Plain, config: FloeConfig, path: Path, rank_of: dict[str, int]) -> None:
     tensors = {
         f"{PREFIX}{place}.lora_{name}.weight": value.contiguous().cpu()
         for place, parts in plain.items()
         for name, value in zip("AB", parts, strict=True)
     }
     ranks = {place: len(a) for place, (a, _) in plain.items()}
+    rooted = config.scaling == "alpha/sqrt(r)"
+    times = {place: rank / rank_of[place] for place, rank in ranks.items()}  # M with an A for each
+    alphas = {p: config.alpha * (t**0.5 if rooted else t) for p, t in times.items() if t != 1}
     lora = peft.LoraConfig(
         r=config.r,
         lora_alpha=config.alpha,  # type: ignore[arg-type]
         target_modules=sorted(plain),
         rank_pattern={p: r for p, r in ranks.items() if r != config.r},
-        use_rslora=config.scaling == "alpha/sqrt(r)",
+        alpha_pattern=alphas,  # the scaling is that of r, not of M r
+        use_rslora=rooted,
         task_type=config.task_type,
         base_model_name_or_path=config.base_model_name_or_path,
     )

@@ -27,15 +27,24 @@ class AdapterSettings:
     dropout: float = 0.0
     backend: str = "auto"
     share_input: bool = True
+    top_k: int = 0
+    temperature: float = 1.0
+    shared_a: bool = True
 
-    def function(self) -> tuple[int, int, float]:
+    def function(self) -> tuple[Any, ...]:
         """Of the settings those that decide what a trained adapter computes."""
-        return self.rank, self.num_experts, self.scaling
+        router = self.top_k, self.temperature, self.shared_a
+        return self.rank, self.num_experts, self.scaling, *router
+
+    @property
+    def hidden_size(self) -> int:
+        """Rows of A: r, or M r where every expert has its own."""
+        return self.rank * (1 if self.shared_a else self.num_experts)
 
     def shapes(self, linear: nn.Linear) -> dict[str, tuple[int, ...]]:
         """Those of the adapter's tensors beside this linear, [K] to [N] features, by name."""
         return {
-            "floe_shrink": (self.rank + self.num_experts, linear.in_features),
+            "floe_shrink": (self.hidden_size + self.num_experts, linear.in_features),
             "floe_expand": (linear.out_features, self.num_experts, self.rank),
         }
 
@@ -55,7 +64,8 @@ class AdapterWeight(nn.Module):
 class MoELoRALinear(nn.Module, BaseTunerLayer):
     """One shared A, M experts B_i and a softmax router, beside a frozen linear (FLoE Eq. 1).
 
-    Per adapter name: ``floe_shrink[name].weight`` [r + M, K] holds A's rows, then the router's;
+    Per adapter name: ``floe_shrink[name].weight`` [r + M, K] holds A's rows, then the router's
+    ([M r + M, K] where every expert has an A of its own);
     ``floe_expand[name].weight`` [N, M, r] holds the experts; ``settings[name]`` says the rest.
     """
 
@@ -226,16 +236,23 @@ class MoELoRALinear(nn.Module, BaseTunerLayer):
         settings = self.settings[name]
         p = settings.dropout if self.training else 0.0
         seed = ops.draw_seed(x.device) if p > 0.0 else None
-        scaling, backend = settings.scaling, settings.backend
-        return {"scaling": scaling, "dropout_p": p, "seed": seed, "backend": backend}
+        return {
+            "scaling": settings.scaling,
+            "dropout_p": p,
+            "seed": seed,
+            "backend": settings.backend,
+            "temperature": settings.temperature,
+            "top_k": settings.top_k,
+        }
 
     def router_weight(self, name: str) -> Tensor:
         """Rows of ``floe_shrink`` that are the router's, [M, K]."""
-        return self.adapter(name)[0][self.settings[name].rank :]
+        return self.adapter(name)[0][self.settings[name].hidden_size :]
 
     def gates(self, name: str, x: Tensor) -> Tensor:
         """The experts' weights for inputs x [T, K], float32 [T, M]; each row adds up to 1."""
-        return torch.softmax(x.float() @ self.router_weight(name).float().T, dim=-1)
+        settings, router = self.settings[name], self.router_weight(name).float()
+        return ops.gate(x.float(), router, None, settings.temperature, settings.top_k)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Refuse: the experts' weights depend on the token, so no single matrix equals them."""

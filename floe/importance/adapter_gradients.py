@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from floe import ops
 from floe.adapters.linear import MoELoRALinear
 
 _CHUNK_ELEMENTS = 1 << 25  # float32 values alive at once: 128 MiB
@@ -69,7 +70,8 @@ def adapter_gradients(
     for name in active_adapters(module):
         features, experts, rank = module.weights(name)[1].shape
         inner = rank * experts
-        size = tokens * (x.shape[2] + features) + features * inner + (rank + experts) * x.shape[2]
+        rows_of_x = module.weights(name)[0].shape[0]
+        size = tokens * (x.shape[2] + features) + features * inner + rows_of_x * x.shape[2]
         step = max(1, _CHUNK_ELEMENTS // size)
         for start in range(0, samples, step):
             rows = slice(start, start + step)
@@ -87,14 +89,16 @@ def _gradients_of_one(
     module: MoELoRALinear, name: str, x: Tensor, grad_y: Tensor
 ) -> AdapterGradients:
     hidden, gate, routed = _forward(module, name, x)
-    experts, rank = gate.shape[-1], hidden.shape[-1]
+    settings, experts, rank = module.settings[name], gate.shape[-1], hidden.shape[-1]
     grad_expand = routed.to(x.dtype).mT @ grad_y  # [s, M r, N]: faster than its transpose
     grad_routed = (grad_y @ _expand(module, name, x.dtype)).to(routed.dtype)
     grad_switch = (routed * grad_routed).double().sum((1, 2))
-    grad_routed = (module.settings[name].scaling * grad_routed).unflatten(-1, (experts, rank))
-    grad_hidden = (gate[..., None] * grad_routed).sum(-2)
-    grad_gate = (grad_routed * hidden[..., None, :]).sum(-1)
+    grad_routed = (settings.scaling * grad_routed).unflatten(-1, (experts, rank))
+    grad_hidden = gate[..., None] * grad_routed
+    grad_hidden = grad_hidden.sum(-2) if hidden.shape[-2] == 1 else grad_hidden.flatten(-2)
+    grad_gate = (grad_routed * hidden).sum(-1)
     grad_logits = gate * (grad_gate - (gate * grad_gate).sum(-1, keepdim=True))
+    grad_logits = grad_logits / settings.temperature
     grad_rows = torch.cat([grad_hidden, grad_logits], dim=-1).to(x.dtype)
     grad_shrink = grad_rows.mT @ x  # [s, r + M, K]
     squared = sum_of_squares(grad_expand) + sum_of_squares(grad_shrink)
@@ -117,13 +121,13 @@ def wide(values: Tensor) -> torch.dtype:
 
 
 def _forward(module: MoELoRALinear, name: str, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """hidden [..., r], gate [..., M] and the scaled routed hidden [..., M r], float32 at least."""
-    rank = module.settings[name].rank
-    products = x @ module.weights(name)[0].detach().to(x.dtype).T
-    products = products.to(wide(x))
-    hidden, gate = products[..., :rank], torch.softmax(products[..., rank:], dim=-1)
-    routed = module.settings[name].scaling * gate[..., :, None] * hidden[..., None, :]
-    return hidden, gate, routed.flatten(-2)
+    """hidden [..., 1 or M, r], gate [..., M], scaled routed hidden [..., M r]; float32 at least."""
+    settings = module.settings[name]
+    products = (x @ module.weights(name)[0].detach().to(x.dtype).T).to(wide(x))
+    hidden, logits = products.tensor_split([settings.hidden_size], dim=-1)
+    hidden = hidden.unflatten(-1, (-1, settings.rank))
+    gate = torch.softmax(ops.largest(logits / settings.temperature, settings.top_k), dim=-1)
+    return hidden, gate, (settings.scaling * gate[..., None] * hidden).flatten(-2)
 
 
 def _expand(module: MoELoRALinear, name: str, dtype: torch.dtype) -> Tensor:

@@ -31,7 +31,8 @@ def _by_setting(table: dict[str, str]) -> dict[str, str]:
 BY_VALUE = _by_setting(
     {
         _ALL: "model.attention",
-        _TRAINED: """adapter.alpha adapter.scaling train.learning_rate train.warmup_ratio
+        _TRAINED: """adapter.alpha adapter.scaling adapter.top_k
+        adapter.temperature train.learning_rate train.warmup_ratio
         train.schedule train.weight_decay train.max_grad_norm train.group_by_length train.seed""",
         f"{_TRAINED} profile": """adapter.dropout adapter.target_modules adapter.adapter_dtype
         adapter.share_input""",

@@ -34,6 +34,8 @@ def loop(model, batch):
     [
         ("llama", {}),
         ("llama", {"targets": ["q_proj", "o_proj", "up_proj"], "layers": [0, 2]}),
+        ("llama", {"top_k": 1, "temperature": 0.4}),
+        ("llama", {"shared_a": False, "temperature": 2.0}),
         ("gemma2", {}),
         ("phi3", {"targets": [*TARGETS["phi3"], "qkv_proj"]}),
     ],
