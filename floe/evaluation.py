@@ -124,7 +124,7 @@ def evaluate_rows(
     on_rows: OnRows | None = None,
 ) -> Losses:
     """Loss of every row, in the order of the rows whatever the batching, with their ``index``."""
-    batches = make_batches(rows, batch_size, True, Collator.for_model(model, pad_id))
+    batches = make_batches(rows, batch_size, Collator.for_model(model, pad_id))
     losses = evaluate_loss(model, batches, on_rows).take(np.argsort(row_order(rows)).tolist())
     return replace(losses, rows=np.array([row.index for row in rows], dtype=np.int64))
 

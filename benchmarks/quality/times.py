@@ -18,8 +18,7 @@ from floe.data.batches import Collator
 from floe.pipeline.inputs import RunInputs
 from floe.selection.placement import Placement
 from floe.storage import write_json
-from floe.training.train import adapter_parameters, training_order
-from floe.training.trainer import step_loss
+from floe.training.train import adapter_parameters, step_loss, training_order
 
 BATCHES = 5
 

@@ -111,18 +111,13 @@ class Collator:
         return batch
 
 
-def row_order(rows: Sequence[TokenRow], sort_by_length: bool = True) -> list[int]:
-    """The order of rows in :func:`make_batches`: longest first, ties by place; or as they are."""
-    if not sort_by_length:
-        return list(range(len(rows)))
+def row_order(rows: Sequence[TokenRow]) -> list[int]:
+    """The order of rows in :func:`make_batches`: longest first, ties by place."""
     return sorted(range(len(rows)), key=lambda i: (-len(rows[i]), i))
 
 
 def make_batches(
-    rows: Sequence[TokenRow],
-    batch_size: int,
-    sort_by_length: bool = True,
-    collator: Collator | None = None,
+    rows: Sequence[TokenRow], batch_size: int, collator: Collator | None = None
 ) -> list[Batch]:
     """Cut the rows into batches of at most ``batch_size``, in the order of :func:`row_order`.
 
@@ -132,12 +127,8 @@ def make_batches(
     require(batch_size >= 1, "batch_size must be at least 1", batch_size)
     if not rows:
         raise ValueError("rows must not be empty")
-    collator = collator or Collator()
-    order = row_order(rows, sort_by_length)
-    return [
-        collator([rows[i] for i in order[start : start + batch_size]])
-        for start in range(0, len(order), batch_size)
-    ]
+    ordered, collator = [rows[i] for i in row_order(rows)], collator or Collator()
+    return [collator(ordered[n : n + batch_size]) for n in range(0, len(ordered), batch_size)]
 
 
 def in_batches(rows: Sequence[TokenRow], batch_size: int) -> list[TokenRow]:

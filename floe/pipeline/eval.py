@@ -28,7 +28,7 @@ from floe.artifacts.results import (
     TaskOutcome,
 )
 from floe.artifacts.schema import read, write
-from floe.data.batches import TokenRow, fingerprint, row_order
+from floe.data.batches import TokenRow, fingerprint
 from floe.data.loss import on_device
 from floe.decoder_blocks import find_blocks
 from floe.evaluation import (
@@ -138,7 +138,6 @@ def _measured(
             losses = evaluate_rows(model, run.test_rows, size, pad, on_rows)
             answers = _answers(run, model, on_rows)
             if arm == "main":
-                rows = [run.validation_rows[i] for i in row_order(run.validation_rows, False)]
                 modules = router_statistics(model, run.batches(rows, size))
                 write(folder / "router.json", Routers(modules))
         kept = ArmRows(

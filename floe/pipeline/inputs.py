@@ -267,7 +267,7 @@ class RunInputs:
     def batches(self, rows: list[TokenRow], batch_size: int) -> list[Batch]:
         """Batches for measuring: longest rows first, on the model's own collator."""
         collator = Collator.for_model(self.base_model, self.tokenizer.pad_token_id or 0)
-        return make_batches(rows, batch_size, True, collator)
+        return make_batches(rows, batch_size, collator)
 
     def settings(self, max_steps: int | None = None) -> TrainSettings:
         """The training's settings; ``max_steps`` replaces the configuration's."""

@@ -1,4 +1,4 @@
-"""Search for rank and number of experts on validation loss; the only module that imports optuna."""
+"""Search for rank and number of experts on validation loss."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -85,16 +86,15 @@ def search(
     The objective is the token-weighted mean loss on ``validation_rows`` after training. No point is
     trained twice. Killed at any instant and called again with the same arguments, the search goes
     on and ends with the trials and the best of an unbroken one. More ``trials`` extend it; fewer
-    than are finished train nothing, and the best of all that are finished is the result. The best
-    trial is trained again where its adapter is gone from the directory. Trials of other programs in
-    the study are passed over.
-    The base model is frozen, its weights are the same before and after. One process at a time.
+    than are finished train nothing. The best trial is trained again where its adapter is gone.
+    Trials of other programs in the study are passed over. The base model's weights are the same
+    before and after. One process at a time.
 
     Args:
         directory: gets ``study.db`` (unless ``storage`` is given), ``trials/`` and ``best/``, the
             best trial's adapter.
         storage: an optuna database URL.
-        sampler: ``"tpe"`` (multivariate), ``"paper"`` (univariate, as optuna was then by default),
+        sampler: ``"tpe"`` (multivariate), ``"paper"`` (univariate, optuna's default then),
             ``"random"`` or ``"grid"`` (all points in an order drawn from the seed).
         startup_trials: random points before TPE starts.
         adapter: further :class:`FloeConfig` fields, for example alpha, dropout, target_modules.
@@ -103,8 +103,7 @@ def search(
         on_progress: called with (trials done, trials, what happened).
 
     Raises:
-        ValueError: for values out of range, or a storage that does not open, or whose study has
-            other arguments or is another program's.
+        ValueError: for values out of range, or a storage that does not open or is of another search.
         SearchError: if another process runs this search, every trial failed, or the storage fails.
         RuntimeError: if training changed the base model.
     """
@@ -191,10 +190,8 @@ class _Search:
             self._say(note)
         self.done = done
         if self.wanted < self.trials:
-            self._say(
-                f"the space has {self.wanted} points, fewer than {self.trials} trials: all are "
-                "trained"
-            )
+            counts = f"{self.wanted} points, fewer than {self.trials} trials"
+            self._say(f"the space has {counts}: all are trained")
         return self.result(exhausted=self.wanted < self.trials)
 
     def trial(self) -> str:
@@ -202,13 +199,9 @@ class _Search:
         numbers = {trial.number for trial in finished(self.study)}
         index = min(set(range(len(numbers) + 1)) - numbers)
         point, redraws = propose(self.study, self.space, self.sampler, self.seed, index)
-        handle = begin_trial(
-            self.study, self.space.distributions(), point, self.owner, index, redraws
-        )
-
-        def stop(losses: dict[int, float]) -> bool:
-            return should_stop(self.study, handle, losses)
-
+        space = self.space.distributions()
+        handle = begin_trial(self.study, space, point, self.owner, index, redraws)
+        stop = partial(should_stop, self.study, handle)
         outcome = self._objective(self._folder(index, point), point, stop)
         end_trial(self.study, handle, outcome)
         self._keep_best_only()
@@ -284,10 +277,9 @@ class _Search:
         """Publish the best adapter as ``best/`` and attach it to the base model."""
         best, trials = best_trial(self.study), finished(self.study)
         if best is None or best.value is None:
-            reasons = sorted({t.reason for t in trials})
             raise SearchError(
-                f"at least one trial must succeed, none of {len(trials)}: {reasons[0]}; "
-                f"they are kept in {mask(self.place)}"
+                f"at least one trial must succeed, none of {len(trials)}: "
+                f"{min(t.reason for t in trials)}; they are kept in {mask(self.place)}"
             )
         path = self.directory / "best"
         self._publish(best, path)

@@ -101,21 +101,19 @@ def begin_trial(
     Raises:
         ValueError: if a trial of another program has other kinds of parameters of these names.
     """
-    mine = {"owner": dataclasses.asdict(owner), "index": index, "redraws": redraws}
-    mine |= {MEMORY: study.user_attrs.get(MEMORY)}
-    _add(
+    number = _add(
         study,
         state=TrialState.RUNNING,
         params={"rank": point[0], "num_experts": point[1]},
         distributions=distributions,
-        user_attrs=mine,
+        user_attrs={
+            "owner": dataclasses.asdict(owner),
+            "index": index,
+            "redraws": redraws,
+            MEMORY: study.user_attrs.get(MEMORY),
+        },
     )
-    added = [
-        trial
-        for trial in study.get_trials(deepcopy=False)
-        if {name: trial.user_attrs.get(name) for name in mine} == mine
-    ]
-    return optuna.trial.Trial(study, added[-1]._trial_id)
+    return optuna.trial.Trial(study, number)
 
 
 @dataclass
@@ -177,9 +175,11 @@ def _while_running(write: Callable[[], None]) -> bool:
     return True
 
 
-def _add(study: optuna.Study, **facts: Any) -> None:
+def _add(study: optuna.Study, **facts: Any) -> int:
+    """Add a trial as ``study.add_trial`` does; its id in the storage."""
+    trial = optuna.trial.create_trial(**facts)
     try:
-        study.add_trial(optuna.trial.create_trial(**facts))
+        return study._storage.create_new_trial(study._study_id, template_trial=trial)
     except ValueError as error:
         raise ValueError(
             f"the study {study.study_name!r} must hold whole-number rank and num_experts, got "
@@ -222,8 +222,7 @@ def _ended(study: optuna.Study) -> list[FrozenTrial]:
     """Those that ran out of memory under other settings of memory count as never begun."""
     first: dict[int, FrozenTrial] = {}
     memory = study.user_attrs.get(MEMORY)
-    trials = study.get_trials(deepcopy=False, states=_ENDED)
-    for trial in sorted(trials, key=_ran_out_of_memory):
+    for trial in sorted(study.get_trials(deepcopy=False, states=_ENDED), key=_ran_out_of_memory):
         other = trial.user_attrs.get(MEMORY) != memory and _ran_out_of_memory(trial)
         if _is_own(trial) and _is_recorded(trial) and not other:
             first.setdefault(trial.user_attrs["index"], trial)
@@ -255,16 +254,16 @@ def _is_recorded(trial: FrozenTrial) -> bool:
 
 
 def _trial(trial: FrozenTrial) -> Trial:
-    reason = trial.user_attrs.get("reason", "")
-    complete = trial.state == TrialState.COMPLETE
+    written, complete = trial.user_attrs, trial.state == TrialState.COMPLETE
+    reason = written.get("reason", "")
     return Trial(
-        number=trial.user_attrs["index"],
+        number=written["index"],
         rank=trial.params["rank"],
         num_experts=trial.params["num_experts"],
         state="complete" if complete else "failed" if reason.startswith("failed") else "pruned",
         value=trial.value if complete else None,
-        seconds=trial.user_attrs["seconds"],
-        redraws=trial.user_attrs["redraws"],
+        seconds=written["seconds"],
+        redraws=written["redraws"],
         reason=reason,
     )
 
@@ -296,15 +295,12 @@ def fail_orphans(study: optuna.Study, me: Owner, alone: bool) -> list[int]:
 @contextmanager
 def one_process(lock: Path) -> Iterator[None]:
     """Hold a file lock; SearchError at once if another process does."""
-    held = FileLock(lock)
     try:
-        held.acquire(timeout=0)
+        held = FileLock(lock).acquire(timeout=0)
     except Timeout:
         raise SearchError(f"another process is searching in {lock.parent}; one at a time") from None
-    try:
+    with held:
         yield
-    finally:
-        held.release()
 
 
 @contextmanager
@@ -325,16 +321,12 @@ def _boot() -> str:
 
 def _started(pid: int) -> str:
     """Start time of a process in clock ticks since boot; empty if there is none."""
-    if sys.platform == "linux":
-        try:
-            stat = Path(f"/proc/{pid}/stat").read_text()
-        except OSError:
-            return ""
-        return stat.rpartition(")")[2].split()[19]
     try:
+        if sys.platform == "linux":
+            return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
         os.kill(pid, 0)
-    except ProcessLookupError:
+    except PermissionError:  # of another user
+        return "unknown"
+    except OSError:
         return ""
-    except PermissionError:
-        pass
     return "unknown"

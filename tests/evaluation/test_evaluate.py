@@ -38,7 +38,7 @@ def by_hand(model, row):
 @pytest.mark.parametrize("batch_size", [1, 2, 7, 16])
 def test_a_row_has_the_same_loss_in_every_batch(batch_size, keep):
     model, rows = tiny_model(), tiny_rows(16)
-    batches = make_batches(rows, batch_size, False, Collator(0, keep))
+    batches = [Collator(0, keep)(rows[n : n + batch_size]) for n in range(0, len(rows), batch_size)]
     losses = evaluate_loss(model, batches)
     assert losses.tokens.tolist() == [row.targets for row in rows]
     np.testing.assert_allclose(losses.nll, [by_hand(model, row) for row in rows], atol=1e-5)

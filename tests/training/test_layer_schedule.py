@@ -14,7 +14,7 @@ from floe.data.batches import Collator
 from floe.decoder_blocks import find_blocks, linear_at
 from floe.training.layer_schedule import SCHEDULES, Alast, LayerSchedule, Lisa
 from floe.training.schedule import TrainSettings
-from floe.training.trainer import AdapterTrainer, global_state, step_loss, training_arguments
+from floe.training.train import AdapterTrainer, global_state, step_loss, training_arguments
 
 SETTINGS = TrainSettings(
     learning_rate=1e-2,

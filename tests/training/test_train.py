@@ -7,6 +7,7 @@ import time
 import numpy as np
 import pytest
 import torch
+import transformers
 from helpers import killing
 from helpers.tiny import tiny_model, tiny_rows
 from helpers.workers import TRAINING, training
@@ -16,7 +17,7 @@ from floe.data.batches import TokenRow
 from floe.data.loss import row_losses
 from floe.errors import FileError
 from floe.evaluation import evaluate_rows, summarise_loss
-from floe.training import checkpoints, trainer
+from floe.training import checkpoints
 from floe.training.train import PeakMemory, TrainSettings, adapter_parameters, train, training_order
 
 FAST = TrainSettings(learning_rate=1e-2, warmup_ratio=0.0, save_steps=None, validation_points=())
@@ -241,7 +242,7 @@ def test_out_of_memory_says_what_to_change(tmp_path, monkeypatch):
     def exhausted(*args, **kwargs):
         raise torch.OutOfMemoryError("no")
 
-    monkeypatch.setattr(trainer.Trainer, "compute_loss", exhausted)
+    monkeypatch.setattr(transformers.Trainer, "compute_loss", exhausted)
     with pytest.raises(torch.OutOfMemoryError) as caught:
         train(model_of(), tiny_rows(16), settings=FAST, output_dir=tmp_path)
     assert caught.value.__notes__ == [
