@@ -34,7 +34,8 @@ from floe.selection.placement import Placement, Saturating
 from floe.selection.policies import POLICIES
 from floe.selection.select import select
 from floe.storage import write_json
-from floe.training.train import TrainSettings, train
+from floe.training.schedule import TrainSettings
+from floe.training.train import train
 
 SIZES = (2, 4, 6, 8, 12, 16, 24, 32)
 """Ranks an arm ``@sizes`` may give a layer, with the study's number of experts."""

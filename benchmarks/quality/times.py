@@ -18,7 +18,8 @@ from floe.data.batches import Collator
 from floe.pipeline.inputs import RunInputs
 from floe.selection.placement import Placement
 from floe.storage import write_json
-from floe.training.train import adapter_parameters, step_loss, training_order
+from floe.training.schedule import training_order
+from floe.training.train import adapter_parameters, step_loss
 
 BATCHES = 5
 

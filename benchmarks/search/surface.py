@@ -27,7 +27,8 @@ from floe.rank_search.space import SearchSpace
 from floe.selection.placement import Placement
 from floe.selection.policies.baselines import even_layers
 from floe.storage import read_json, write_json
-from floe.training.train import TrainSettings, train
+from floe.training.schedule import TrainSettings
+from floe.training.train import train
 
 PAPER_SPACE = SearchSpace(rank=(4, 64, 4), num_experts=(2, 10, 1))
 Clock = Callable[[], float]

@@ -3,23 +3,11 @@
 Importing this package registers floe with PEFT.
 """
 
-from floe.adapters.config import FloeConfig
-from floe.adapters.linear import MoELoRALinear, separate_base
-from floe.adapters.targets import (
-    adapted_layers,
-    adapted_modules,
-    parameter_counts,
-    remove_adapters,
-)
-from floe.adapters.tuner import get_model
-
-__all__ = [
-    "FloeConfig",
-    "MoELoRALinear",
-    "adapted_layers",
-    "adapted_modules",
-    "get_model",
-    "parameter_counts",
-    "remove_adapters",
-    "separate_base",
-]
+from floe.adapters.config import FloeConfig as FloeConfig
+from floe.adapters.linear import MoELoRALinear as MoELoRALinear
+from floe.adapters.linear import separate_base as separate_base
+from floe.adapters.targets import adapted_layers as adapted_layers
+from floe.adapters.targets import adapted_modules as adapted_modules
+from floe.adapters.targets import parameter_counts as parameter_counts
+from floe.adapters.targets import remove_adapters as remove_adapters
+from floe.adapters.tuner import get_model as get_model

@@ -6,6 +6,7 @@ import hashlib
 import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -156,10 +157,9 @@ def _unpadded(batch: Batch, number: int, first: int) -> list[TokenRow]:
     inputs = {k: v for k, v in batch.items() if k not in _NOT_PER_TOKEN and v is not None}
     for name, value in inputs.items():
         if not isinstance(value, Tensor) or value.shape != ids.shape:
-            given = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
             raise ValueError(
                 f"{name} of a calibration batch must be one value a token, a tensor of shape "
-                f"{tuple(ids.shape)}, got {given}"
+                f"{tuple(ids.shape)}, got {_shape(value)}"
             )
     labels = _whole_labels(batch, ids)
     rows = []
@@ -181,18 +181,21 @@ def _unpadded(batch: Batch, number: int, first: int) -> list[TokenRow]:
     return rows
 
 
+def _shape(value: Any) -> Any:
+    return tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+
+
 def _whole_labels(batch: Batch, ids: Tensor) -> Tensor:
     """A batch's labels, or those of its last positions alone, as labels of all, [S, T]."""
     labels, whole = batch.get("labels"), torch.full_like(ids, IGNORE_INDEX)
     if labels is None:
         return whole
     integers = isinstance(labels, Tensor) and not labels.is_floating_point() and labels.dim() == 2
-    shape = tuple(labels.shape) if isinstance(labels, Tensor) else type(labels).__name__
     fits = integers and len(labels) == len(ids) and labels.shape[1] <= ids.shape[1]
     if not fits or (labels.shape != ids.shape and batch.get("logits_to_keep") is None):
         raise ValueError(
             "labels of a calibration batch must be one whole number a token, a tensor of shape "
-            f"{tuple(ids.shape)}, got {shape}; fewer only with logits_to_keep"
+            f"{tuple(ids.shape)}, got {_shape(labels)}; fewer only with logits_to_keep"
         )
     whole[:, ids.shape[1] - labels.shape[1] :] = labels.cpu()
     return whole

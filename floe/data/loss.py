@@ -43,13 +43,9 @@ def row_losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     picked = logits[:, :-1][wanted]  # [P, V]; only target positions are copied to float32
     wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
     rows_at_once = max(1, _CHUNK_ELEMENTS // max(1, logits.shape[-1]))
+    chunks = zip(picked.split(rows_at_once), targets[wanted].split(rows_at_once), strict=True)
     parts = [
-        functional.cross_entropy(part.to(wide), target, reduction="none")
-        for part, target in zip(
-            torch.split(picked, rows_at_once),
-            torch.split(targets[wanted], rows_at_once),
-            strict=True,
-        )
+        functional.cross_entropy(part.to(wide), target, reduction="none") for part, target in chunks
     ]
     nll = torch.zeros(targets.shape, dtype=wide, device=logits.device)
     # Written to distinct places, then summed along the row: no atomics, so repeatable everywhere.

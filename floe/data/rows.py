@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -97,9 +97,7 @@ def encode_choices(
     The result has one entry a choice, in order, its row's number as ``index``; a row whose choices
     do not all fit, or whose prompt or a choice has no tokens, is dropped.
 
-    Raises:
-        ValueError, DataError: as :func:`encode`, and DataError for a row without choices; not if
-            no row is left.
+    Raises: as :func:`encode`, and DataError for a row without choices; not if no row is left.
     """
     writer = _Writer(tokenizer, template)
 
@@ -129,8 +127,7 @@ def encode_questions(
 
     A row whose prompt has no tokens is dropped.
 
-    Raises:
-        ValueError, DataError: as :func:`encode`; not if no row is left.
+    Raises: as :func:`encode`; not if no row is left.
     """
     if not 1 <= max_new_tokens < max_length:
         raise ValueError(f"max_new_tokens must be in [1, {max_length - 1}], got {max_new_tokens}")
@@ -166,7 +163,7 @@ def stop_tokens(tokenizer: Any, template: str | None = None) -> list[int]:
     writer = _Writer(tokenizer, template)
     stops = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     if writer.chat is not None:
-        ending = writer.tokens(writer.chat.ending())
+        ending = writer.tokens(writer.chat.turn(_QUESTION).ending)
         stops += [token for token in ending if token in writer.marks][:1]
     return sorted(set(stops))
 
@@ -184,9 +181,7 @@ def _encode(
 ) -> Encoded:
     """Every row as ``write`` gives it, ``reserved`` tokens left free, or dropped for its reason."""
     require_whole("max_length", max_length, 2)
-    kept: list[TokenRow] = []
-    dropped: dict[str, list[int]] = {}
-    cut: list[int] = []
+    encoded = Encoded([], len(rows), {}, [])
     for number, row in rows.items() if isinstance(rows, Mapping) else enumerate(rows):
         try:
             written = write(row)
@@ -197,12 +192,12 @@ def _encode(
             room = max_length - reserved - max(map(len, responses))
             if room >= 1:
                 short = _shortened(prompt, room, bos)
-                kept += [TokenRow(short, each, number, row.get("task")) for each in responses]
-                cut += [number] if len(prompt) > room else []
+                encoded.rows.extend(TokenRow(short, r, number, row.get("task")) for r in responses)
+                encoded.cut.extend([number] if len(prompt) > room else [])
                 continue
             written = TOO_LONG
-        dropped.setdefault(written, []).append(number)
-    return Encoded(kept, len(rows), dropped, cut)
+        encoded.dropped.setdefault(written, []).append(number)
+    return encoded
 
 
 def _shortened(prompt: _Tokens, room: int, bos: bool) -> _Tokens:
@@ -285,8 +280,7 @@ _QUESTION, _ANSWER = "floe question", "floe answer"
 _DATE = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}"
 
 
-@dataclass(frozen=True)
-class _Turn:
+class _Turn(NamedTuple):
     """``opening + answer + ending`` is what the template writes for the whole conversation.
 
     ``opening`` ends where the model is to go on: it holds the generation prompt, and an empty
@@ -344,10 +338,6 @@ class _ChatTemplate:
             raise ValueError("the chat template must write the answer as it is, it changes it")
         return _Turn(opening, written, ending)
 
-    def ending(self) -> str:
-        """What the template writes after an answer."""
-        return self.turn(_QUESTION).ending
-
     def _shows(self, parts: bool = False) -> bool:
         self._parts = parts
         try:
@@ -362,13 +352,11 @@ class _ChatTemplate:
         if answer is not None:
             turns.append({"role": "assistant", "content": self._content(answer)})
         options = {"add_generation_prompt": answer is None, "tokenize": False}
+        options["chat_template"] = self._text
         try:
-            text: str = self._tokenizer.apply_chat_template(
-                turns, chat_template=self._text, **options
-            )
+            return str(self._tokenizer.apply_chat_template(turns, **options))
         except Exception as error:  # whatever the template's own code raises
             raise ValueError(f"the chat template refuses the row: {error}") from error
-        return text
 
     def _content(self, text: str) -> Any:
         return [{"type": "text", "text": text}] if self._parts else text
@@ -389,10 +377,8 @@ def split(rows: Sequence[Item], fraction: float, seed: int = 41) -> tuple[list[I
     if count >= len(rows):
         raise ValueError(f"rows must be at least 2 to hold {fraction} of them out, got {len(rows)}")
     held = set(np.random.default_rng(seed).permutation(len(rows))[:count].tolist())
-    return (
-        [row for i, row in enumerate(rows) if i not in held],
-        [row for i, row in enumerate(rows) if i in held],
-    )
+    out = [row for i, row in enumerate(rows) if i in held]
+    return [row for i, row in enumerate(rows) if i not in held], out
 
 
 def sample(rows: Sequence[Item], n: int, seed: int = 41) -> list[Item]:
@@ -401,5 +387,5 @@ def sample(rows: Sequence[Item], n: int, seed: int = 41) -> list[Item]:
     For one seed a smaller sample is a part of every larger one.
     """
     require(n >= 1, "n must be at least 1", n)
-    chosen = np.random.default_rng(seed).permutation(len(rows))[:n]
-    return [rows[i] for i in sorted(chosen.tolist())]
+    drawn = np.random.default_rng(seed).permutation(len(rows))[:n]
+    return [rows[i] for i in sorted(drawn.tolist())]

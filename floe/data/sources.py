@@ -84,8 +84,9 @@ def _read_file(path: Path) -> Iterator[Row]:
         raise FileError(path, f"must end in {', '.join(_SUFFIXES)}")
     try:
         if not path.is_file():
-            what = "must be a file, got a folder" if path.is_dir() else "does not exist"
-            raise FileError(path, what)
+            raise FileError(
+                path, "must be a file, got a folder" if path.is_dir() else "does not exist"
+            )
         data = path.read_bytes()
     except OSError as error:
         raise FileError(path, f"cannot be read: {error.strerror or error}") from error
@@ -120,8 +121,7 @@ def _json(source: str, text: str) -> Iterator[Row]:
     value = _parse(source, text, None, "the file")
     if not isinstance(value, list):
         raise DataError(source, f"must be a JSON list of objects, got {type(value).__name__}")
-    for row, item in enumerate(value):
-        yield _object(item, source, row, "an item")
+    yield from (_object(item, source, row, "an item") for row, item in enumerate(value))
 
 
 def _parse(source: str, text: str, row: int | None, where: str) -> Any:

@@ -47,10 +47,9 @@ from floe.rank_search.studies import (
 )
 from floe.storage import STAGING, copy_folder, remove_if_empty
 from floe.training.checkpoints import remove_checkpoints
-from floe.training.train import TrainSettings, train
+from floe.training.schedule import TrainSettings
+from floe.training.train import train
 from floe.types import Progress
-
-__all__ = ["SearchResult", "SearchSpace", "Trial", "search"]
 
 _ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "README.md")
 Sampler = Literal["tpe", "paper", "random", "grid"]
@@ -84,11 +83,10 @@ def search(
     """Train an adapter at up to ``trials`` points of the space; keep the best (FLoE section 4.1).
 
     The objective is the token-weighted mean loss on ``validation_rows`` after training. No point is
-    trained twice. Killed at any instant and called again with the same arguments, the search goes
-    on and ends with the trials and the best of an unbroken one. More ``trials`` extend it; fewer
-    than are finished train nothing. The best trial is trained again where its adapter is gone.
-    Trials of other programs in the study are passed over. The base model's weights are the same
-    before and after. One process at a time.
+    trained twice. Killed and called again with the same arguments, it goes on and ends with the
+    trials and the best of an unbroken search. More ``trials`` extend it; fewer than are finished
+    train nothing. The best trial is trained again where its adapter is gone. Trials of other
+    programs are passed over. The base model's weights stay. One process at a time.
 
     Args:
         directory: gets ``study.db`` (unless ``storage`` is given), ``trials/`` and ``best/``, the
@@ -103,7 +101,7 @@ def search(
         on_progress: called with (trials done, trials, what happened).
 
     Raises:
-        ValueError: for values out of range, or a storage that does not open or is of another search.
+        ValueError: for values out of range, or a storage that does not open or is another search's.
         SearchError: if another process runs this search, every trial failed, or the storage fails.
         RuntimeError: if training changed the base model.
     """

@@ -45,10 +45,10 @@ def open_storage(place: str | Path, say: Say) -> BaseStorage:
         ValueError: if it cannot be opened.
         SearchError: if another program holds it for too long; and later, by any call, if it fails.
     """
-    storage = _patient(_connect, place, say, _NOT_OPENED, _not_opened)(place)
+    storage: BaseStorage = _patient(_connect, place, say, _NOT_OPENED, opening=True)(place)
     for name in BaseStorage.__abstractmethods__:
         kinds = _UNREADABLE if name.startswith("get_") else _TROUBLE
-        setattr(storage, name, _patient(getattr(storage, name), place, say, kinds, _not_usable))
+        setattr(storage, name, _patient(getattr(storage, name), place, say, kinds))
     return storage
 
 
@@ -108,7 +108,7 @@ def _patient(
     place: str | Path,
     say: Say,
     kinds: tuple[type[Exception], ...],
-    failure: Callable[[str, str], Exception],
+    opening: bool = False,
 ) -> Callable[..., Any]:
     """``call``, tried again while the SQLite file is busy (optuna has rolled back by then)."""
 
@@ -125,26 +125,24 @@ def _patient(
                 say(f"waiting for {mask(place)}: another program has locked it")
             told = True
             time.sleep(0.1)
-        kind = _locked if _is_busy(trouble) else failure
         # raised out here, it does not carry the driver's error along as its context
-        raise kind(mask(place), _words(trouble)) from None
+        raise _explained(trouble, mask(place), opening) from None
 
     return patient
 
 
-def _not_opened(place: str, words: str) -> Exception:
-    hint = "; move a damaged file away to search anew" if place.startswith("sqlite") else ""
-    return ValueError(f"storage must be a database that opens, got {place} ({words}){hint}")
-
-
-def _locked(place: str, words: str) -> Exception:
-    return SearchError(
-        f"the search's database {place} has been locked by another program for {PATIENCE:.0f} s "
-        f"({words}); end that program, then search again: finished trials are kept"
-    )
-
-
-def _not_usable(place: str, words: str) -> Exception:
+def _explained(error: Exception, place: str, opening: bool) -> Exception:
+    """What to raise instead of an error of optuna's or the driver's."""
+    words = _words(error)
+    if _is_busy(error):
+        return SearchError(
+            f"the search's database {place} has been locked by another program for "
+            f"{PATIENCE:.0f} s ({words}); end that program, then search again: finished trials "
+            "are kept"
+        )
+    if opening:
+        hint = "; move a damaged file away to search anew" if place.startswith("sqlite") else ""
+        return ValueError(f"storage must be a database that opens, got {place} ({words}){hint}")
     return SearchError(
         f"the search's database {place} failed ({words}); its finished trials are kept: make it "
         "work again and search once more"

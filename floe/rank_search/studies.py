@@ -179,12 +179,13 @@ def _add(study: optuna.Study, **facts: Any) -> int:
     """Add a trial as ``study.add_trial`` does; its id in the storage."""
     trial = optuna.trial.create_trial(**facts)
     try:
-        return study._storage.create_new_trial(study._study_id, template_trial=trial)
+        number: int = study._storage.create_new_trial(study._study_id, template_trial=trial)
     except ValueError as error:
         raise ValueError(
             f"the study {study.study_name!r} must hold whole-number rank and num_experts, got "
             f"others in a trial of another program ({error}); use another directory or storage"
         ) from None
+    return number
 
 
 def finished(study: optuna.Study) -> list[Trial]:

@@ -30,15 +30,6 @@ from floe.training.layer_schedule import LayerSchedule
 from floe.training.memory import PeakMemory
 from floe.training.schedule import TrainSettings, training_order
 
-__all__ = [
-    "PeakMemory",
-    "TrainResult",
-    "TrainSettings",
-    "adapter_parameters",
-    "train",
-    "training_order",
-]
-
 OnProgress = Callable[[int, int, float, float], None]
 OnValidation = Callable[[int, float], None]
 # Entries of the Trainer's log history, which its checkpoints carry.

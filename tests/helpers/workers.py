@@ -11,8 +11,10 @@ from pathlib import Path
 import torch
 
 from floe.adapters import FloeConfig, get_model
-from floe.rank_search.search import SearchSpace, search
-from floe.training.train import TrainSettings, adapter_parameters, train
+from floe.rank_search.search import search
+from floe.rank_search.space import SearchSpace
+from floe.training.schedule import TrainSettings
+from floe.training.train import adapter_parameters, train
 from helpers.tiny import tiny_model, tiny_rows
 
 TRAINING = TrainSettings(

@@ -26,7 +26,8 @@ from floe.rank_search import storage, studies
 from floe.rank_search.search import search
 from floe.rank_search.space import REDRAWS, SAMPLERS, SearchSpace, propose, sampler_settings
 from floe.rank_search.studies import Outcome, Owner, mask
-from floe.training.train import TrainSettings, train
+from floe.training.schedule import TrainSettings
+from floe.training.train import train
 
 SMALL = SearchSpace(rank=(1, 3, 1), num_experts=(1, 2, 1))
 FAST = TrainSettings(

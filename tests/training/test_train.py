@@ -18,7 +18,9 @@ from floe.data.loss import row_losses
 from floe.errors import FileError
 from floe.evaluation import evaluate_rows, summarise_loss
 from floe.training import checkpoints
-from floe.training.train import PeakMemory, TrainSettings, adapter_parameters, train, training_order
+from floe.training.memory import PeakMemory
+from floe.training.schedule import TrainSettings, training_order
+from floe.training.train import adapter_parameters, train
 
 FAST = TrainSettings(learning_rate=1e-2, warmup_ratio=0.0, save_steps=None, validation_points=())
 
