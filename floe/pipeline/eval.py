@@ -138,7 +138,7 @@ def _measured(
             losses = evaluate_rows(model, run.test_rows, size, pad, on_rows)
             answers = _answers(run, model, on_rows)
             if arm == "main":
-                modules = router_statistics(model, run.batches(rows, size))
+                modules = router_statistics(model, run.batches(run.validation_rows, size))
                 write(folder / "router.json", Routers(modules))
         kept = ArmRows(
             nll=losses.nll.tolist(),
