@@ -57,7 +57,6 @@ from floe.adapters.targets import (
 from floe.decoder_blocks import base_of, find_blocks
 from floe.errors import require
 
-_WRAPPERS = (MoELoRALinear, AuxiliaryTrainingWrapper)
 # Base model -> its tuner: whether somebody still holds the adapted model.
 _TUNERS: weakref.WeakKeyDictionary[nn.Module, weakref.ref[FloeModel]] = weakref.WeakKeyDictionary()
 
@@ -156,9 +155,12 @@ class FloeModel(BaseTuner):
         """Nothing: ``adapter_dtype`` says what the adapter is stored in."""
 
     def _enable_adapter_layers(self, enabled: bool = True) -> None:
-        wrappers: list[Any] = [m for m in self.model.modules() if isinstance(m, _WRAPPERS)]
-        for wrapper in wrappers:
+        for wrapper in self._wrappers():
             wrapper.enable_adapters(enabled)
+
+    def _wrappers(self) -> list[Any]:
+        kinds = (MoELoRALinear, AuxiliaryTrainingWrapper)
+        return [module for module in self.model.modules() if isinstance(module, kinds)]
 
     def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kw: Any) -> nn.Module:
         if merge:
@@ -180,12 +182,11 @@ class FloeModel(BaseTuner):
         beams = kwargs.get("num_beams") or 1
         repeated = {"adapter_names": [name for name in names for _ in range(beams)]}
         with ExitStack() as hooks:
-            for module in self.model.modules():
-                if isinstance(module, _WRAPPERS):
-                    handle = module.register_forward_pre_hook(
-                        lambda _module, args, options: (args, options | repeated), with_kwargs=True
-                    )
-                    hooks.callback(handle.remove)
+            for module in self._wrappers():
+                handle = module.register_forward_pre_hook(
+                    lambda _module, args, options: (args, options | repeated), with_kwargs=True
+                )
+                hooks.callback(handle.remove)
             yield
 
     @classmethod

@@ -19,33 +19,31 @@ _WRITTEN = (
 )
 
 
-def seal(folder: str | os.PathLike[str], identity: dict[str, Any]) -> None:
+def seal(folder: Path, identity: dict[str, Any]) -> None:
     """Write the list of the Trainer's files in it, sizes and SHA-256, after everything else.
 
     ``identity`` says in JSON values which run the checkpoint belongs to.
     """
-    root = Path(folder)
-    written = [p for pattern in _WRITTEN for p in root.rglob(pattern) if p.is_file()]
-    names = sorted(p.relative_to(root).as_posix() for p in written if DONE not in p.name)
-    files = {name: _stamp(root / name) for name in names}
-    write_json(root / DONE, {"format": _FORMAT, "identity": identity, "files": files})
+    written = [p for pattern in _WRITTEN for p in folder.rglob(pattern) if p.is_file()]
+    names = sorted(p.relative_to(folder).as_posix() for p in written if DONE not in p.name)
+    files = {name: _stamp(folder / name) for name in names}
+    write_json(folder / DONE, {"format": _FORMAT, "identity": identity, "files": files})
 
 
-def verify(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
+def verify(folder: Path) -> dict[str, Any] | None:
     """The identity a sealed checkpoint was given, or None if a file is missing, cut or changed.
 
     None also where the folder was renamed, or copied under another step's name.
     """
-    root = Path(folder)
-    state = root / "trainer_state.json"
+    state = folder / "trainer_state.json"
     try:
-        if state.is_file() and root.name != f"checkpoint-{read_json(state)['global_step']}":
+        if state.is_file() and folder.name != f"checkpoint-{read_json(state)['global_step']}":
             return None
-        done = read_json(root / DONE)
+        done = read_json(folder / DONE)
         if done["format"] != _FORMAT or not done["files"]:
             return None
         for name, stamp in done["files"].items():
-            if (root / name).stat().st_size != stamp["bytes"] or _stamp(root / name) != stamp:
+            if (folder / name).stat().st_size != stamp["bytes"] or _stamp(folder / name) != stamp:
                 return None
         identity: dict[str, Any] = done["identity"]
     except (FileError, OSError, TypeError, AttributeError):
@@ -53,7 +51,7 @@ def verify(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
     return identity
 
 
-def newest(folder: str | os.PathLike[str], identity: dict[str, Any]) -> Path | None:
+def newest(folder: Path, identity: dict[str, Any]) -> Path | None:
     """The whole checkpoint of most steps, whatever the files' times say.
 
     Every damaged one is moved to ``broken/``: the Trainer would write into its folder.
@@ -61,15 +59,14 @@ def newest(folder: str | os.PathLike[str], identity: dict[str, Any]) -> Path | N
     Raises:
         FileError: if the newest whole one belongs to a run with other settings or data.
     """
-    root = Path(folder)
-    for path in root.glob("checkpoint-*"):
+    for path in folder.glob("checkpoint-*"):
         if _NAME.fullmatch(path.name) and not path.is_dir():
             raise FileError(path, "lies where a checkpoint's folder may have to be: move it away")
     whole: list[tuple[Path, dict[str, Any]]] = []
-    for _, path in checkpoints(root):
+    for _, path in checkpoints(folder):
         sealed = verify(path)
         if sealed is None:
-            _set_aside(root, path)
+            _set_aside(folder, path)
         else:
             whole.append((path, sealed))
     if not whole:
@@ -85,26 +82,24 @@ def newest(folder: str | os.PathLike[str], identity: dict[str, Any]) -> Path | N
     return path
 
 
-def checkpoints(folder: str | os.PathLike[str]) -> list[tuple[int, Path]]:
+def checkpoints(folder: Path) -> list[tuple[int, Path]]:
     """``(step, path)`` of every ``checkpoint-<step>`` folder, oldest first, whole or not."""
-    root = Path(folder)
-    named = [(_NAME.fullmatch(path.name), path) for path in root.glob("*")]
+    named = [(_NAME.fullmatch(path.name), path) for path in folder.glob("*")]
     return sorted((int(match[1]), path) for match, path in named if match and path.is_dir())
 
 
-def rotate(folder: str | os.PathLike[str], keep: int) -> None:
+def rotate(folder: Path, keep: int) -> None:
     """Delete the sealed checkpoints but the ``keep`` of most steps."""
     sealed = [path for _, path in checkpoints(folder) if (path / DONE).is_file()]
     for path in sealed[:-keep]:
         _remove(path)
 
 
-def remove_checkpoints(folder: str | os.PathLike[str]) -> None:
+def remove_checkpoints(folder: Path) -> None:
     """Delete a finished run's checkpoints and those set aside; files of others stay."""
-    root = Path(folder)
-    for path in [*(path for _, path in checkpoints(root)), *root.glob("broken/checkpoint-*")]:
+    for path in [*(path for _, path in checkpoints(folder)), *folder.glob("broken/checkpoint-*")]:
         _remove(path)
-    for place in (root / "broken", root):
+    for place in (folder / "broken", folder):
         remove_if_empty(place)
 
 

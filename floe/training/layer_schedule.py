@@ -201,24 +201,7 @@ class Alast(LayerSchedule):
         super().__exit__(*error)
 
     def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Take in the changes of one part of a step."""
-        self._take()
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Take in the changes of a step's last part."""
-        self._take()
-
-    def memory(self) -> dict[str, Any]:
-        """The interval's sums so far."""
-        return {"sums": self.sums.tolist(), "rows": self.rows}
-
-    def restore(self, record: dict[str, Any]) -> None:
-        """Take up the sums, too."""
-        super().restore(record)
-        self.sums, self.rows = np.array(record["sums"], dtype=np.float64), int(record["rows"])
-
-    def _take(self) -> None:
-        """Add the forward just made; gradient checkpointing measures it twice, here it counts once.
+        """Add the forward just made; gradient checkpointing measures it twice, it counts once.
 
         Raises:
             FloatingPointError: a change that is not finite.
@@ -233,6 +216,17 @@ class Alast(LayerSchedule):
         self.sums += changes
         self.rows += len(self._last)
         self._now = {}
+
+    on_pre_optimizer_step = on_substep_end  # of a step's last part
+
+    def memory(self) -> dict[str, Any]:
+        """The interval's sums so far."""
+        return {"sums": self.sums.tolist(), "rows": self.rows}
+
+    def restore(self, record: dict[str, Any]) -> None:
+        """Take up the sums, too."""
+        super().restore(record)
+        self.sums, self.rows = np.array(record["sums"], dtype=np.float64), int(record["rows"])
 
     def _note_tokens(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         if not module.training:
