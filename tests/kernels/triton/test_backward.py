@@ -293,7 +293,7 @@ def test_routing_of_given_parts(splits, tokens, rank, experts):
     grads = place(torch.full((tokens, rank + experts), torch.nan))
     gate = place(torch.softmax(logits / TEMPERATURE, dim=1))
     saved = Routed(place(hidden)[None], gate[None], torch.empty(0))
-    route_backward(parts, group_of(rank, experts), 0, saved, grads)
+    route_backward(parts, group_of(rank, experts), 0, saved, grads, None)
     for name, columns, index in (("hidden", slice(rank), 0), ("logits", slice(rank, None), 1)):
         values = []
         for dtype in (torch.float32, torch.float64):

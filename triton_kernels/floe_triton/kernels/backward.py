@@ -24,24 +24,15 @@ from torch import Tensor
 from floe_triton import reference, tuning
 from floe_triton.group import Group, Routed
 from floe_triton.kernels.dropout import keep_mask
-from floe_triton.kernels.expand import add_product, dense_rows, product_grid, tile_of
+from floe_triton.kernels.expand import (
+    add_product,
+    dense_rows,
+    load_tile,
+    product_grid,
+    store_tile,
+    tile_of,
+)
 from floe_triton.launch import device_of, launch
-
-
-@triton.jit
-def load_tile(base, row, rows, row_stride, column, columns):
-    """``base[row, column]``, 0 beyond the counts; ``row`` is int64 where offsets may be."""
-    inside = (row < rows)[:, None] & (column < columns)[None, :]
-    # [row's length, column's length], as each call says
-    return tl.load(base + row[:, None] * row_stride + column[None, :], mask=inside, other=0.0)
-
-
-@triton.jit
-def store_tile(base, row, rows, row_stride, column, columns, tile):
-    """``base[row, column] = tile`` within the counts."""
-    inside = (row < rows)[:, None] & (column < columns)[None, :]
-    pointers = base + row[:, None] * row_stride + column[None, :]
-    tl.store(pointers, tile.to(base.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["threshold"])
@@ -210,8 +201,8 @@ def route_backward_kernel(
         dhidden = sum_i gate_i dz_i,    dgate_i = <dz_i, hidden>
         dlogit = gate * (dgate - <gate, dgate>) / temperature
 
-    Where every expert has an A of its own (HIDDEN = M r) dhidden_i is gate_i dz_i, and dgate_i
-    <dz_i, hidden_i>. Of given gates, dgate is the gradient itself: grad_gates [T, M].
+    With an A for every expert (HIDDEN = M r): dhidden_i = gate_i dz_i, dgate_i = <dz_i, hidden_i>.
+    The gradient of given gates is dgate itself: grad_gates [T, M].
     """
     first = tl.program_id(0).to(tl.int64) * BLOCK_T  # within a tile 32 bits address everything
     token, left = tl.arange(0, BLOCK_T), tokens - first
@@ -275,14 +266,11 @@ def backward_x(
     grad_rows = rows.new_empty(rows.shape) if needs_rows else None
     if tokens == 0 or not (needs_x or needs_rows):
         return grad_x, None if grad_rows is None else grad_rows.zero_()
-    x = dense_rows(x)
-    device = device_of(x)
+    x, device = dense_rows(x), device_of(x)
     dropped = group.hidden_rows if group.dropout_p > 0 else 0
-    pads = {
-        "BLOCK_DROPPED": max(16, tuning.power_of_two(dropped)),
-        "BLOCK_PLAIN": max(16, tuning.power_of_two(count - dropped)),
-    }
-    padded = pads["BLOCK_PLAIN"] + (pads["BLOCK_DROPPED"] if dropped else 0)
+    plain, drops = (max(16, tuning.power_of_two(n)) for n in (count - dropped, dropped))
+    pads = {"BLOCK_DROPPED": drops, "BLOCK_PLAIN": plain}
+    padded = plain + (drops if dropped else 0)
     blocks = tuning.grad_x_blocks(
         device, padded, dropped > 0, x.element_size(), tuning.tiles_aligned(x), needs_x
     )
@@ -380,15 +368,14 @@ def backward_y(
     if tokens == 0 or not (needs_expand or needs_grads):
         return None if grad_expand is None else grad_expand.zero_()
     grad_y = dense_rows(grad_y)
-    device = device_of(grad_y)
-    aligned = tuning.tiles_aligned(grad_y)
+    device, aligned = device_of(grad_y), tuning.tiles_aligned(grad_y)
     blocks = tuning.grad_y_blocks(device, width, grad_y.element_size(), aligned)
     feature_tiles = triton.cdiv(features, blocks.constants["BLOCK_N"])
     stripe = tuning.stripe(device, tokens, feature_tiles, blocks, warps=8)
     stripes = triton.cdiv(tokens, stripe)
     parts = _parts(stripes, grad_expand)
-    shape = (feature_tiles, tokens, width)
-    grad_z = grad_y.new_empty(shape, dtype=torch.float32) if needs_grads else None
+    wide = torch.float32
+    grad_z = grad_y.new_empty(feature_tiles, tokens, width, dtype=wide) if needs_grads else None
     arguments = {
         "grad_y": grad_y,
         "z": z,
@@ -416,12 +403,7 @@ def backward_y(
 
 
 def route_backward(
-    grad_z: Tensor,
-    group: Group,
-    g: int,
-    routed: Routed,
-    grads: Tensor,
-    grad_gates: Tensor | None = None,
+    grad_z: Tensor, group: Group, g: int, routed: Routed, grads: Tensor, grad_gates: Tensor | None
 ) -> None:
     """Write linear g's columns of ``grads`` [T, G (H + M)]: those of A's products and its router's.
 
@@ -431,10 +413,7 @@ def route_backward(
     """
     splits, tokens, _ = grad_z.shape
     rank, experts = group.rank, group.experts
-    pads = {
-        "PAD_EXPERTS": tuning.power_of_two(experts),
-        "PAD_RANK": tuning.power_of_two(rank),
-    }
+    pads = {"PAD_EXPERTS": tuning.power_of_two(experts), "PAD_RANK": tuning.power_of_two(rank)}
     blocks = tuning.route_backward_blocks(device_of(grads), pads)
     arguments = {
         "parts": grad_z,

@@ -29,6 +29,22 @@ from floe_triton.launch import Blocks, device_of, launch
 
 
 @triton.jit
+def load_tile(base, row, rows, row_stride, column, columns):
+    """``base[row, column]``, 0 beyond the counts; ``row`` is int64 where offsets may be."""
+    inside = (row < rows)[:, None] & (column < columns)[None, :]
+    # [row's length, column's length], as each call says
+    return tl.load(base + row[:, None] * row_stride + column[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def store_tile(base, row, rows, row_stride, column, columns, tile):
+    """``base[row, column] = tile`` within the counts."""
+    inside = (row < rows)[:, None] & (column < columns)[None, :]
+    pointers = base + row[:, None] * row_stride + column[None, :]
+    tl.store(pointers, tile.to(base.dtype.element_ty), mask=inside)
+
+
+@triton.jit
 def add_transposed(total, left, right, first, last, PRECISION: tl.constexpr, BLOCK_C: tl.constexpr):
     """``total + left[:, first:last] right[:, first:last]^T``, of pointers to the starts of rows:
     ``left`` [BLOCK_T, 1] and ``right`` [1, BLOCK_N].
