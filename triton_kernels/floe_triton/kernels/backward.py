@@ -411,8 +411,7 @@ def route_backward(
     from ``g H`` and from ``G H + g M`` on are written; where gates are given ``grad_gates[g]`` of
     [G, T, M] float32 instead of the latter.
     """
-    splits, tokens, _ = grad_z.shape
-    rank, experts = group.rank, group.experts
+    (splits, tokens, _), rank, experts = grad_z.shape, group.rank, group.experts
     pads = {"PAD_EXPERTS": tuning.power_of_two(experts), "PAD_RANK": tuning.power_of_two(rank)}
     blocks = tuning.route_backward_blocks(device_of(grads), pads)
     arguments = {
