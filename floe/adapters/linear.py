@@ -211,7 +211,8 @@ class MoELoRALinear(nn.Module, BaseTunerLayer):
         settings, tensors = self.settings[name], self.tensors(name)
         if tensors is None or not settings.share_input or self.active_names() != [name]:
             return None
-        if any(tensor is not None and tensor.is_inference() for tensor in tensors):
+        traced = torch.compiler.is_compiling()  # it knows no inference mode
+        if not traced and any(t is not None and t.is_inference() for t in tensors):
             return None
         _, _, shrink, expand = tensors
         return Part((settings, shrink.dtype, shrink.device, expand.dtype, self.training), tensors)

@@ -49,16 +49,17 @@ class SharedInput:
     def output(self, member: Any, x: Tensor, name: str) -> Tensor | None:
         """The member's output with adapter ``name`` for x; None where it must compute it alone.
 
-        Alone: outside its parent's call, under torch.compile (whose graph is not to depend on what
-        was called before), where writes into x are not counted (inference mode), in a replica of
-        nn.DataParallel, or when the members' adapters differ in size or settings, or one cannot be
-        fused.
+        Alone: outside its parent's call, where writes into x are not counted (inference mode), in a
+        replica of nn.DataParallel, or when the members' adapters differ in size or settings, or one
+        cannot be fused.
         """
-        if not self._parent_runs or torch.compiler.is_compiling() or x.is_inference():
+        if not self._parent_runs or "_is_replica" in member.__dict__:
             return None
-        if "_is_replica" in member.__dict__:
+        if torch.compiler.is_compiling():
+            return self._traced_output(member, x, name)
+        if x.is_inference():
             return None
-        situation = _situation(member, x, name)
+        situation = x._version, *_mode(member, x, name)
         ready = self._ready  # another thread may put another there meanwhile
         if ready is not None and ready.x is x and ready.situation == situation:
             mine: Tensor | None = ready.outputs.pop(member, None)
@@ -69,12 +70,25 @@ class SharedInput:
         parts = self._parts(name)
         if member not in parts:
             return None
-        tensors = zip(*(part.tensors for part in parts.values()), strict=True)
-        ys = ops.moe_lora_group(x, *tensors, **next(iter(parts)).call_settings(x, name))
-        outputs = dict(zip(parts, ys, strict=True))
-        mine = outputs.pop(member)
+        outputs = _compute(parts, x, name)
         known = {each: (part, part.versions()) for each, part in parts.items()}
-        self._ready = _Ready(x, situation, known, outputs)
+        mine, self._ready = outputs.pop(member), _Ready(x, situation, known, outputs)
+        return mine
+
+    def _traced_output(self, member: Any, x: Tensor, name: str) -> Tensor | None:
+        """The same where torch.compile follows the call; tensors have no versions to read then."""
+        mode, ready = _mode(member, x, name), self._ready
+        if ready is not None and ready.x is x and ready.situation == mode:
+            mine: Tensor | None = ready.outputs.pop(member, None)
+            if mine is not None:
+                _refuse_a_change(x)
+                return mine
+        parts = self._parts(name)
+        if member not in parts:
+            return None
+        outputs = _compute(parts, x, name)
+        _remember(x)
+        mine, self._ready = outputs.pop(member), _Ready(x, mode, {}, outputs)
         return mine
 
     def _parts(self, name: str) -> dict[Any, Part]:
@@ -88,6 +102,39 @@ class SharedInput:
                 return {}
             parts[member] = part
         return parts if len(parts) > 1 else {}
+
+
+def _compute(parts: dict[Any, Part], x: Tensor, name: str) -> dict[Any, Tensor]:
+    """The outputs of all members by one op."""
+    tensors = zip(*(part.tensors for part in parts.values()), strict=True)
+    ys = ops.moe_lora_group(x, *tensors, **next(iter(parts)).call_settings(x, name))
+    return dict(zip(parts, ys, strict=True))
+
+
+# While torch.compile follows a call, what stands for a tensor counts the writes into it. The code
+# that is followed cannot read that; what comptime runs meanwhile can. Its import takes a second.
+
+
+def _remember(x: Tensor) -> None:
+    from torch._dynamo.comptime import comptime
+
+    @comptime
+    def _(context: Any) -> None:
+        fake = context.get_local("x").as_fake()
+        fake.floe_version = fake._version
+
+
+def _refuse_a_change(x: Tensor) -> None:
+    from torch._dynamo.comptime import comptime
+
+    @comptime
+    def _(context: Any) -> None:
+        fake = context.get_local("x").as_fake()
+        if fake.floe_version != fake._version:
+            raise RuntimeError(
+                "the input of projections that share it must not be changed in place between "
+                "their calls under torch.compile: set share_input=False in FloeConfig"
+            )
 
 
 def link(parent: nn.Module) -> None:
@@ -118,15 +165,14 @@ def _set_running(parent: nn.Module, runs: bool) -> None:
 
     Outputs that nobody took go.
     """
-    if not torch.compiler.is_compiling():
-        for child in parent._modules.values():
-            shared = child.__dict__.get("shared") if child else None
-            if type(shared) is SharedInput:
-                shared._parent_runs, shared._ready = runs, None
+    for child in parent._modules.values():
+        shared = child.__dict__.get("shared") if child else None
+        if type(shared) is SharedInput:
+            shared._parent_runs, shared._ready = runs, None
 
 
-def _situation(member: Any, x: Tensor, name: str) -> tuple[Any, ...]:
+def _mode(member: Any, x: Tensor, name: str) -> tuple[Any, ...]:
     """What must not have changed between the first member's call and another's."""
     device = x.device.type
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-    return name, x._version, torch.is_grad_enabled(), autocast, member.training, member.calls_base
+    return name, torch.is_grad_enabled(), autocast, member.training, member.calls_base

@@ -2,14 +2,19 @@
 
 import contextlib
 import copy
+from collections import Counter
 from unittest import mock
 
+import pytest
 import torch
+from functorch.compile import make_boxed_func
 from helpers.tiny import tiny_model
+from torch._dynamo.backends.common import aot_autograd
 
 from floe import FloeConfig, get_model, ops
 from floe.adapters import adapted_modules
 from floe.adapters.linear import separate_base
+from floe.adapters.shared_input import link
 
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 TOKENS = torch.arange(14).view(2, 7)
@@ -237,3 +242,71 @@ def test_a_copy_of_a_model_shares_its_own_inputs():
             module.floe_expand["default"].weight.zero_()
         torch.testing.assert_close(copied(input_ids=TOKENS).logits, expected)
     assert calls(copied, lambda model: model(input_ids=TOKENS)).count(3) == 2
+
+
+def graph_of(model, dynamic):
+    """Loss and gradients of the compiled model, and how often an op stands in its graphs."""
+    counts = Counter()
+
+    def counted(graph, inputs):
+        counts.update(str(node.target).split(".")[1] for node in graph.graph.nodes if is_op(node))
+        return make_boxed_func(graph.forward)
+
+    def is_op(node):
+        return str(node.target).startswith("floe.")
+
+    torch._dynamo.reset()
+    backend = aot_autograd(fw_compiler=counted, bw_compiler=counted)
+    compiled = torch.compile(model, fullgraph=True, dynamic=dynamic, backend=backend)
+    return outputs(compiled), counts
+
+
+compiles = pytest.mark.filterwarnings(
+    "ignore:.*should not be instantiated:DeprecationWarning",  # dynamo's own
+    "ignore:.*torch.jit.script:DeprecationWarning",
+)
+
+
+@compiles
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+def test_compiled_models_keep_their_groups(dynamic):
+    expected, (actual, counts) = outputs(adapted()), graph_of(adapted(), dynamic)
+    layers = len(adapted_modules(adapted())) // len(ALL)
+    assert counts["moe_lora_forward"] == counts["moe_lora_backward"] == 4 * layers
+    for name, value in expected.items():
+        at = name if name in actual else f"_orig_mod.{name}"
+        torch.testing.assert_close(actual[at], value)
+
+
+class Changing(torch.nn.Module):
+    """A parent that writes into its projections' input between their calls."""
+
+    def __init__(self, attention, changes):
+        super().__init__()
+        self.q_proj, self.k_proj, self.v_proj = attention.q_proj, attention.k_proj, attention.v_proj
+        self.changes = changes
+        link(self)
+
+    def forward(self, x):
+        x = x + 1
+        q = self.q_proj(x)
+        if self.changes:
+            x.mul_(2)
+        return q, self.k_proj(x), self.v_proj(x)
+
+
+@compiles
+def test_a_change_between_two_members_is_refused_when_compiled():
+    model = adapted()
+    attention = model.base_model.model.model.layers[0].self_attn
+    x = torch.randn(3, attention.q_proj.in_features)
+    with torch.no_grad():
+        same, changing = Changing(attention, False), Changing(attention, True)
+        compiled = torch.compile(same, fullgraph=True, backend="aot_eager")(x)
+        for got, expected in zip(compiled, same(x), strict=True):
+            torch.testing.assert_close(got, expected)
+        torch._dynamo.reset()
+        with pytest.raises(Exception, match="must not be changed in place between their calls"):
+            torch.compile(changing, fullgraph=True, backend="aot_eager")(x)
+        _, k, _ = changing(x)  # plain torch sees the change
+        torch.testing.assert_close(k, alone(attention.k_proj, 2 * (x + 1)))
