@@ -180,10 +180,17 @@ def _is_usual(x: Tensor, group: Group, on_base: bool) -> bool:
                 and (shrink.dtype, expand.dtype) == of_adapters
                 and expand.shape == (features, experts, rank)
                 and shrink.shape == rows
-                and bias is None
                 and router_bias is None
             )
             if not is_linear:
+                return False
+            if bias is not None and (
+                bias.shape != (features,)
+                or bias.dtype != dtype
+                or bias.device != device
+                or bias.layout != torch.strided
+                or bias.requires_grad
+            ):
                 return False
             if on_base:
                 if base.shape != (*shape[:-1], features):
