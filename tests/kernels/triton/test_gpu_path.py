@@ -13,6 +13,7 @@ from floe_triton import (
     moe_lora_group_add,
     reference,
 )
+from helpers.attack import trials
 from helpers.budget import assert_within_budget, relative_error
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
@@ -85,7 +86,7 @@ def check(function, inputs, dtype, adapter, backend, **common):
             assert_within_budget(a, t, e, f"result {place}", rounded_to=dtype)
 
 
-@settings(max_examples=100, deadline=None, derandomize=True, phases=PHASES)
+@settings(max_examples=trials(500), deadline=None, derandomize=True, phases=PHASES)
 @given(
     tokens=st.integers(0, 50),
     columns=st.integers(1, 100),
