@@ -159,7 +159,9 @@ class AdapterConfig(_Section):
     top_k: Annotated[int, Field(ge=0, lt=2**31)] = Field(
         0, description="Experts that a token uses, those of the largest router logits; 0: all."
     )
-    temperature: Positive = Field(1.0, description="Divides the router's logits.")
+    temperature: Annotated[float, Field(ge=1e-6, allow_inf_nan=False)] = Field(
+        1.0, description="Divides the router's logits."
+    )
     scaling: Literal["alpha/r", "alpha/sqrt(r)"] = "alpha/r"
     adapter_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     share_input: bool = Field(

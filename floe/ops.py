@@ -26,6 +26,7 @@ from floe_triton import (
 from floe_triton.checks import (
     BACKENDS,
     FLOATS,
+    LEAST_TEMPERATURE,
     check_backward,
     check_dense,
     check_op,
@@ -41,6 +42,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 __all__ = [
     "BACKENDS",
+    "LEAST_TEMPERATURE",
     "accumulate_fisher_",
     "draw_seed",
     "gate",

@@ -17,7 +17,7 @@ from peft.utils import PeftType
 from floe.adapters.folder import CONFIG, local, read_settings, seal
 from floe.adapters.linear import AdapterSettings
 from floe.errors import FileError, require
-from floe.ops import BACKENDS
+from floe.ops import BACKENDS, LEAST_TEMPERATURE
 
 FORMAT = 2  # 1 named tensors without ".weight"; both are read
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -56,7 +56,10 @@ _VALUES: dict[str, tuple[Callable[[Any], Any], str]] = {
     # a whole number may be larger than every float
     "alpha": (lambda v: 0.0 < v <= sys.float_info.max, "a finite number > 0"),
     "dropout": (lambda v: 0.0 <= v < 1.0, "in [0, 1)"),
-    "temperature": (lambda v: 0.0 < v <= sys.float_info.max, "a finite number > 0"),
+    "temperature": (
+        lambda v: LEAST_TEMPERATURE <= v <= sys.float_info.max,
+        f"a finite number >= {LEAST_TEMPERATURE}",
+    ),
     "scaling": (lambda v: v in ("alpha/r", "alpha/sqrt(r)"), "'alpha/r' or 'alpha/sqrt(r)'"),
     "adapter_dtype": (lambda v: v in list(DTYPES), f"one of {sorted(DTYPES)}"),
     "backend": (lambda v: v in list(BACKENDS), f"one of {list(BACKENDS)}"),
@@ -84,7 +87,7 @@ class FloeConfig(peft.PeftConfig):
         rank_pattern, expert_pattern: per-layer overrides, ``{layer index: value}``; also by exact
             module path.
         top_k: a token uses the experts of its ``top_k`` largest router logits, weighted by a
-            softmax over these; 0 (default) = all. temperature: > 0, divides the logits.
+            softmax over these; 0 (default) = all. temperature: >= 1e-6, divides the logits.
         shared_a: one A for all experts (HydraLoRA's layout), or else one for each (LoRAMoE's).
         scaling: "alpha/r" or "alpha/sqrt(r)".
         adapter_dtype: storage of the adapter, "float32" (default), "bfloat16" or "float16";
@@ -171,6 +174,8 @@ class FloeConfig(peft.PeftConfig):
         for name in ("rank_pattern", "expert_pattern"):
             pattern, rule = getattr(self, name), "must map layer indices or module paths to sizes"
             require(isinstance(pattern, dict), f"{name} {rule}", pattern, TypeError)
+            keys = list(map(str, pattern))
+            require(len(set(keys)) == len(keys), f"{name} must name each key once", keys)
             setattr(self, name, {str(key): _size(name, value) for key, value in pattern.items()})
         fewest = min([self.num_experts, *self.expert_pattern.values()])
         rule = f"top_k must be 0 (all) or in [1, {fewest}], the fewest experts of a layer"

@@ -124,13 +124,13 @@ def _block_targets(block: Block, targets: list[str] | None) -> list[str]:
 
 
 def by_path(name: str, pattern: dict[str, int], targets: dict[str, int]) -> dict[str, int]:
-    """``{layer index or path: value}`` as ``{path: value}``, sorted.
+    """``{layer index or path: value}`` as ``{path: value}``, sorted; a path goes before its layer.
 
     Raises:
         ValueError: for a key that adapts nothing.
     """
     resolved: dict[str, int] = {}
-    for key, value in pattern.items():
+    for key, value in sorted(pattern.items(), key=lambda entry: not entry[0].isdecimal()):
         paths = [p for p, index in targets.items() if key in (p, str(index))]
         if not paths:
             raise ValueError(f"{name} keys must be adapted layers or module paths, got {key!r}")

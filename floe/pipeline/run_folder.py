@@ -63,6 +63,8 @@ class Stage:
     results: Collection[str] = ()  # files and folders that are the result; empty = all
     tidy: Callable[[Path], None] = lambda work: None  # removes what only build needs; may repeat
     growing: Collection[str] = ()
+    followers: Collection[str] = ()  # stages that rest on what a growing one hands on,
+    handed: str = ""  # the files of this folder
     disposable: bool = False  # made so quickly that nobody is asked before it is made anew
     notes: Mapping[str, Any] = field(default_factory=dict)  # settings behind the inputs, to be told
 
@@ -120,6 +122,7 @@ class RunFolder:
             say("unchanged")
             return
         if work.is_sealed():  # an earlier attempt died while it published
+            work.check_followers(may_discard)
             work.publish()
             if self._is_current(stage, say):
                 say("finished")
@@ -130,6 +133,7 @@ class RunFolder:
         began = time.monotonic()
         stage.build(work.folder)
         work.seal(time.monotonic() - began)
+        work.check_followers(may_discard)
         work.publish()
         self.event(stage=stage.name, what="finished", seconds=round(time.monotonic() - began, 3))
         say("finished")
@@ -270,6 +274,27 @@ class _Work:
         )
         write(self.folder / _DONE, done)
 
+    def check_followers(self, may_discard: MayDiscard) -> None:
+        """Refuse to publish what would take from finished stages the files that they rest on."""
+        done, sealed = (_record(StageRecord, f / _DONE) for f in (self.final, self.folder))
+        if done is None or sealed is None:
+            return
+        old, new = (
+            {name: f.sha256 for name, f in r.outputs.items() if self._is_handed(name)}
+            for r in (done, sealed)
+        )
+        rest = [f for f in self.stage.followers if (self.final.parent / f / _DONE).is_file()]
+        if rest and old != new and not may_discard(set(self.stage.growing)):
+            raise FileError(
+                self.folder,
+                f"holds another {self.stage.handed} than {self.final.name}/, on which the finished "
+                f"{', '.join(rest)} rests; only --redo takes it (run(..., redo=True)), under "
+                "another name the run keeps both, and the settings before go on as it was",
+            )
+
+    def _is_handed(self, name: str) -> bool:
+        return name.startswith(f"{self.stage.handed}/") and Path(name).name != CARD
+
     def publish(self) -> None:
         """Move the sealed result to its place; an older one's files go, by name."""
         self.stage.tidy(self.folder)
@@ -336,7 +361,11 @@ class _Work:
 
 
 def _record(kind: type[Record], file: Path) -> Record | None:
-    return read(kind, file) if file.is_file() else None
+    try:
+        return read(kind, file) if file.is_file() else None
+    except FileError as error:
+        advice = "delete this file: the stage is made again, and files that are there are kept"
+        raise FileError(file, f"{str(error).removeprefix(f'{file}: ')}; {advice}") from error
 
 
 def _changed(record: WorkRecord, stage: Stage, with_notes: bool = False) -> set[str]:

@@ -37,6 +37,8 @@ def stages(run: RunInputs) -> Iterator[Stage]:
         results=("result.json", "adapter", "study.db"),
         tidy=tidy,
         growing=("search.trials",),
+        followers=("score",),
+        handed="adapter",
     )
 
 

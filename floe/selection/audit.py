@@ -230,11 +230,12 @@ def _readings(audit: Audit) -> Iterable[Verdict]:
     if not known:
         return
     (a, b), least = min(known.items(), key=lambda item: item[1])
-    shared = [audit.agreement.overlap[a][b] for a, b in pairs]
+    shared = [audit.agreement.overlap[a][b] for a, b in known]
+    ranked = {place for pair in known for place in pair}  # the others rank no layer
     kind, word = ("solid", "agree") if least >= SAME_READING else ("open", "disagree")
     yield (
         kind,
-        f"The {len(places)} readings of the paper's masks {word}: Spearman between {least:.2f} "
+        f"The {len(ranked)} readings of the paper's masks {word}: Spearman between {least:.2f} "
         f"({names[a]}, {names[b]}) and {max(known.values()):.2f}, {min(shared)} to {max(shared)} "
         f"of {audit.count} layers shared (chance: {audit.agreement.expected_overlap:.1f}).",
     )
@@ -251,8 +252,8 @@ def _budgets(audit: Audit) -> Iterable[Verdict]:
         budgets = audit.budgets[0].budgets
         yield (
             "open",
-            f"Over budgets {min(budgets)} to {max(budgets)} the paper's masks keep as few of their "
-            f"{audit.count} layers as: {', '.join(loose)}.",
+            f"Over budgets {min(budgets)} to {max(budgets)} the paper's masks change their choice. "
+            f"Of {audit.count} layers as few as these stay, by preset: {', '.join(loose)}.",
         )
 
 

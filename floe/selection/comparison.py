@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -76,12 +77,9 @@ def score_layers(name: str, scores: Scores, options: Options) -> Floats:
     """The layer scores [L] of a policy or of "masks/<preset>"."""
     policy, _, preset = name.partition("/")
     if policy != "masks":
-        total = scores.layer_count  # and no policy but "masks" looks at the masks
-        return POLICIES[policy](
-            PolicyInputs(
-                scores, options.count, total, options.seed, np.zeros(total), options.statistics
-            )
-        )
+        paper = partial(score_layers, "masks/global", scores, options)
+        size = options.count, scores.layer_count, options.seed
+        return POLICIES[policy](PolicyInputs(scores, *size, paper, options.statistics))
     if options.score == "path":
         return path_score(scores, preset)
     masks = determine(scores, preset, options.budget)

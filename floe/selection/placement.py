@@ -255,11 +255,13 @@ def allocate(
     return Allocation(index, value, cost, limit, bound, proven, unit)
 
 
-def option_costs(dimensions: Sequence[tuple[int, int]], options: Options) -> Integers:
+def option_costs(
+    dimensions: Sequence[tuple[int, int]], options: Options, shared_a: bool = True
+) -> Integers:
     """Adapter parameters of one layer for every option, [J] int64.
 
     A projection from K to N features takes ``r*K + M*N*r + M*K``: the shared A, M matrices B and
-    the router.
+    the router; ``M*r*K`` of A where every expert has its own (``shared_a`` False).
 
     Args:
         dimensions: (K, N) of each of the layer's adapted projections.
@@ -267,7 +269,10 @@ def option_costs(dimensions: Sequence[tuple[int, int]], options: Options) -> Int
     """
     pairs = _options(options)
     costs = [
-        sum(r * k + m * n * r + m * k for k, n in dimensions) if r and m else 0 for r, m in pairs
+        sum(r * k * (1 if shared_a else m) + m * n * r + m * k for k, n in dimensions)
+        if r and m
+        else 0
+        for r, m in pairs
     ]
     return np.array(costs, dtype=np.int64)
 

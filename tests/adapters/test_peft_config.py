@@ -65,6 +65,11 @@ BAD = {
         ValueError,
         "rank_pattern must be a whole number >= 1, got 0",
     ),
+    "pattern twice": (
+        {"rank_pattern": {1: 2, "1": 3}},
+        ValueError,
+        "rank_pattern must name each key once",
+    ),
     "pattern list": (
         {"expert_pattern": [1]},
         TypeError,
@@ -143,6 +148,17 @@ def test_a_projection_that_is_no_linear_is_refused_before_any_is_wrapped():
     ):
         get_model(base, FloeConfig())
     assert not any(isinstance(m, MoELoRALinear) for m in base.modules())
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_a_path_goes_before_its_layer_in_whatever_order_they_are_given(reverse):
+    path = "model.layers.1.mlp.up_proj"
+    pattern = dict(sorted({path: 3, "1": 5}.items(), reverse=reverse))
+    layers = adapted_modules(get_model(plain(), FloeConfig(r=2, rank_pattern=pattern)))
+    assert {p: m.settings["default"].rank for p, m in layers.items() if ".1." in p} == {
+        path.replace("up_proj", name): 3 if name == "up_proj" else 5
+        for name in ("gate_proj", "up_proj", "down_proj")
+    }
 
 
 def test_a_config_serves_two_models():

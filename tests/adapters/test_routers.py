@@ -107,7 +107,7 @@ def test_experts_with_an_a_each_are_exported_as_one_lora_of_all_ranks(scaling, t
         ({"top_k": 3, "num_experts": 2}, r"top_k must be 0 \(all\) or in \[1, 2\].*got 3"),
         ({"top_k": 2, "expert_pattern": {"1": 1}}, r"in \[1, 1\], the fewest experts"),
         ({"top_k": -1}, "top_k must be 0"),
-        ({"temperature": 0.0}, "temperature must be a finite number > 0, got 0.0"),
+        ({"temperature": 0.0}, "temperature must be a finite number >= 1e-06, got 0.0"),
     ],
     ids=str,
 )

@@ -236,7 +236,11 @@ X, WEIGHTS, _, SHRINKS, EXPANDS, ROUTERS, _ = group_case(2)
         ),
         ({"weights": [WEIGHTS[0], WEIGHTS[1].float()]}, TypeError, "weight of linear 1 must have"),
         ({"shrink_weights": [SHRINKS[0], SHRINKS[1].float()]}, TypeError, "must have one dtype"),
-        ({"temperature": 0.0}, ValueError, "temperature must be a finite number above 0, got 0.0"),
+        (
+            {"temperature": 0.0},
+            ValueError,
+            "temperature must be a finite number of at least 1e-06, got 0.0",
+        ),
         ({"dropout_mode": "each"}, ValueError, "dropout_mode must be one of"),
         ({"backend": "cuda"}, ValueError, "backend must be one of"),
         ({"backend": "gemm"}, ValueError, "backend 'gemm' takes bfloat16, float16 and float32"),

@@ -120,6 +120,25 @@ def test_a_growing_input_goes_on_from_the_finished_result(run):
         run.stage("search", {"a": 2, "trials": 4}, Build(), growing=["trials"])
 
 
+def test_a_longer_search_takes_no_adapter_from_the_stages_that_rest_on_it(run):
+    """Its work is kept; the run goes on with the settings before, or by redo with the new ones."""
+    rests = {"growing": ["trials"], "followers": ["score"], "handed": "sub"}
+    run.stage("search", {"trials": 2}, Build("first"), **rests)
+    run.stage("search", {"trials": 3}, Build("best"), **rests)  # nothing rests on it yet
+    run.stage("score", {"adapter": 1}, Build())
+    run.stage("search", {"trials": 4}, Build("best"), **rests)  # the same is the best
+    for _ in range(2):
+        with pytest.raises(FileError, match=r"another sub than search/, on which .* score rests"):
+            run.stage("search", {"trials": 5}, Build("better"), **rests)
+        assert (run.path / "search/sub/out.txt").read_text() == "best"
+        assert (run.path / "search.work/sub/out.txt").read_text() == "better"
+    heard = []
+    run.stage("search", {"trials": 4}, Build(), lambda _, what: heard.append(what), **rests)
+    assert heard == ["unchanged"]
+    run.stage("search", {"trials": 5}, Build("better"), may_discard=yes, **rests)
+    assert (run.path / "search/sub/out.txt").read_text() == "better"
+
+
 def test_a_growing_stage_goes_on_from_a_result_that_others_have_touched(run):
     run.stage("search", {"trials": 2}, Build(), growing=["trials"])
     (run.path / "search/sub/out.txt").write_text("touched")
@@ -234,8 +253,12 @@ def test_the_digest_of_a_file_that_has_just_changed_is_not_kept(run, tmp_path):
 def test_a_damaged_record_is_an_error_naming_the_file(run):
     run.stage("score", {"a": 1}, Build())
     (run.path / "score/DONE.json").write_text('{"inputs_hash": ')
-    with pytest.raises(FileError, match=r"score/DONE.json: cannot be read as JSON"):
+    with pytest.raises(FileError, match=r"score/DONE.json: cannot be read as JSON.*delete this"):
         run.stage("score", {"a": 1}, Build())
+    (run.path / "score/DONE.json").unlink()  # as it says
+    run.stage("score", {"a": 1}, Build("new"))
+    assert (run.path / "score/sub/out.txt").read_text() == "new"
+    assert (run.path / "score/sub/out.txt.1").read_text() == "result"
 
 
 def failing(work):

@@ -28,6 +28,7 @@ from floe.selection.comparison import (
 )
 from floe.selection.masks.determine import PRESETS, determine
 from floe.selection.policies import POLICIES
+from floe.selection.policies.registry import policy
 from floe.selection.select import select
 
 
@@ -53,6 +54,19 @@ def test_policies_rank_as_select_does(found, name):
     one = named(found.policies, name)
     assert (one.layers, one.ranking) == (chosen.layers, chosen.ranking)
     assert one.scores == tuple(chosen.layer_scores)
+
+
+def test_a_policy_may_look_at_the_paper_s_masks():
+    @policy(score="the opposite of the masks")
+    def by_masks(inputs):
+        return -inputs.mask_scores
+
+    try:
+        chosen = select(make(), policy="by_masks", layers=K)
+        assert np.array_equal(score_layers("by_masks", make(), Options(K)), chosen.layer_scores)
+        assert len(set(chosen.layer_scores)) > 1
+    finally:
+        del POLICIES["by_masks"]
 
 
 @pytest.mark.parametrize("preset", sorted(PRESETS))

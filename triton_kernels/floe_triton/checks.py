@@ -36,6 +36,7 @@ _FROZEN = ("weight", "bias")
 _OF_X = (*_FROZEN, "base_output")  # they have its dtype
 _MAY_BE_NONE = ("bias", "router_bias")
 _LARGEST = sys.float_info.max
+LEAST_TEMPERATURE = 1e-6
 
 
 def transformed() -> bool:
@@ -269,8 +270,9 @@ def check_dropout(x: Any, p: Any, seed: Any) -> None:
 def _check_numbers(scaling: float, temperature: float, dropout_p: float) -> None:
     if not -_LARGEST <= scaling <= _LARGEST:  # whole numbers may be larger
         raise ValueError(f"scaling must be a finite number, got {scaling}")
-    if not 0.0 < temperature <= _LARGEST:
-        raise ValueError(f"temperature must be a finite number above 0, got {temperature}")
+    if not LEAST_TEMPERATURE <= temperature <= _LARGEST:  # smaller ones make logits infinite
+        rule = f"a finite number of at least {LEAST_TEMPERATURE}"
+        raise ValueError(f"temperature must be {rule}, got {temperature}")
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
 

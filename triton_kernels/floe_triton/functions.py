@@ -63,7 +63,7 @@ def moe_lora(
         gates: [..., M], any float dtype: what the experts are weighted with instead of a softmax.
             shrink_weight is without the router's rows then, and router_bias, temperature and top_k
             are not given. [..., M r], a weight for each rank of each expert, if each has its own A.
-        temperature: above 0; the logits are divided by it.
+        temperature: at least 1e-6; the logits are divided by it.
         top_k: a token uses the experts of its top_k largest logits, equal ones by the lower index,
             and the softmax is over these. 0 is all.
         dropout_mode: "shared": one mask for all experts. "per_expert": a mask each, as in

@@ -40,9 +40,12 @@ def with_tables(text: str) -> str:
 
 def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     lines = [columns, ["---"] * len(columns), *rows]
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+    escaped = [[cell.replace("|", r"\|").replace(r"\\|", r"\|") for cell in line] for line in lines]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in escaped)
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit(f"usage: {(__doc__ or '').split('``')[1]}")
     file = Path(sys.argv[1])
     file.write_text(with_tables(file.read_text(encoding="utf-8")), encoding="utf-8")

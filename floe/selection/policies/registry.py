@@ -87,7 +87,7 @@ class PolicyInputs:
         count: K, how many layers will be chosen, in [1, total].
         total: L.
         seed: for policies that draw.
-        mask_scores: [L], the layer scores of the paper's masks.
+        masks: [L], the layer scores of the paper's masks, or what computes them when asked.
         statistics: further measurements of the layers, or None.
         policy: the one that looks; for messages.
     """
@@ -96,9 +96,14 @@ class PolicyInputs:
     count: int
     total: int
     seed: int
-    mask_scores: Floats
+    masks: Floats | Callable[[], Floats]
     statistics: LayerStatistics | None = None
     policy: str = ""
+
+    @property
+    def mask_scores(self) -> Floats:
+        """The layer scores [L] of the paper's masks."""
+        return self.masks() if callable(self.masks) else self.masks
 
     def array(self, name: str) -> Floats:
         """The array ``name`` of the scores, float64.
