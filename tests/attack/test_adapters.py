@@ -51,6 +51,7 @@ VALUES = [
 ]
 # Of a second change, where the first has left nothing to read.
 UNCHANGEABLE = (OSError, ValueError, KeyError, StopIteration, RecursionError, SafetensorError)
+UNCHANGEABLE += (NotImplementedError,)  # torch's, of dtypes that an earlier change named
 BEFORE_FLOE = (KeyError, TypeError, RecursionError, AttributeError)  # of PEFT, see above
 
 

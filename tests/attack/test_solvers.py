@@ -309,10 +309,14 @@ def attack_modules(odd):
         0, 0, 0, 0, 0, 1, -1, 2**62, 2**70
     )
     odd.good = False  # how much is allowed has its own test
-    found = Placement.of_modules(odd.array(scores), sizes, budget, names)
-    taken = [
-        [name in found.modules.get(layer, ()) for name in names] for layer in range(len(scores))
-    ]
+    modules = {}
+    try:
+        modules = Placement.of_modules(odd.array(scores), sizes, budget, names).modules
+    except ValueError as error:
+        if "must pay for a projection of score above 0" not in str(error):
+            raise  # else the best is to choose none, which is held below
+    taken = [[name in modules.get(layer, ()) for name in names] for layer in range(len(scores))]
+    taken = np.array(taken, dtype=bool).reshape(shape)
     assert sum(map(int, sizes[taken])) <= budget
     flat, costs = scores.ravel(), [int(size) for size in sizes.ravel()]
     best = max(

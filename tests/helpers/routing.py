@@ -136,9 +136,10 @@ def check(given, dtype, adapter, backend, function=moe_lora_group):
     for place, (a, t, e) in enumerate(zip(actual, torchs, exact, strict=True)):
         if dtype in (torch.float32, torch.float64):
             assert a.shape == e.shape
-            # a single number may be the difference of larger ones, for torch as well
-            least = 1e-5 if dtype == torch.float32 else 1e-12
-            assert relative_error(a, e) <= max(least, 2 * relative_error(t, e)), (given, place)
+            # a single number may be the difference of larger ones, a hundred or more times its size
+            least = 1e-4 if dtype == torch.float32 else 1e-9
+            error, torchs_error = relative_error(a, e), relative_error(t, e)
+            assert error <= max(least, 2 * torchs_error), (place, error, torchs_error, given)
         else:
             assert_within_budget(a, t, e, f"{given.kind}, result {place}", rounded_to=dtype)
 

@@ -20,6 +20,7 @@ FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 @given(function=st.sampled_from([routing.moe_lora_group, routing.on_base]), **routing.shapes)
 def test_any_shape(kind, backend, function, **shape):
     given = routing.case(kind, **shape)
+    routing.check(given, torch.float64, torch.float64, backend, function)
     routing.check(given, torch.float32, torch.float32, backend, function)
 
 

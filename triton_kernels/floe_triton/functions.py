@@ -200,7 +200,7 @@ def _split_ranks(group: Group) -> None:
     lists = group.gates, group.expand_weights
     if group.gates == [] or not all(isinstance(tensors, (list, tuple)) for tensors in lists):
         return
-    if not all(isinstance(tensor, Tensor) for tensor in chain(*lists)):
+    if not all(isinstance(t, Tensor) and not t.is_nested for t in chain(*lists)):
         return
     ranks = {expand.shape[1:].numel() for expand in group.expand_weights}
     if all(gates.dim() and gates.shape[-1] in ranks for gates in group.gates):

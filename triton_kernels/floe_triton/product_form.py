@@ -56,7 +56,7 @@ def backward(
         grad_shrink,
         grad_expand,
         grad_router_bias(grads, group, needs),
-        _as_stored(grad_gates, group.gates),
+        _as_stored(grad_gates, group.gates) if needs.gates else [],
     )
 
 
