@@ -24,8 +24,7 @@ test-slow: $(VENV)/ready browser ## the long tests: many kills, many shapes
 
 attack: $(VENV)/ready ## damaged adapters, wrong calls, bad inputs and kills, ten times as many as in the suite
 	FLOE_ATTACK=full $(BIN)/python -m pytest --timeout 3600 tests/attack tests/kernels/test_routers.py
-	FLOE_ATTACK=full TRITON_INTERPRET=1 $(BIN)/python -m pytest --timeout 7200 tests/kernels/triton/test_routers.py \
-	  tests/kernels/triton/test_gpu_path.py
+	FLOE_ATTACK=full TRITON_INTERPRET=1 $(BIN)/python -m pytest --timeout 7200 tests/kernels/triton
 
 test-gpu: $(VENV)/ready ## what needs a CUDA device, with a log
 	mkdir -p build && $(BIN)/python -m pytest -m cuda 2>&1 | tee build/test-gpu.log

@@ -16,7 +16,7 @@ FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 @pytest.mark.parametrize("backend", ["eager", "native"])
 @pytest.mark.parametrize("kind", routing.KINDS)
-@settings(max_examples=trials(500, share=20), deadline=None, derandomize=True)
+@settings(max_examples=trials(500, share=40), deadline=None, derandomize=True)
 @given(function=st.sampled_from([routing.moe_lora_group, routing.on_base]), **routing.shapes)
 def test_any_shape(kind, backend, function, **shape):
     given = routing.case(kind, **shape)

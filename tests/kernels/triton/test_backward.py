@@ -7,6 +7,7 @@ import torch
 from floe_triton import launch, reference, tuning
 from floe_triton.group import Group, Routed
 from floe_triton.kernels.backward import backward_x, backward_y, route_backward
+from helpers.attack import trials
 from helpers.budget import assert_within_budget, relative_error
 from helpers.guarded import guarded, place
 from hypothesis import Phase, given, settings
@@ -78,7 +79,7 @@ def check_x(inputs, hidden_rows, dropout_p, needs=(True, True), device=(0, 16)):
     return found
 
 
-@settings(max_examples=130, deadline=None, derandomize=True, phases=PHASES)
+@settings(max_examples=trials(500), deadline=None, derandomize=True, phases=PHASES)
 @given(
     tokens=st.integers(1, 70),
     columns=st.integers(1, 200),
@@ -227,7 +228,7 @@ def check_y(inputs, g=0, linears=1, needs=(True, True), device=(0, 16)):
     return grad_expand
 
 
-@settings(max_examples=130, deadline=None, derandomize=True, phases=PHASES)
+@settings(max_examples=trials(500), deadline=None, derandomize=True, phases=PHASES)
 @given(
     tokens=st.integers(1, 70),
     columns=st.integers(1, 200),

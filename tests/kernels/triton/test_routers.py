@@ -11,7 +11,7 @@ PHASES = (Phase.explicit, Phase.generate)  # the interpreter is too slow to shri
 
 
 @pytest.mark.parametrize("kind", routing.KINDS)
-@settings(max_examples=trials(500, share=40), deadline=None, derandomize=True, phases=PHASES)
+@settings(max_examples=trials(500, share=50), deadline=None, derandomize=True, phases=PHASES)
 @given(
     backend=st.sampled_from(["gemm", "fused"]),
     function=st.sampled_from([routing.moe_lora_group, routing.on_base]),

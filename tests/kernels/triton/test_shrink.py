@@ -5,6 +5,7 @@ import torch
 from floe_triton import launch, reference
 from floe_triton.group import Group, Routed
 from floe_triton.kernels.shrink import route, shrink
+from helpers.attack import trials
 from helpers.budget import assert_within_budget, relative_error
 from helpers.guarded import guarded, place
 from hypothesis import Phase, given, settings
@@ -79,7 +80,7 @@ def check(dtype, inputs, *, device=None, **sizes):
     return routed
 
 
-@settings(max_examples=100, deadline=None, derandomize=True, phases=PHASES)
+@settings(max_examples=trials(500), deadline=None, derandomize=True, phases=PHASES)
 @given(
     tokens=st.integers(1, 70),
     columns=st.integers(1, 200),
