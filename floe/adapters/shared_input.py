@@ -70,7 +70,9 @@ class SharedInput:
         parts = self._parts(name)
         if member not in parts:
             return None
-        outputs = _compute(parts, x, name)
+        tensors = zip(*(part.tensors for part in parts.values()), strict=True)
+        ys = ops.moe_lora_group(x, *tensors, **member.call_settings(x, name))
+        outputs = dict(zip(parts, ys, strict=True))
         known = {each: (part, part.versions()) for each, part in parts.items()}
         mine, self._ready = outputs.pop(member), _Ready(x, situation, known, outputs)
         return mine
@@ -86,7 +88,9 @@ class SharedInput:
         parts = self._parts(name)
         if member not in parts:
             return None
-        outputs = _compute(parts, x, name)
+        tensors = zip(*(part.tensors for part in parts.values()), strict=True)
+        ys = ops.moe_lora_group(x, *tensors, **member.call_settings(x, name))
+        outputs = dict(zip(parts, ys, strict=True))
         _remember(x)
         mine, self._ready = outputs.pop(member), _Ready(x, mode, {}, outputs)
         return mine
@@ -102,13 +106,6 @@ class SharedInput:
                 return {}
             parts[member] = part
         return parts if len(parts) > 1 else {}
-
-
-def _compute(parts: dict[Any, Part], x: Tensor, name: str) -> dict[Any, Tensor]:
-    """The outputs of all members by one op."""
-    tensors = zip(*(part.tensors for part in parts.values()), strict=True)
-    ys = ops.moe_lora_group(x, *tensors, **next(iter(parts)).call_settings(x, name))
-    return dict(zip(parts, ys, strict=True))
 
 
 # While torch.compile follows a call, what stands for a tensor counts the writes into it. The code
