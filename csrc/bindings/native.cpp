@@ -115,14 +115,6 @@ py::dict solve_knapsack(const Numbers& value, const Numbers& cost, double budget
   return result;
 }
 
-masks::Pairs pairs_from(const std::string& name) {
-  if (name == "same_layer_cross") return masks::Pairs::kSameLayerCross;
-  if (name == "same_layer") return masks::Pairs::kSameLayer;
-  if (name == "all") return masks::Pairs::kAll;
-  throw std::invalid_argument("pairs must be 'same_layer_cross', 'same_layer' or 'all', got '" +
-                              name + "'");
-}
-
 py::dict refine(const Numbers& value, const Numbers& cost, double budget, const Flags& start,
                 std::int64_t layers, std::int64_t heads, std::int64_t neurons,
                 const std::string& pairs, bool literal, std::int64_t max_moves,
@@ -132,7 +124,8 @@ py::dict refine(const Numbers& value, const Numbers& cost, double budget, const 
   const auto costs = view(cost);
   const auto out = writable(mask);
   const masks::Layout layout{layers, heads, neurons};
-  const masks::RefineOptions options{pairs_from(pairs), literal, max_moves, poll_of(progress)};
+  const masks::RefineOptions options{masks::pairs_from(pairs), literal, max_moves,
+                                     poll_of(progress)};
   const masks::RefineSolution solution = [&] {
     const py::gil_scoped_release release;
     return masks::refine(values, costs, budget, layout, options, out);

@@ -8,7 +8,6 @@
 #include <cstdint>
 #include <initializer_list>
 #include <span>
-#include <stdexcept>
 #include <string>
 #include <tuple>
 
@@ -81,14 +80,6 @@ std::tuple<Tensor, Tensor> solve_mask(const Tensor& value, const Tensor& cost, d
                                   static_cast<double>(found.nodes)})};
 }
 
-masks::Pairs pairs_from(const std::string& name) {
-  if (name == "same_layer_cross") return masks::Pairs::kSameLayerCross;
-  if (name == "same_layer") return masks::Pairs::kSameLayer;
-  if (name == "all") return masks::Pairs::kAll;
-  throw std::invalid_argument("pairs must be 'same_layer_cross', 'same_layer' or 'all', got '" +
-                              name + "'");
-}
-
 std::tuple<Tensor, Tensor> refine_masks(const Tensor& value, const Tensor& cost, double budget,
                                         const Tensor& start, std::int64_t layers,
                                         std::int64_t heads, std::int64_t neurons,
@@ -104,7 +95,7 @@ std::tuple<Tensor, Tensor> refine_masks(const Tensor& value, const Tensor& cost,
   const auto* bytes = static_cast<const std::uint8_t*>(dense.const_data_ptr());
   std::transform(bytes, bytes + start.numel(), mask.view().begin(),
                  [](std::uint8_t byte) { return byte != 0; });
-  const masks::RefineOptions options{pairs_from(pairs), literal, max_moves, never};
+  const masks::RefineOptions options{masks::pairs_from(pairs), literal, max_moves, never};
   const masks::RefineSolution found = masks::refine(values.view(), costs.view(), budget,
                                                     {layers, heads, neurons}, options, mask.view());
   return {mask.tensor,

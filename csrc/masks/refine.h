@@ -3,6 +3,8 @@
 
 #include <cstdint>
 #include <span>
+#include <stdexcept>
+#include <string>
 
 #include "masks/units.h"
 
@@ -14,6 +16,15 @@ enum class Pairs {
   kSameLayer,       // any two units of one layer
   kAll,
 };
+
+// Throws std::invalid_argument for another name than same_layer_cross, same_layer or all.
+inline Pairs pairs_from(const std::string& name) {
+  if (name == "same_layer_cross") return Pairs::kSameLayerCross;
+  if (name == "same_layer") return Pairs::kSameLayer;
+  if (name == "all") return Pairs::kAll;
+  throw std::invalid_argument("pairs must be 'same_layer_cross', 'same_layer' or 'all', got '" +
+                              name + "'");
+}
 
 // Units are numbered heads first: head h of layer l is l * heads + h, neuron j of layer l is
 // layers * heads + l * neurons + j.

@@ -55,14 +55,17 @@ class SharedInput:
         """
         if not self._parent_runs or "_is_replica" in member.__dict__:
             return None
-        if torch.compiler.is_compiling():
-            return self._traced_output(member, x, name)
-        if x.is_inference():
+        traced = torch.compiler.is_compiling()  # then tensors have no versions to read
+        if not traced and x.is_inference():
             return None
-        situation = x._version, *_mode(member, x, name)
+        mode = _mode(member, x, name)
+        situation = mode if traced else (x._version, *mode)
         ready = self._ready  # another thread may put another there meanwhile
         if ready is not None and ready.x is x and ready.situation == situation:
             mine: Tensor | None = ready.outputs.pop(member, None)
+            if mine is not None and traced:
+                _refuse_a_change(x)
+                return mine
             if mine is not None:
                 (part, versions), tensors = ready.parts[member], member.tensors(name)
                 same = tensors is not None and all(map(operator.is_, tensors, part.tensors))
@@ -72,27 +75,12 @@ class SharedInput:
             return None
         tensors = zip(*(part.tensors for part in parts.values()), strict=True)
         ys = ops.moe_lora_group(x, *tensors, **member.call_settings(x, name))
-        outputs = dict(zip(parts, ys, strict=True))
-        known = {each: (part, part.versions()) for each, part in parts.items()}
+        outputs, known = dict(zip(parts, ys, strict=True)), {}
+        if traced:
+            _remember(x)
+        else:
+            known = {each: (part, part.versions()) for each, part in parts.items()}
         mine, self._ready = outputs.pop(member), _Ready(x, situation, known, outputs)
-        return mine
-
-    def _traced_output(self, member: Any, x: Tensor, name: str) -> Tensor | None:
-        """The same where torch.compile follows the call; tensors have no versions to read then."""
-        mode, ready = _mode(member, x, name), self._ready
-        if ready is not None and ready.x is x and ready.situation == mode:
-            mine: Tensor | None = ready.outputs.pop(member, None)
-            if mine is not None:
-                _refuse_a_change(x)
-                return mine
-        parts = self._parts(name)
-        if member not in parts:
-            return None
-        tensors = zip(*(part.tensors for part in parts.values()), strict=True)
-        ys = ops.moe_lora_group(x, *tensors, **member.call_settings(x, name))
-        outputs = dict(zip(parts, ys, strict=True))
-        _remember(x)
-        mine, self._ready = outputs.pop(member), _Ready(x, mode, {}, outputs)
         return mine
 
     def _parts(self, name: str) -> dict[Any, Part]:
