@@ -122,7 +122,6 @@ class RunFolder:
             say("unchanged")
             return
         if work.is_sealed():  # an earlier attempt died while it published
-            work.check_followers(may_discard)
             work.publish()
             if self._is_current(stage, say):
                 say("finished")
@@ -132,8 +131,8 @@ class RunFolder:
         self.event(stage=stage.name, what="started", inputs=hash_of(stage.inputs))
         began = time.monotonic()
         stage.build(work.folder)
-        work.seal(time.monotonic() - began)
         work.check_followers(may_discard)
+        work.seal(time.monotonic() - began)
         work.publish()
         self.event(stage=stage.name, what="finished", seconds=round(time.monotonic() - began, 3))
         say("finished")
@@ -275,16 +274,14 @@ class _Work:
         write(self.folder / _DONE, done)
 
     def check_followers(self, may_discard: MayDiscard) -> None:
-        """Refuse to publish what would take from finished stages the files that they rest on."""
-        done, sealed = (_record(StageRecord, f / _DONE) for f in (self.final, self.folder))
-        if done is None or sealed is None:
-            return
-        old, new = (
-            {name: f.sha256 for name, f in r.outputs.items() if self._is_handed(name)}
-            for r in (done, sealed)
-        )
+        """Refuse what would take from finished stages the files that they rest on."""
         rest = [f for f in self.stage.followers if (self.final.parent / f / _DONE).is_file()]
-        if rest and old != new and not may_discard(set(self.stage.growing)):
+        done = _record(StageRecord, self.final / _DONE) if rest else None
+        if done is None or self._may_go(done, may_discard):
+            return
+        old = {name: facts.sha256 for name, facts in done.outputs.items() if self._is_handed(name)}
+        new = {name: sha256(self.folder / name) for name in self._files() if self._is_handed(name)}
+        if old != new:
             raise FileError(
                 self.folder,
                 f"holds another {self.stage.handed} than {self.final.name}/, on which the finished "

@@ -12,7 +12,7 @@ import pytest
 
 from floe import FileError
 from floe.artifacts.schema import document
-from floe.pipeline.run_folder import RunFolder, Stage
+from floe.pipeline.run_folder import RunFolder, Stage, _Work
 from floe.storage import hash_of, read_json, sha256
 
 
@@ -137,6 +137,25 @@ def test_a_longer_search_takes_no_adapter_from_the_stages_that_rest_on_it(run):
     assert heard == ["unchanged"]
     run.stage("search", {"trials": 5}, Build("better"), may_discard=yes, **rests)
     assert (run.path / "search/sub/out.txt").read_text() == "better"
+    replaced = {"trials": 5, "model": "new"}  # of no use any more: made anew unasked
+    run.stage("search", replaced, Build("new"), may_discard=lambda names: "model" in names, **rests)
+    assert (run.path / "search/sub/out.txt").read_text() == "new"
+
+
+def stopped(work):
+    raise KeyboardInterrupt
+
+
+def test_a_kill_before_an_allowed_replacement_is_published_is_gone_on_from(run, monkeypatch):
+    rests = {"growing": ["trials"], "followers": ["score"], "handed": "sub"}
+    run.stage("search", {"trials": 2}, Build("first"), **rests)
+    run.stage("score", {"adapter": 1}, Build())
+    with monkeypatch.context() as killed:
+        killed.setattr(_Work, "publish", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            run.stage("search", {"trials": 3}, Build("new"), may_discard=yes, **rests)
+    run.stage("search", {"trials": 3}, Build("new"), **rests)  # nobody is asked twice
+    assert (run.path / "search/sub/out.txt").read_text() == "new"
 
 
 def test_a_growing_stage_goes_on_from_a_result_that_others_have_touched(run):
